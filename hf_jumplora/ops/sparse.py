@@ -1,0 +1,144 @@
+"""Supports: which entries of an update are kept. Packed bits in memory, a Rice code on disk, sums over non-zeros."""
+
+import hashlib
+import math
+import warnings
+
+import torch
+
+
+_RAW = 255  # first byte of a code: this value means "plain bitmap", any other is the Rice parameter
+_HEADER = 9  # one byte kind + int64 number of set bits
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a boolean tensor of n entries into uint8 [ceil(n / 8)], least significant bit first."""
+    bits = mask.reshape(-1).to(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Entries start..stop (flat indices) of a packed mask: bool [stop - start]."""
+    first = start // 8
+    part = packed[first : (stop + 7) // 8]
+    bits = (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=part.device)) & 1
+    return bits.view(-1)[start - 8 * first : stop - 8 * first].bool()
+
+
+def _pack_fields(values: torch.Tensor, width: int) -> torch.Tensor:
+    """The lowest `width` bits of each int64 value, one after the other."""
+    return pack_bits((values[:, None] >> torch.arange(width, device=values.device)) & 1)
+
+
+def encode_support(mask: torch.Tensor) -> torch.Tensor:
+    """Code a support, bool [out, in], as uint8 [bytes]: the gaps between set entries in a Rice code, or the bitmap.
+
+    The smaller of the two is taken. A Rice code of parameter k writes gap >> k in unary and the low k bits as they
+    are; the two streams stand one after the other so that both directions are a few vector operations. For
+    independent entries it is within a few percent of the entropy.
+    """
+    index = mask.reshape(-1).nonzero().view(-1).cpu()
+    count = index.numel()
+    density = count / mask.numel()
+    k = max(0, round(math.log2(math.log(2) / density))) if 0 < density < 1 else 0
+    gaps = torch.diff(index, prepend=torch.tensor([-1])) - 1
+    unary_ends = (gaps >> k).cumsum(0) + torch.arange(count)
+    unary_length = int(unary_ends[-1]) + 1 if count else 0
+    if (unary_length + 7) // 8 + (count * k + 7) // 8 < (mask.numel() + 7) // 8:
+        unary = torch.zeros(unary_length, dtype=torch.bool)
+        unary[unary_ends] = True
+        kind, body = k, torch.cat([pack_bits(unary), _pack_fields(gaps, k)])
+    else:
+        kind, body = _RAW, pack_bits(mask).cpu()
+    header = torch.tensor([kind, *count.to_bytes(8, "little")], dtype=torch.uint8)
+    return torch.cat([header, body])
+
+
+def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The inverse of [`encode_support`]: bool [out, in] on the CPU.
+
+    Raises:
+        ValueError: the bytes are not a support of this shape.
+    """
+    numel = math.prod(shape)
+    code = code.cpu()
+    broken = ValueError(f"the {code.numel()} bytes of this support are not a support of shape {tuple(shape)}")
+    if code.numel() < _HEADER:
+        raise broken
+    kind, count = int(code[0]), int.from_bytes(bytes(code[1:_HEADER].tolist()), "little")
+    body = code[_HEADER:]
+    if count > numel:
+        raise broken
+    if kind == _RAW:
+        if body.numel() != (numel + 7) // 8:
+            raise broken
+        return unpack_bits(body, 0, numel).view(shape)
+    low_bytes = (count * kind + 7) // 8
+    split = body.numel() - low_bytes
+    if kind > 62 or split < 0:
+        raise broken
+    ends = unpack_bits(body[:split], 0, 8 * split).nonzero().view(-1)
+    if ends.numel() != count:
+        raise broken
+    low = unpack_bits(body[split:], 0, count * kind).view(count, kind).long()
+    gaps = (torch.diff(ends, prepend=torch.tensor([-1])) - 1) << kind
+    gaps += (low << torch.arange(kind)).sum(1)
+    index = (gaps + 1).cumsum(0) - 1
+    if count and int(index[-1]) >= numel:
+        raise broken
+    mask = torch.zeros(numel, dtype=torch.bool)
+    mask[index] = True
+    return mask.view(shape)
+
+
+def support_sha256(code: torch.Tensor) -> str:
+    """Hex sha256 of the bytes of a coded support."""
+    return hashlib.sha256(code.detach().cpu().numpy().tobytes()).hexdigest()
+
+
+def _compressed(make, rows, columns, values, shape):
+    with warnings.catch_warnings():  # "CSR support is in beta": two products with a dense matrix are all that is used
+        warnings.filterwarnings("ignore", message="Sparse CS[RC] tensor support")
+        return make(rows, columns, values, shape, check_invariants=False)
+
+
+@torch.library.custom_op("hf_jumplora::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
+) -> torch.Tensor:
+    """x [tokens, in] times the transpose of a CSR matrix S [out, in]: [tokens, out] in the dtype of `values`."""
+    S = _compressed(torch.sparse_csr_tensor, crow, col, values, (out_features, x.shape[1]))
+    return (S @ x.to(values.dtype).T).T.contiguous()
+
+
+@sparse_linear.register_fake
+def _(x, crow, col, values, out_features):
+    return x.new_empty(x.shape[0], out_features, dtype=values.dtype)
+
+
+@torch.library.custom_op("hf_jumplora::sparse_linear_grad", mutates_args=())
+def _sparse_linear_grad(
+    grad: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    # The CSR arrays of S are the CSC arrays of its transpose: nothing is copied.
+    S_T = _compressed(torch.sparse_csc_tensor, crow, col, values, (in_features, grad.shape[1]))
+    return (S_T @ grad.T).T.contiguous()
+
+
+@_sparse_linear_grad.register_fake
+def _(grad, crow, col, values, in_features):
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+def _setup(ctx, inputs, output):
+    x, *ctx.csr, _ = inputs
+    ctx.in_features, ctx.dtype = x.shape[1], x.dtype
+
+
+def _backward(ctx, grad):
+    grad_x = _sparse_linear_grad(grad.contiguous(), *ctx.csr, ctx.in_features).to(ctx.dtype)
+    return grad_x, None, None, None, None
+
+
+sparse_linear.register_autograd(_backward, setup_context=_setup)

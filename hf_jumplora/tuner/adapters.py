@@ -1,0 +1,144 @@
+"""What a training loop does with an adapter: ramp the gate, set the threshold, measure the density, finish the task."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ..ops.quantile import kth_magnitude, update_blocks
+from .config import JumpLoraConfig
+from .gate import JumpGate
+from .layer import JumpLoraLayer
+from .model import named_layers
+
+
+def adapter_config(model: nn.Module, adapter: str) -> JumpLoraConfig:
+    """The config of an adapter of this model."""
+    for _, layer in named_layers(model, adapter):
+        return layer.configs[adapter]
+    known = sorted({name for _, layer in named_layers(model) for name in layer.configs})
+    raise ValueError(f"no JumpLoRA adapter {adapter!r} in this model; it holds {known or 'none'}")
+
+
+def gate_groups(model: nn.Module, adapter: str) -> list[tuple[JumpGate, list[JumpLoraLayer]]]:
+    """The gates of an adapter, each with the layers that share it."""
+    groups = defaultdict(list)
+    for _, layer in named_layers(model, adapter):
+        if adapter in layer.jumplora_gate:
+            groups[layer.jumplora_gate[adapter]].append(layer)
+    return list(groups.items())
+
+
+def ramp(step: int, total_steps: int, config: JumpLoraConfig) -> float:
+    """f = clip((step - s0) / (s1 - s0), 0, 1) after `step` finished optimizer steps; s0, s1 as in [`ramp_steps`]."""
+    start, end = ramp_steps(total_steps, config)
+    return min(1.0, max(0.0, (step - start) / (end - start)))
+
+
+def ramp_steps(total_steps: int, config: JumpLoraConfig) -> tuple[int, int]:
+    """(s0, s1) = (int(gate_start * T), int(gate_end * T)): the ramp starts after step s0 and is closed after s1.
+
+    Raises:
+        ValueError: the task is too short for its schedule.
+    """
+    start, end = int(config.gate_start * total_steps), int(config.gate_end * total_steps)
+    if not 1 <= start < end:
+        raise ValueError(
+            f"{total_steps} optimizer steps are too few for gate_start={config.gate_start}, gate_end={config.gate_end} "
+            f"(the ramp would run from step {start} to {end}; it needs 1 <= start < end): give the task more data or "
+            "epochs, a smaller batch, or a wider ramp"
+        )
+    return start, end
+
+
+def set_mix(model: nn.Module, adapter: str, mix: float) -> None:
+    """Set f of all gates of an adapter."""
+    for gate, _ in gate_groups(model, adapter):
+        gate.mix.fill_(mix)
+
+
+def _entries(layers: list[JumpLoraLayer]) -> int:
+    return sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None:
+    """Set tau of every gate to the exact quantile of |D| over its layers.
+
+    `density` is the fraction of entries kept; None keeps as many as A and B have parameters, which is the published
+    start (for the global scope the published code takes the next larger entry, keeping one less).
+    """
+    config = adapter_config(model, adapter)
+    for gate, layers in gate_groups(model, adapter):
+        total = _entries(layers)
+        factors = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for layer in layers]
+        if density is None:
+            kept = sum(A.numel() + B.numel() for A, B in factors) - (config.threshold_scope == "global")
+        else:
+            kept = round(density * total)
+        k = min(max(1, total - kept), total)
+        tau = kth_magnitude(lambda factors=factors: update_blocks(factors), k)
+        if tau == 0:
+            raise ValueError(
+                f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates are "
+                "exactly zero. The adapter has not been trained (learning rate 0?), or density is above what its rank "
+                "can fill"
+            )
+        with torch.no_grad():
+            gate.log_tau.fill_(tau).log_()
+
+
+def density(model: nn.Module, adapter: str) -> float:
+    """Fraction of the adapted entries with |D| > tau (of a finished adapter: in its support). 1.0 without a gate."""
+    kept = total = 0
+    for _, layer in named_layers(model, adapter):
+        total += layer.out_features * layer.in_features
+        if adapter not in layer.jumplora_gate:
+            kept += layer.out_features * layer.in_features
+        elif adapter in layer.jumplora_support:
+            kept += int(layer.support(adapter).sum())
+        else:
+            tau = layer.jumplora_gate[adapter].log_tau.detach().exp()
+            factors = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter])]
+            kept += int(sum((block.abs() > tau).sum() for block in update_blocks(factors)))
+    return kept / total
+
+
+@torch.no_grad()
+def finish_adapter(model: nn.Module, adapter: str = "default", name: str | None = None) -> None:
+    """End of a task: record the support, freeze the adapter and give it its final name.
+
+    From here on its update is D on the recorded support, on every device; the threshold is not evaluated again.
+    An adapter without a gate is only renamed.
+
+    Raises:
+        ValueError: the ramp of the gate has not arrived at 1, or the name is taken.
+    """
+    config = adapter_config(model, adapter)
+    for gate, _ in gate_groups(model, adapter):
+        if gate.mix.item() != 1:
+            raise ValueError(
+                f"the gate of adapter {adapter!r} stands at f = {gate.mix.item():g}; a task is finished when its ramp "
+                "has arrived at 1 (train on to gate_end)"
+            )
+    if config.gate:
+        config.support = {layer_name: layer.finish(adapter) for layer_name, layer in named_layers(model, adapter)}
+    config.inference_mode = True
+    if name is not None and name != adapter:
+        _rename(model, adapter, name)
+
+
+def _rename(model: nn.Module, old: str, new: str) -> None:
+    configs = model.peft_config
+    if new in configs:
+        raise ValueError(f"an adapter {new!r} exists already")
+    configs[new] = configs.pop(old)
+    for _, layer in named_layers(model, old):
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "frozen_peft_weight_names"):
+            container = getattr(layer, attribute)
+            if old in container:
+                container[new] = container[old]
+                del container[old]
+        layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
+    for module in model.modules():  # the PeftModel and the tuner inside it
+        if getattr(module, "active_adapter", None) == old and not isinstance(module, JumpLoraLayer):
+            module.active_adapter = new

@@ -1,0 +1,36 @@
+"""The gate: one threshold and its ramp, shared by the layers of its scope. And containers that stay in float32."""
+
+import torch
+from torch import nn
+
+
+PUBLISHED_LOG_TAU = -4.7  # before the threshold is set from the updates' own quantile
+
+
+class _Float32(nn.Module):
+    """Follows `.to(device)` but never a change of dtype: in bf16 the support of an update would be another one."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Float32ParameterDict(_Float32, nn.ParameterDict):
+    """adapter name -> float32 parameter."""
+
+
+class JumpGate(_Float32):
+    """log_tau [1] float32 (the threshold is tau = exp(log_tau)) and the mix f [1] of the ramp.
+
+    A module, not a bare parameter: one instance is registered in every layer of its scope, and a shared module keeps
+    its tie under `.to()`, deepcopy and loading, a shared parameter does not. `mix` is a persistent buffer: a checkpoint
+    in the middle of the ramp evaluates as it was trained, and torch.compile does not recompile when it changes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.log_tau = nn.Parameter(torch.full((1,), PUBLISHED_LOG_TAU))
+        self.register_buffer("mix", torch.zeros(1))

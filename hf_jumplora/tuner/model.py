@@ -1,0 +1,151 @@
+"""`JumpLoraModel`: places gated updates into a model, and loads the parents of a stacked task."""
+
+import difflib
+import os
+import re
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+
+from .config import JumpLoraConfig
+from .gate import JumpGate
+from .layer import JumpLoraLayer
+
+
+ADAPTER_NAME = re.compile(r"default|ref|[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
+
+
+def gate_key(layer_name: str, scope: str) -> str:
+    """Layers of one key share a gate: all ("global"), those up to the first number in the name ("block"), or none."""
+    if scope == "global":
+        return ""
+    block = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", layer_name)
+    return block.group(1) if scope == "block" and block else layer_name
+
+
+class JumpLoraModel(BaseTuner):
+    """The PEFT tuner of JumpLoRA (arXiv 2604.16171). Made by `get_peft_model(model, JumpLoraConfig(...))`.
+
+    Raises:
+        ValueError: no target module matches (near names are listed), an adapter's name cannot be told from a module's,
+            a parent adapter is missing, or a finished adapter was asked to train on.
+        NotImplementedError: mixed batches (`adapter_names=`).
+    """
+
+    prefix = "jumplora_"
+    tuner_layer_cls = JumpLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        # PEFT tells adapters in a state dict by path components: a name that is also a module's would mix them up.
+        if adapter_name in {part for name, _ in model.named_modules() for part in name.split(".")} - set(
+            self.peft_config
+        ) or not ADAPTER_NAME.fullmatch(adapter_name):
+            self.peft_config.pop(adapter_name)
+            raise ValueError(
+                f"adapter name {adapter_name!r}: use letters, digits, '-' and '_', starting with a letter, and no name "
+                "of a module of the model (for example 'default' or 'task_000')"
+            )
+        if config.support is not None and not config.inference_mode:
+            raise ValueError(
+                f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add a "
+                f"new adapter with parent_adapters=[{adapter_name!r}] instead"
+            )
+        self._load_parents(model, config)
+        self._gates: dict[str, JumpGate] = {}  # of this adapter, by gate_key
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise ValueError(f"{error} {_near_names(model, config.target_modules)}") from error
+
+    def _load_parents(self, model: nn.Module, config: JumpLoraConfig) -> None:
+        """Parents that are not in the model yet are loaded from the folders beside the adapter's own."""
+        for parent in [p for p in config.parent_adapters if p not in self.peft_config]:
+            if config.origin is None:
+                raise ValueError(
+                    f"parent adapter {parent!r} is not in the model: add or load it first, or load the whole stack with "
+                    "hf_jumplora.load_stack(...) or PeftModel.from_pretrained(base_model, stack, subfolder=...)"
+                )
+            path, subfolder, hub = (config.origin[k] for k in ("path", "subfolder", "kwargs"))
+            if subfolder is None:
+                path, beside = os.path.join(os.path.dirname(os.path.abspath(path)), parent), None
+            else:
+                beside = os.path.join(os.path.dirname(subfolder), parent)
+            try:
+                parent_config = JumpLoraConfig.from_pretrained(path, subfolder=beside, **hub)
+                weights = load_peft_weights(path, device="cpu", subfolder=beside, **hub)
+            except (ValueError, OSError) as error:
+                where = path if beside is None else f"{path}, folder {beside}"
+                raise ValueError(
+                    f"this adapter was trained on top of {parent!r}, which cannot be loaded from {where} ({error}). "
+                    "To load a task without its parents use hf_jumplora.load_stack(..., tasks=[...])"
+                ) from error
+            parent_config.inference_mode = True
+            self.peft_config[parent] = parent_config
+            self.inject_adapter(model, parent)
+            model.peft_config = self.peft_config  # BaseTuner does the same once it is complete
+            set_peft_model_state_dict(model, weights, parent)
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ):
+        name = current_key
+        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), name), peft_config.r)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        gate = None
+        if peft_config.gate:
+            gate = self._gates.setdefault(gate_key(name, peft_config.threshold_scope), JumpGate())
+        if isinstance(target, JumpLoraLayer):
+            target.update_layer(adapter_name, peft_config, r, alpha, gate)
+            return
+        layer = JumpLoraLayer(target, name, **get_quantization_kwargs(self))
+        layer._active_adapter = list(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, r, alpha, gate)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to cast: adapters are float32 from the start and stay so (docs/decisions.md)."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        """PEFT's entry for `adapter_names=`, which other tuners than LoRA silently ignore."""
+        if adapter_names is not None:
+            raise NotImplementedError(
+                "adapter_names= (another adapter for each row of a batch) is not supported by JumpLoRA: use one stack "
+                "for the whole batch, or load_stack(..., tasks=[...]) for each group of rows"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # A gate is shared by layers and safetensors refuses shared memory: every layer's entry gets its own copy.
+        return {k: v.clone() if ".jumplora_gate." in k else v for k, v in selected.items()}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a masked product has no exact low rank."""
+        return False
+
+
+def _near_names(model: nn.Module, targets) -> str:
+    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n})
+    wanted = [targets] if isinstance(targets, str) else list(targets or [])
+    near = sorted({hit for w in wanted for hit in difflib.get_close_matches(w, linear, cutoff=0.4)})
+    return f"Near names: {', '.join(near)}." if near else f"Linear layers of this model: {', '.join(linear)}."
+
+
+def named_layers(model: nn.Module, adapter: str | None = None):
+    """(name, layer) of every JumpLoraLayer of a model, or of those that hold an adapter; names without wrappers."""
+    for module in model.modules():
+        if isinstance(module, JumpLoraLayer) and (adapter is None or adapter in module.configs):
+            yield module.layer_name, module
+
+

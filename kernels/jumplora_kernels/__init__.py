@@ -1,0 +1,17 @@
+"""Triton kernels for JumpLoRA layers: `forward` and `backward` of one gated low-rank linear layer.
+
+Imports torch and triton only. Without triton the package still imports, and `is_available()` is False.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("triton") is None:
+
+    def is_available() -> bool:
+        return False
+
+    __all__ = ["is_available"]
+else:
+    from .launch import backward, forward, is_available
+
+    __all__ = ["backward", "forward", "is_available"]

@@ -1,0 +1,191 @@
+"""A synthetic continual-learning stream: four small text-classification tasks that get in each other's way.
+
+Everything here is made by code from word lists: it is **synthetic**, small and easy on purpose. It shows in minutes
+on a CPU what forgetting looks like and whether a method reduces it; accuracies on it say nothing about real data.
+
+All four tasks read the *same kind of sentence* and ask for something else in it, each with label words of its own::
+
+    In the harbour, the gloomy sparrow ate some honey.
+
+    animals  which class the animal belongs to         bird | fish | insect | mammal
+    places   what kind of place it is                  town | nature | water | home
+    moods    how the animal feels                      glad | angry | sad | afraid
+    foods    what kind of food it is                   fruit | vegetable | sweet | grain
+
+So a model that is tuned on one question learns to look at one word, and tuning it on the next question makes it look
+elsewhere. ``demo_corpus`` is the text for pre-training a tiny model from scratch (``tiny_llama.py``): such sentences,
+statements about the words ("The sparrow is a bird.") and questions in the same prompt format with *other* questions;
+no text in it asks one of the four tasks' questions.
+
+    python recipes/demo_stream.py FOLDER [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+# attribute -> class -> words. The first four are the tasks; the last two are only asked for in the pre-training text.
+WORLD: dict[str, dict[str, list[str]]] = {
+    "animal": {
+        "bird": ["sparrow", "eagle", "robin", "owl", "crow", "swan", "parrot", "finch"],
+        "fish": ["trout", "salmon", "shark", "tuna", "carp", "pike", "herring", "eel"],
+        "insect": ["ant", "beetle", "wasp", "moth", "cricket", "fly", "bee", "termite"],
+        "mammal": ["horse", "wolf", "rabbit", "bear", "fox", "goat", "mouse", "deer"],
+    },
+    "place": {
+        "town": ["street", "market", "station", "bridge", "office", "library", "hotel", "square"],
+        "nature": ["forest", "mountain", "cave", "desert", "meadow", "valley", "jungle", "hill"],
+        "water": ["river", "lake", "pond", "harbour", "ocean", "stream", "bay", "canal"],
+        "home": ["kitchen", "garden", "cellar", "bedroom", "attic", "garage", "balcony", "hallway"],
+    },
+    "mood": {
+        "glad": ["happy", "cheerful", "merry", "joyful", "delighted", "pleased", "jolly", "content"],
+        "angry": ["furious", "mad", "annoyed", "cross", "bitter", "grumpy", "outraged", "irritated"],
+        "sad": ["gloomy", "unhappy", "lonely", "tearful", "miserable", "heartbroken", "hopeless", "mournful"],
+        "afraid": ["nervous", "scared", "anxious", "worried", "frightened", "timid", "fearful", "panicked"],
+    },
+    "food": {
+        "fruit": ["apple", "pear", "plum", "cherry", "mango", "lemon", "grape", "peach"],
+        "vegetable": ["carrot", "onion", "cabbage", "spinach", "leek", "radish", "celery", "turnip"],
+        "sweet": ["candy", "cake", "honey", "sugar", "syrup", "fudge", "toffee", "jam"],
+        "grain": ["rice", "wheat", "barley", "corn", "rye", "millet", "oats", "quinoa"],
+    },
+    "time": {
+        "winter": ["January", "February", "snowfall", "frost"],
+        "summer": ["July", "August", "heat", "sunshine"],
+        "day": ["noon", "morning", "midday", "dawn"],
+        "night": ["midnight", "evening", "dusk", "nightfall"],
+    },
+    "tool": {
+        "metal": ["hammer", "spoon", "nail", "needle"],
+        "paper": ["letter", "map", "ticket", "poster"],
+        "cloth": ["scarf", "blanket", "towel", "curtain"],
+        "wood": ["ladder", "barrel", "crate", "pencil"],
+    },
+}
+TASK_ATTRIBUTES = ("animal", "place", "mood", "food")
+
+# task name -> (attribute it asks for, instruction)
+TASKS: dict[str, tuple[str, str]] = {
+    "animals": ("animal", "Decide which class the creature belongs to."),
+    "places": ("place", "Decide which kind of location this is."),
+    "moods": ("mood", "Decide which feeling is expressed."),
+    "foods": ("food", "Decide which sort of meal it is."),
+}
+
+SENTENCES = [
+    "In the {place}, the {mood} {animal} ate some {food}.",
+    "The {mood} {animal} found some {food} near the {place}.",
+    "Some {food} made the {animal} {mood} at the {place}.",
+    "The {animal} was {mood} and took {food} to the {place}.",
+    "We saw a {mood} {animal} with {food} by the {place}.",
+    "At the {place} there was {food} for the {mood} {animal}.",
+]
+OTHER_SENTENCES = [
+    "The {animal} hid a {tool} at {time}.",
+    "It was {time} when the {animal} lost the {tool}.",
+    "A {tool} lay in the {place} until {time}.",
+    "At {time} the {mood} {animal} took the {tool}.",
+]
+# {kind} is the class, {words} are some words of it
+STATEMENTS = {
+    "animal": ["The {a} is a {kind}, like the {b} and the {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
+    "place": ["The {a} is {kind}, like the {b} and the {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
+    "mood": ["To be {a} is to be {kind}, like {b} and {c}.", "To be {a}, {b} and {c} is to feel {kind}."],
+    "food": ["Some {a} is {kind}, like {b} and {c}.", "Some {a}, {b} and {c} belong to {kind}."],
+    "time": ["When it is {a}, it is {kind}, like {b} and {c}.", "So {a}, {b} and {c} belong to {kind}."],
+    "tool": ["A {a} is of {kind}, like a {b} and a {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
+}
+# what the pre-training text asks instead: which word stands there, and the class of the two other attributes
+WORD_QUESTIONS = {
+    "animal": "Name the animal.",
+    "place": "Name the place.",
+    "mood": "Name the mood.",
+    "food": "Name the food.",
+    "time": "Name the time.",
+    "tool": "Name the thing.",
+}
+KIND_QUESTIONS = {"time": "Say when it is.", "tool": "Say what it is made of."}
+
+
+def prompt(instruction: str, labels: list[str], sentence: str) -> str:
+    """The text a model sees; the answer follows as ``f" {label}"`` and the end-of-sequence token."""
+    return f"Task Instruction: {instruction}\nOptions: {' | '.join(labels)}\nText: {sentence}\nAnswer:"
+
+
+def draw(rng: random.Random, templates: list[str]) -> tuple[str, dict[str, str], dict[str, str]]:
+    """One sentence, and for each of its attributes the word and the class of the word."""
+    template = rng.choice(templates)
+    kinds = {a: rng.choice(sorted(kinds)) for a, kinds in WORLD.items() if "{" + a + "}" in template}
+    words = {a: rng.choice(WORLD[a][kind]) for a, kind in kinds.items()}
+    return template.format(**words), words, kinds
+
+
+def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
+    """``size`` texts to pre-train a tiny model on: sentences, statements about words, and other questions."""
+    rng = random.Random(f"corpus-{seed}")
+    return [rng.choices([_sentence, _statement, _question], weights=[1, 6, 3])[0](rng) for _ in range(size)]
+
+
+def _sentence(rng: random.Random) -> str:
+    return draw(rng, rng.choice([SENTENCES, OTHER_SENTENCES]))[0]
+
+
+def _statement(rng: random.Random) -> str:
+    attribute = rng.choice(sorted(WORLD))
+    kind = rng.choice(sorted(WORLD[attribute]))
+    a, b, c = rng.sample(WORLD[attribute][kind], 3)
+    return rng.choice(STATEMENTS[attribute]).format(kind=kind, a=a, b=b, c=c)
+
+
+def _question(rng: random.Random) -> str:
+    sentence, words, kinds = draw(rng, OTHER_SENTENCES)
+    asked = [(KIND_QUESTIONS[a], kinds[a], list(WORLD[a])) for a in kinds if a in KIND_QUESTIONS]
+    instruction, answer, labels = rng.choice(asked)
+    return f"{prompt(instruction, labels, sentence)} {answer}"
+
+
+def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
+    """``size`` distinct sentences of a task with their labels, as many of each label (up to one)."""
+    attribute, _ = TASKS[task]
+    rng = random.Random(f"{task}-{split}-{seed}")
+    labels = list(WORLD[attribute])
+    examples: dict[str, str] = {}
+    while len(examples) < size:
+        sentence, _, kinds = draw(rng, SENTENCES)
+        if kinds[attribute] == labels[len(examples) % len(labels)]:
+            examples.setdefault(sentence, kinds[attribute])
+    return [{"sentence": sentence, "label": label} for sentence, label in examples.items()]
+
+
+def write_demo_stream(folder: str | Path, seed: int = 0, train_size: int = 1280, test_size: int = 100) -> Path:
+    """Write the four tasks below ``folder`` and return the path of ``stream.yaml``."""
+    folder = Path(folder)
+    lines = ["# synthetic, see demo_stream.py", "name: demo", "tasks:"]
+    for task, (attribute, instruction) in TASKS.items():
+        directory = folder / task
+        directory.mkdir(parents=True, exist_ok=True)
+        test = demo_examples(task, "test", test_size, seed)
+        seen = {example["sentence"] for example in test}
+        train = [e for e in demo_examples(task, "train", train_size + test_size, seed) if e["sentence"] not in seen]
+        for name, content in {"train": train[:train_size], "test": test, "labels": list(WORLD[attribute])}.items():
+            (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        lines += [f"  - name: {task}", f"    folder: {task}", f"    instruction: {json.dumps(instruction)}"]
+    path = folder / "stream.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the synthetic demo stream.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(write_demo_stream(arguments.folder, arguments.seed))
+
+
+if __name__ == "__main__":
+    main()
