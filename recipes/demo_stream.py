@@ -30,28 +30,28 @@ from pathlib import Path
 # attribute -> class -> words. The first four are the tasks; the last two are only asked for in the pre-training text.
 WORLD: dict[str, dict[str, list[str]]] = {
     "animal": {
-        "bird": ["sparrow", "eagle", "robin", "owl", "crow", "swan", "parrot", "finch"],
-        "fish": ["trout", "salmon", "shark", "tuna", "carp", "pike", "herring", "eel"],
-        "insect": ["ant", "beetle", "wasp", "moth", "cricket", "fly", "bee", "termite"],
-        "mammal": ["horse", "wolf", "rabbit", "bear", "fox", "goat", "mouse", "deer"],
+        "bird": ["sparrow", "eagle", "robin", "owl", "parrot"],
+        "fish": ["trout", "salmon", "shark", "herring", "eel"],
+        "insect": ["ant", "beetle", "wasp", "cricket", "termite"],
+        "mammal": ["horse", "wolf", "rabbit", "bear", "goat"],
     },
     "place": {
-        "town": ["street", "market", "station", "bridge", "office", "library", "hotel", "square"],
-        "nature": ["forest", "mountain", "cave", "desert", "meadow", "valley", "jungle", "hill"],
-        "water": ["river", "lake", "pond", "harbour", "ocean", "stream", "bay", "canal"],
-        "home": ["kitchen", "garden", "cellar", "bedroom", "attic", "garage", "balcony", "hallway"],
+        "town": ["street", "market", "station", "library", "hotel"],
+        "nature": ["forest", "mountain", "desert", "meadow", "jungle"],
+        "water": ["river", "lake", "pond", "harbour", "canal"],
+        "home": ["kitchen", "cellar", "bedroom", "attic", "balcony"],
     },
     "mood": {
-        "glad": ["happy", "cheerful", "merry", "joyful", "delighted", "pleased", "jolly", "content"],
-        "angry": ["furious", "mad", "annoyed", "cross", "bitter", "grumpy", "outraged", "irritated"],
-        "sad": ["gloomy", "unhappy", "lonely", "tearful", "miserable", "heartbroken", "hopeless", "mournful"],
-        "afraid": ["nervous", "scared", "anxious", "worried", "frightened", "timid", "fearful", "panicked"],
+        "glad": ["happy", "cheerful", "merry", "joyful", "delighted"],
+        "angry": ["furious", "mad", "annoyed", "grumpy", "outraged"],
+        "sad": ["gloomy", "lonely", "tearful", "miserable", "mournful"],
+        "afraid": ["nervous", "scared", "anxious", "worried", "timid"],
     },
     "food": {
-        "fruit": ["apple", "pear", "plum", "cherry", "mango", "lemon", "grape", "peach"],
-        "vegetable": ["carrot", "onion", "cabbage", "spinach", "leek", "radish", "celery", "turnip"],
-        "sweet": ["candy", "cake", "honey", "sugar", "syrup", "fudge", "toffee", "jam"],
-        "grain": ["rice", "wheat", "barley", "corn", "rye", "millet", "oats", "quinoa"],
+        "fruit": ["apple", "pear", "cherry", "mango", "lemon"],
+        "vegetable": ["carrot", "onion", "cabbage", "spinach", "leek"],
+        "sweet": ["candy", "cake", "honey", "sugar", "toffee"],
+        "grain": ["rice", "wheat", "barley", "millet", "oats"],
     },
     "time": {
         "winter": ["January", "February", "snowfall", "frost"],
@@ -127,7 +127,7 @@ def draw(rng: random.Random, templates: list[str]) -> tuple[str, dict[str, str],
 def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
     """``size`` texts to pre-train a tiny model on: sentences, statements about words, and other questions."""
     rng = random.Random(f"corpus-{seed}")
-    return [rng.choices([_sentence, _statement, _question], weights=[1, 6, 3])[0](rng) for _ in range(size)]
+    return [rng.choices([_sentence, _statement, _question], weights=[1, 7, 2])[0](rng) for _ in range(size)]
 
 
 def _sentence(rng: random.Random) -> str:

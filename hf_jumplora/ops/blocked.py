@@ -166,7 +166,10 @@ def _backward(ctx, grad_y):
     x, weight, A, B, log_tau, mix, free = ctx.saved_tensors
     options = (ctx.scaling, ctx.bandwidth, ctx.mean, free, ctx.needs_input_grad[0])
     grad_x, *grads = _gradients(grad_y.contiguous(), x, weight, A, B, log_tau, mix, *options)
-    return grad_x if ctx.needs_input_grad[0] else None, None, None, *grads, None, None, None, None, None
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_weight = grad_y.T @ x if needs_weight else None
+    grad_bias = grad_y.sum(0) if needs_bias else None
+    return grad_x if needs_x else None, grad_weight, grad_bias, *grads, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup)

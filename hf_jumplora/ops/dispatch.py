@@ -24,7 +24,7 @@ def gated_linear(
 ) -> torch.Tensor:
     """y = x W^T + bias + scaling * x E^T with E = ((1 - mix) D + mix * D 1[|D| > tau]) * free, D = B A.
 
-    Differentiable in x, A, B and log_tau (not in weight and bias, which are frozen). See `ops/naive.py`, which is the
+    Differentiable in x, A, B and log_tau (and in weight and bias, should they not be frozen). See `ops/naive.py`, which is the
     specification, and JumpLoRA (arXiv 2604.16171).
 
     Args:
