@@ -1,6 +1,53 @@
-"""Continual learning for Hugging Face models with JumpLoRA: one gated low-rank update a task, one model, no task id."""
+"""Continual learning for Hugging Face models with JumpLoRA: one gated low-rank update a task, one model, no task id.
 
-from .tuner import JumpLoraConfig, JumpLoraModel, register
+Importing the package registers the method with PEFT. The training classes are loaded when they are first used.
+"""
 
+import importlib
+from typing import TYPE_CHECKING
+
+from .tuner import JumpLoraConfig, JumpLoraModel, finish_adapter, register
+
+
+if TYPE_CHECKING:
+    from .stack import load_stack
+    from .trainer import (
+        ContinualRun,
+        ContinualSeq2SeqTrainer,
+        ContinualSFTTrainer,
+        ContinualTrainer,
+        ContinualTrainingArguments,
+        GateCallback,
+        Task,
+        TextTask,
+        load_tasks,
+        make_continual,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "ContinualRun",
+    "ContinualSFTTrainer",
+    "ContinualSeq2SeqTrainer",
+    "ContinualTrainer",
+    "ContinualTrainingArguments",
+    "GateCallback",
+    "JumpLoraConfig",
+    "JumpLoraModel",
+    "Task",
+    "TextTask",
+    "finish_adapter",
+    "load_stack",
+    "load_tasks",
+    "make_continual",
+    "register",
+]
 
 register()
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_jumplora' has no attribute {name!r}")
+    module = importlib.import_module(".stack" if name == "load_stack" else ".trainer", __name__)
+    return getattr(module, name)

@@ -27,7 +27,7 @@ import json
 import random
 from pathlib import Path
 
-# attribute -> class -> words. The first four are the tasks; the last two are only asked for in the pre-training text.
+# attribute -> class -> words. The first four are the tasks; the last four are only asked for in the pre-training text.
 WORLD: dict[str, dict[str, list[str]]] = {
     "animal": {
         "bird": ["sparrow", "eagle", "robin", "owl", "parrot"],
@@ -55,7 +55,7 @@ WORLD: dict[str, dict[str, list[str]]] = {
     },
     "time": {
         "winter": ["January", "February", "snowfall", "frost"],
-        "summer": ["July", "August", "heat", "sunshine"],
+        "summer": ["July", "August", "heatwave", "sunshine"],
         "day": ["noon", "morning", "midday", "dawn"],
         "night": ["midnight", "evening", "dusk", "nightfall"],
     },
@@ -64,6 +64,18 @@ WORLD: dict[str, dict[str, list[str]]] = {
         "paper": ["letter", "map", "ticket", "poster"],
         "cloth": ["scarf", "blanket", "towel", "curtain"],
         "wood": ["ladder", "barrel", "crate", "pencil"],
+    },
+    "colour": {
+        "warm": ["red", "orange", "yellow", "pink"],
+        "cool": ["blue", "green", "turquoise", "violet"],
+        "dark": ["black", "brown", "navy", "maroon"],
+        "pale": ["white", "ivory", "cream", "beige"],
+    },
+    "vehicle": {
+        "road": ["car", "bus", "truck", "taxi"],
+        "rail": ["train", "tram", "metro", "monorail"],
+        "sea": ["boat", "ferry", "yacht", "canoe"],
+        "air": ["plane", "glider", "balloon", "helicopter"],
     },
 }
 TASK_ATTRIBUTES = ("animal", "place", "mood", "food")
@@ -85,30 +97,23 @@ SENTENCES = [
     "At the {place} there was {food} for the {mood} {animal}.",
 ]
 OTHER_SENTENCES = [
-    "The {animal} hid a {tool} at {time}.",
-    "It was {time} when the {animal} lost the {tool}.",
-    "A {tool} lay in the {place} until {time}.",
-    "At {time} the {mood} {animal} took the {tool}.",
+    "At {time} the {mood} {animal} took a {colour} {tool} to the {vehicle}.",
+    "The {animal} left the {vehicle} near the {place} with a {colour} {tool} at {time}.",
+    "By {vehicle} the {colour} {tool} came to the {place} at {time} with {food}.",
+    "It was {time} when the {animal} in the {vehicle} lost the {colour} {tool}.",
 ]
-# {kind} is the class, {words} are some words of it
-STATEMENTS = {
-    "animal": ["The {a} is a {kind}, like the {b} and the {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
-    "place": ["The {a} is {kind}, like the {b} and the {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
-    "mood": ["To be {a} is to be {kind}, like {b} and {c}.", "To be {a}, {b} and {c} is to feel {kind}."],
-    "food": ["Some {a} is {kind}, like {b} and {c}.", "Some {a}, {b} and {c} belong to {kind}."],
-    "time": ["When it is {a}, it is {kind}, like {b} and {c}.", "So {a}, {b} and {c} belong to {kind}."],
-    "tool": ["A {a} is of {kind}, like a {b} and a {c}.", "The {a}, the {b} and the {c} belong to {kind}."],
+# {kind} is a class, the others are words of it
+STATEMENTS = [
+    "The word {a} stands for {kind}, like {b} and {c}.",
+    "The words {a}, {b} and {c} stand for {kind}.",
+]
+# what the pre-training text asks instead: the class of the other attributes
+QUESTIONS = {
+    "time": "Say when it is.",
+    "tool": "Say what it is made of.",
+    "colour": "Say which shade it has.",
+    "vehicle": "Say how one travels.",
 }
-# what the pre-training text asks instead: which word stands there, and the class of the two other attributes
-WORD_QUESTIONS = {
-    "animal": "Name the animal.",
-    "place": "Name the place.",
-    "mood": "Name the mood.",
-    "food": "Name the food.",
-    "time": "Name the time.",
-    "tool": "Name the thing.",
-}
-KIND_QUESTIONS = {"time": "Say when it is.", "tool": "Say what it is made of."}
 
 
 def prompt(instruction: str, labels: list[str], sentence: str) -> str:
@@ -127,7 +132,7 @@ def draw(rng: random.Random, templates: list[str]) -> tuple[str, dict[str, str],
 def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
     """``size`` texts to pre-train a tiny model on: sentences, statements about words, and other questions."""
     rng = random.Random(f"corpus-{seed}")
-    return [rng.choices([_sentence, _statement, _question], weights=[1, 7, 2])[0](rng) for _ in range(size)]
+    return [rng.choices([_sentence, _statement, _question], weights=[1, 6, 4])[0](rng) for _ in range(size)]
 
 
 def _sentence(rng: random.Random) -> str:
@@ -138,14 +143,13 @@ def _statement(rng: random.Random) -> str:
     attribute = rng.choice(sorted(WORLD))
     kind = rng.choice(sorted(WORLD[attribute]))
     a, b, c = rng.sample(WORLD[attribute][kind], 3)
-    return rng.choice(STATEMENTS[attribute]).format(kind=kind, a=a, b=b, c=c)
+    return rng.choice(STATEMENTS).format(kind=kind, a=a, b=b, c=c)
 
 
 def _question(rng: random.Random) -> str:
-    sentence, words, kinds = draw(rng, OTHER_SENTENCES)
-    asked = [(KIND_QUESTIONS[a], kinds[a], list(WORLD[a])) for a in kinds if a in KIND_QUESTIONS]
-    instruction, answer, labels = rng.choice(asked)
-    return f"{prompt(instruction, labels, sentence)} {answer}"
+    sentence, _, kinds = draw(rng, OTHER_SENTENCES)
+    attribute = rng.choice([a for a in kinds if a in QUESTIONS])
+    return f"{prompt(QUESTIONS[attribute], list(WORLD[attribute]), sentence)} {kinds[attribute]}"
 
 
 def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[str, str]]:

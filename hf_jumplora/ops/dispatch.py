@@ -53,6 +53,15 @@ def gated_linear(
         raise ValueError(f"weight {tuple(weight.shape)} is not [out, in] = {(B.shape[0], A.shape[1])}")
     if weight is None and bias is not None:
         raise ValueError("a bias needs a weight")
+    if bias is not None and bias.shape != B.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} is not [out] = {(B.shape[0],)}")
+    if log_tau.numel() != 1:
+        raise ValueError(f"log_tau {tuple(log_tau.shape)} is not one number")
+    dense, packed = (B.shape[0], A.shape[1]), ((B.shape[0] * A.shape[1] + 7) // 8,)
+    if free is not None and free.shape not in (dense, packed):
+        raise ValueError(f"free {tuple(free.shape)} is neither [out, in] = {dense} nor packed to {packed}")
+    if not isinstance(mix, torch.Tensor) and not 0 <= mix <= 1:
+        raise ValueError(f"mix is between 0 and 1, got {mix}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
@@ -60,7 +69,8 @@ def gated_linear(
     if backend == "naive":
         if free is not None and free.dim() == 1:
             free = unpack_bits(free, 0, B.shape[0] * A.shape[1]).view(B.shape[0], A.shape[1])
-        return gated_linear_naive(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
+        with torch.autocast(x.device.type, enabled=False):  # D and its support stay in the dtype of A and B
+            return gated_linear_naive(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
     if backend not in (None, "blocked"):
         raise ValueError(f"backend is None, 'naive' or 'blocked', got {backend!r}")
     if not isinstance(mix, torch.Tensor):

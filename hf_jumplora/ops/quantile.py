@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 
+_INFINITY = 0x7F800000  # its bits; those of NaN are larger
+
+
 def kth_magnitude(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float:
     """The k-th smallest absolute value (k counts from 1) over all entries of all blocks; exact, ties included.
 
@@ -29,20 +32,21 @@ def kth_magnitude(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float
             if shift + bits < 31:
                 keys = keys[(keys >> (shift + bits)) == prefix]
             counts += torch.bincount((keys >> shift) & ((1 << bits) - 1), minlength=1 << bits).cpu()
+        if bits == 16 and counts[_INFINITY >> shift :].any():
+            raise ValueError("the updates hold entries that are not finite; the training has diverged")
         total = counts.cumsum(0)
         if k > int(total[-1]):
             raise ValueError(f"k = {k} of {int(total[-1])} entries")
         bin_ = int(torch.searchsorted(total, k))
         k -= int(total[bin_ - 1]) if bin_ else 0
         prefix = (prefix << bits) | bin_
-    value = torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
-    if not torch.isfinite(value):
-        raise ValueError("the updates hold entries that are not finite; the training has diverged")
-    return value.item()
+    return torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
 
 
 def update_blocks(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int = 1024):
     """Row blocks of D = B A, one after the other, for layers given as (A [r, in], B [out, r])."""
     for A, B in factors:
         for start in range(0, B.shape[0], rows):
-            yield B[start : start + rows].detach() @ A.detach()
+            with torch.autocast(A.device.type, enabled=False):
+                block = B[start : start + rows].detach() @ A.detach()
+            yield block

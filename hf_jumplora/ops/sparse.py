@@ -85,7 +85,7 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     gaps = (torch.diff(ends, prepend=torch.tensor([-1])) - 1) << kind
     gaps += (low << torch.arange(kind)).sum(1)
     index = (gaps + 1).cumsum(0) - 1
-    if count and int(index[-1]) >= numel:
+    if count and (int(index.min()) < 0 or int(index.max()) >= numel):  # negative: the sum has overflowed
         raise broken
     mask = torch.zeros(numel, dtype=torch.bool)
     mask[index] = True
@@ -95,6 +95,13 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 def support_sha256(code: torch.Tensor) -> str:
     """Hex sha256 of the bytes of a coded support."""
     return hashlib.sha256(code.detach().cpu().numpy().tobytes()).hexdigest()
+
+
+def to_csr(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(crow, col, values) of the non-zero entries of a matrix [out, in]."""
+    rows, columns = dense.nonzero(as_tuple=True)
+    crow = torch.bincount(rows, minlength=dense.shape[0]).cumsum(0)
+    return torch.cat([crow.new_zeros(1), crow]), columns, dense[rows, columns]
 
 
 def _compressed(make, rows, columns, values, shape):
@@ -109,7 +116,8 @@ def sparse_linear(
 ) -> torch.Tensor:
     """x [tokens, in] times the transpose of a CSR matrix S [out, in]: [tokens, out] in the dtype of `values`."""
     S = _compressed(torch.sparse_csr_tensor, crow, col, values, (out_features, x.shape[1]))
-    return (S @ x.to(values.dtype).T).T.contiguous()
+    with torch.autocast(x.device.type, enabled=False):  # it would multiply in bf16, or fail where that is not there
+        return (S @ x.to(values.dtype).T).T.contiguous()
 
 
 @sparse_linear.register_fake

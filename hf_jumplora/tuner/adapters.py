@@ -3,13 +3,15 @@
 from collections import defaultdict
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..ops.quantile import kth_magnitude, update_blocks
 from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer
-from .model import named_layers
+from .model import check_adapter_name, named_layers
 
 
 def adapter_config(model: nn.Module, adapter: str) -> JumpLoraConfig:
@@ -111,9 +113,13 @@ def finish_adapter(model: nn.Module, adapter: str = "default", name: str | None 
     An adapter without a gate is only renamed.
 
     Raises:
-        ValueError: the ramp of the gate has not arrived at 1, or the name is taken.
+        ValueError: the ramp of the gate has not arrived at 1, or the name is taken or not a possible one.
     """
     config = adapter_config(model, adapter)
+    if name is not None and name != adapter:
+        if name in model.peft_config:
+            raise ValueError(f"an adapter {name!r} exists already")
+        check_adapter_name(model, name)
     for gate, _ in gate_groups(model, adapter):
         if gate.mix.item() != 1:
             raise ValueError(
@@ -129,16 +135,28 @@ def finish_adapter(model: nn.Module, adapter: str = "default", name: str | None 
 
 def _rename(model: nn.Module, old: str, new: str) -> None:
     configs = model.peft_config
-    if new in configs:
-        raise ValueError(f"an adapter {new!r} exists already")
     configs[new] = configs.pop(old)
-    for _, layer in named_layers(model, old):
-        for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "frozen_peft_weight_names"):
+    for config in configs.values():
+        if isinstance(config, JumpLoraConfig):
+            config.parent_adapters = [new if n == old else n for n in config.parent_adapters]
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:  # ours, and those of `modules_to_save` and `trainable_token_indices`
+        if isinstance(layer, BaseTunerLayer):
+            attributes = (*layer.adapter_layer_names, *layer.other_param_names, "frozen_peft_weight_names")
+        else:
+            attributes = ("modules_to_save",) if isinstance(layer, ModulesToSaveWrapper) else ()
+        for attribute in attributes:
             container = getattr(layer, attribute)
             if old in container:
                 container[new] = container[old]
                 del container[old]
-        layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
+        if isinstance(layer, JumpLoraLayer):
+            layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
+            layer.merged_adapters = [new if n == old else n for n in layer.merged_adapters]
+            layer._past_sum = None
+        elif old in layer.active_adapters:
+            layer._active_adapter = [new]
+            layer.set_adapter([new], inference_mode=True)
     for module in model.modules():  # the PeftModel and the tuner inside it
-        if getattr(module, "active_adapter", None) == old and not isinstance(module, JumpLoraLayer):
+        if getattr(module, "active_adapter", None) == old and module not in layers:
             module.active_adapter = new

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import gated_linear
-from ..ops.sparse import decode_support, encode_support, pack_bits, sparse_linear, support_sha256, unpack_bits
+from ..ops.sparse import decode_support, encode_support, pack_bits, sparse_linear, support_sha256, to_csr, unpack_bits
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 
@@ -77,8 +77,25 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
             self._freeze(adapter)
         elif config.isolation == "hard":
             self.free[adapter] = pack_bits(~self.occupied(config.parent_adapters))
+        self._past_sum = None
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's. Raises ValueError when another adapter stands on this one."""
+        self.check_no_children(adapter_name)
+        super().delete_adapter(adapter_name)
+        self._past_sum = None
+
+    def check_no_children(self, adapter: str) -> None:
+        """Raise ValueError when another adapter names this one as its parent: without it, it would be another update."""
+        children = [name for name, config in self.configs.items() if adapter in config.parent_adapters]
+        if children:
+            raise ValueError(f"adapter {adapter!r} is a parent of {children}: delete those first")
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._past_sum = None  # it was summed from other values
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _freeze(self, adapter: str) -> None:
         self.frozen_peft_weight_names[adapter] = self.adapter_layer_names
@@ -109,6 +126,12 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
                         order.append(ancestor)
         return order
 
+    def product(self, adapter: str) -> torch.Tensor:
+        """D = B A without gradient: [out, in], float32 under autocast too."""
+        A, B = self.jumplora_A[adapter].detach(), self.jumplora_B[adapter].detach()
+        with torch.autocast(A.device.type, enabled=False):
+            return B @ A
+
     def support(self, adapter: str) -> torch.Tensor:
         """Which entries the update keeps: bool [out, in]. Of a finished adapter: the saved ones, checked.
 
@@ -124,7 +147,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
                     f"says {expected}; the file is damaged or belongs to another adapter"
                 )
             return decode_support(code, (self.out_features, self.in_features)).to(code.device)
-        D = self.jumplora_B[adapter].detach() @ self.jumplora_A[adapter].detach()
+        D = self.product(adapter)
         if adapter not in self.jumplora_gate:
             return torch.ones_like(D, dtype=torch.bool)
         return self.mask_free(adapter, D.abs() > self.jumplora_gate[adapter].log_tau.detach().exp())
@@ -150,7 +173,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def update(self, adapter: str) -> torch.Tensor:
         """scaling * E as it acts now: float32 [out, in], without gradient."""
-        E = self.jumplora_B[adapter] @ self.jumplora_A[adapter]
+        E = self.product(adapter)
         if adapter in self.jumplora_support:
             E = E * self.support(adapter)
         elif adapter in self.jumplora_gate:
@@ -193,7 +216,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight.data
         touched = delta != 0
         self._restore = (pack_bits(touched), weight[touched].clone())
-        weight[touched] = (weight[touched].to(torch.float32) + delta[touched]).to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight[touched] = (weight[touched].to(wide) + delta[touched]).to(weight.dtype)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -220,8 +244,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         """(crow, col, values) of the sum of finished updates [out, in]; summed once, whatever their number."""
         key = (names, device)
         if self._past_sum is None or self._past_sum[0] != key:
-            total = sum(self.update(n) for n in names).to_sparse_csr()
-            self._past_sum = (key, (total.crow_indices(), total.col_indices(), total.values()))
+            total = to_csr(sum(self.update(n) for n in names))
+            self._past_sum = (key, total)
         return self._past_sum[1]
 
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
@@ -230,6 +254,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
             self.quantization_backend is None
             and adapter in self.jumplora_gate
             and isinstance(self.jumplora_dropout[adapter], nn.Identity)
+            and type(base).forward in (nn.Linear.forward, Conv1D.forward)  # a subclass may do more than multiply
             and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
         )
 
@@ -259,7 +284,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
                 continue
             if y is None:
                 y = self._base_output(x, *args, **kwargs)
-            y = y + self._live_update(name, self.jumplora_dropout[name](x)).to(y.dtype)
+            trained = name in self.active_adapters  # parents are as they act: without dropout
+            y = y + self._live_update(name, self.jumplora_dropout[name](x) if trained else x).to(y.dtype)
         if y is None:
             y = self._base_output(x, *args, **kwargs)
         if finished:
@@ -276,6 +302,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         code = encode_support(self.support(adapter))
         self.jumplora_support[adapter] = code.to(self.jumplora_A[adapter].device)
         self.free.pop(adapter, None)
+        self._past_sum = None
         self._freeze(adapter)
         return [code.numel(), support_sha256(code)]
 

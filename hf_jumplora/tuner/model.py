@@ -18,7 +18,22 @@ from .gate import JumpGate
 from .layer import JumpLoraLayer
 
 
-ADAPTER_NAME = re.compile(r"default|ref|[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
+ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
+
+
+def check_adapter_name(model: nn.Module, adapter: str) -> None:
+    """PEFT tells adapters in a state dict by path components: a name that is also a module's would mix them up.
+
+    Raises:
+        ValueError: the name cannot be told from a part of a module's name.
+    """
+    names = [name for name, _ in model.named_modules() if ".jumplora_" not in name and ".modules_to_save." not in name]
+    parts = {part for name in names for part in name.split(".")} | {"log_tau", "mix", "weight", "bias"}
+    if adapter in parts or adapter.startswith("jumplora") or not ADAPTER_NAME.fullmatch(adapter):
+        raise ValueError(
+            f"adapter name {adapter!r}: use letters, digits, '-' and '_', starting with a letter, and no name of a "
+            "module of the model (for example 'default' or 'task_000')"
+        )
 
 
 def gate_key(layer_name: str, scope: str) -> str:
@@ -44,15 +59,11 @@ class JumpLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
-        # PEFT tells adapters in a state dict by path components: a name that is also a module's would mix them up.
-        if adapter_name in {part for name, _ in model.named_modules() for part in name.split(".")} - set(
-            self.peft_config
-        ) or not ADAPTER_NAME.fullmatch(adapter_name):
+        try:
+            check_adapter_name(model, adapter_name)
+        except ValueError:
             self.peft_config.pop(adapter_name)
-            raise ValueError(
-                f"adapter name {adapter_name!r}: use letters, digits, '-' and '_', starting with a letter, and no name "
-                "of a module of the model (for example 'default' or 'task_000')"
-            )
+            raise
         if config.support is not None and not config.inference_mode:
             raise ValueError(
                 f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add a "
@@ -129,6 +140,12 @@ class JumpLoraModel(BaseTuner):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # A gate is shared by layers and safetensors refuses shared memory: every layer's entry gets its own copy.
         return {k: v.clone() if ".jumplora_gate." in k else v for k, v in selected.items()}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's. Raises ValueError when another adapter stands on this one."""
+        for _, layer in named_layers(self.model, adapter_name):
+            layer.check_no_children(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a masked product has no exact low rank."""

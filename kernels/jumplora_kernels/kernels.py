@@ -15,6 +15,9 @@ UPCAST is for the interpreter only: NumPy has no bf16 and multiplies its bits as
 import triton
 import triton.language as tl
 
+# Ranks one product takes: the least that tensor cores accept. With 32 or 64 the kernels spill registers at rank 64.
+RANK_CHUNK = tl.constexpr(16)
+
 
 @triton.jit
 def _row_major(ptr, rows, cols, n_rows, n_cols):
@@ -24,11 +27,11 @@ def _row_major(ptr, rows, cols, n_rows, n_cols):
 
 
 @triton.jit
-def _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R: tl.constexpr, BR: tl.constexpr):
-    """Float32 tile of D = B A. The rank goes by in chunks of BR: the registers needed do not grow with R."""
+def _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R: tl.constexpr):
+    """Float32 tile of D = B A. The rank goes by in chunks: the registers needed do not grow with R."""
     d = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
-    for r0 in range(0, R, BR):
-        ranks = r0 + tl.arange(0, BR)
+    for r0 in range(0, R, RANK_CHUNK):
+        ranks = r0 + tl.arange(0, RANK_CHUNK)
         b = _row_major(b_ptr, rows, ranks, OUT, R).to(tl.float32)
         a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
         d = tl.dot(b, a, d, input_precision="ieee")
@@ -47,10 +50,10 @@ def _is_free(free_ptr, rows, cols, OUT, IN):
 @triton.jit
 def _effective_weight(
     w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, BR: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """Float32 tile of W + s E, or of s E when there is no W."""
-    d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R, BR)
+    d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R)
     # Strict: an entry that equals tau is not kept.
     e = d * tl.where(tl.abs(d) > tau, 1.0, 1.0 - f) * scaling
     if free_ptr is not None:
@@ -66,7 +69,7 @@ def _effective_weight(
 def forward_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, y_ptr,
     T, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y[t, o] = sum_i x[t, i] (W + s E)[o, i] + bias[o].  Grid (T / BT, OUT / BO)."""
@@ -78,7 +81,7 @@ def forward_kernel(
     for i0 in range(0, IN, BI):
         cols = i0 + tl.arange(0, BI)
         weight = _effective_weight(
-            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling, R, BR
+            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling, R
         )
         x = _row_major(x_ptr, tokens, cols, T, IN)
         if UPCAST:
@@ -94,7 +97,7 @@ def forward_kernel(
 def grad_x_kernel(
     dy_ptr, w_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, dx_ptr,
     T, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dx[t, i] = sum_o dy[t, o] (W + s E)[o, i].  Grid (T / BT, IN / BI)."""
@@ -106,7 +109,7 @@ def grad_x_kernel(
     for o0 in range(0, OUT, BO):
         rows = o0 + tl.arange(0, BO)
         weight = _effective_weight(
-            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling, R, BR
+            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling, R
         )
         dy = _row_major(dy_ptr, tokens, rows, T, OUT)
         if UPCAST:
@@ -120,7 +123,7 @@ def grad_x_kernel(
 def grad_params_kernel(
     x_ptr, dy_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, da_ptr, db_ptr, dtau_ptr,
     T, OUT, IN, scaling, half_bandwidth,
-    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the parameter gradients, one slice a tile of E.  Grid (OUT / BO, IN / BI).
@@ -149,7 +152,7 @@ def grad_params_kernel(
     if free_ptr is not None:
         g *= _is_free(free_ptr, rows, cols, OUT, IN)
 
-    d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R, BR)
+    d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R)
     signed = tl.where(d > 0, g, tl.where(d < 0, -g, 0.0))
     near = tl.abs(tl.abs(d) - tau) < half_bandwidth
     dtau = f * tl.sum(tl.where(near, signed, 0.0))
@@ -158,8 +161,8 @@ def grad_params_kernel(
     g *= tl.where(tl.abs(d) > tau, 1.0, 1.0 - f)  # now dL/dD
     da_ptr += tile_o.to(tl.int64) * R * IN
     db_ptr += tile_i.to(tl.int64) * R * OUT
-    for r0 in range(0, R, BR):
-        ranks = r0 + tl.arange(0, BR)
+    for r0 in range(0, R, RANK_CHUNK):
+        ranks = r0 + tl.arange(0, RANK_CHUNK)
         b = _row_major(b_ptr, rows, ranks, OUT, R).to(tl.float32)
         a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
         da = tl.dot(tl.trans(b), g, input_precision="ieee")

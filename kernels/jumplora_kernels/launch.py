@@ -10,14 +10,17 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from . import kernels
 
-# Tile and launch options of each kernel. Chosen by the offline compile check (tests/kernels/compile_check.py prints
-# registers, spills and shared memory for sm_80, sm_90, sm_100 and gfx942): none spills there. Never timed on a GPU.
-TILES: dict[str, dict[str, int]] = {
-    "forward": {"BT": 128, "BO": 128, "BI": 32, "num_warps": 8, "num_stages": 3},
-    "grad_x": {"BT": 128, "BO": 32, "BI": 128, "num_warps": 8, "num_stages": 3},
-    "grad_params": {"BT": 32, "BO": 64, "BI": 64, "num_warps": 4, "num_stages": 3},
+# Tile and launch options by kernel and bytes per element of x. Chosen by the offline compile check
+# (tests/kernels/compile_check.py prints registers, spills and shared memory for sm_80, sm_90, sm_100 and gfx942): none
+# spills there. Not tuned for time. Float32 products hold their operands in registers, hence the shorter loop steps.
+TILES: dict[tuple[str, int], dict[str, int]] = {
+    ("forward", 2): {"BT": 128, "BO": 128, "BI": 32, "num_warps": 8, "num_stages": 3},
+    ("forward", 4): {"BT": 128, "BO": 64, "BI": 16, "num_warps": 8, "num_stages": 2},
+    ("grad_x", 2): {"BT": 128, "BO": 32, "BI": 64, "num_warps": 8, "num_stages": 3},
+    ("grad_x", 4): {"BT": 128, "BO": 16, "BI": 64, "num_warps": 8, "num_stages": 2},
+    ("grad_params", 2): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
+    ("grad_params", 4): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
 }
-MAX_RANK_CHUNK = 64
 
 # Triton decides at decoration, so this and not the environment says how the kernels of this module run.
 INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
@@ -26,11 +29,6 @@ INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
 def is_available() -> bool:
     """True where the kernels can run: a GPU driver is active, or the Triton interpreter is on."""
     return INTERPRETED or any(backend.driver.is_active() for backend in backends.values())
-
-
-def rank_chunk(rank: int) -> int:
-    """Ranks one `tl.dot` takes: a power of two, at least the 16 that tensor cores ask for."""
-    return min(max(16, triton.next_power_of_2(rank)), MAX_RANK_CHUNK)
 
 
 def forward(
@@ -66,7 +64,7 @@ def forward(
     out_features, in_features = B.shape[0], A.shape[1]
     _check_shapes(x, weight, A, B, free)
     y = x.new_empty(x.shape[0], out_features)
-    options = _options("forward", rank=A.shape[0])
+    options = _options("forward", x, rank=A.shape[0])
     grid = (triton.cdiv(x.shape[0], options["BT"]), triton.cdiv(out_features, options["BO"]))
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
         kernels.forward_kernel[grid](
@@ -116,14 +114,14 @@ def backward(
 
     with torch.cuda.device_of(x):
         if grad_x is not None:
-            options = _options("grad_x", rank)
+            options = _options("grad_x", x, rank)
             grid = (triton.cdiv(tokens, options["BT"]), triton.cdiv(in_features, options["BI"]))
             kernels.grad_x_kernel[grid](
                 grad_y, weight, *gate, free, grad_x,
                 tokens, out_features, in_features, *_strides(weight), scaling, **options,
             )  # fmt: skip
 
-        options = _options("grad_params", rank)
+        options = _options("grad_params", x, rank)
         tiles_o, tiles_i = triton.cdiv(out_features, options["BO"]), triton.cdiv(in_features, options["BI"])
         partial_A = x.new_empty(tiles_o, rank, in_features, dtype=torch.float32)
         partial_B = x.new_empty(tiles_i, out_features, rank, dtype=torch.float32)
@@ -150,12 +148,12 @@ def _gate(A: Tensor, B: Tensor, log_tau: Tensor, mix: float | Tensor) -> tuple[T
     return A.contiguous(), B.contiguous(), tau, mix.float()
 
 
-def _options(kernel: str, rank: int) -> dict[str, Any]:
+def _options(kernel: str, x: Tensor, rank: int) -> dict[str, Any]:
     """Launch options and compile-time constants. Only products with x obey PyTorch's float32 matmul precision."""
     # Asking AMD's compiler for tf32 is an error on most targets, even where no operand is float32.
     tf32 = torch.version.hip is None and torch.get_float32_matmul_precision() != "highest"
-    precision = "tf32" if tf32 else "ieee"
-    return {**TILES[kernel], "R": rank, "BR": rank_chunk(rank), "PRECISION": precision, "UPCAST": INTERPRETED}
+    tile = TILES[kernel, x.element_size()]
+    return {**tile, "R": rank, "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRETED}
 
 
 def _strides(weight: Tensor | None) -> tuple[int, int]:

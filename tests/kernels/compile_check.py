@@ -55,7 +55,7 @@ def compile_kernel(
     settings = {**launch.TILES[name], **(tile or {})}
     options = {option: settings.pop(option) for option in ("num_warps", "num_stages")}
     constants: dict[str, Any] = {
-        **settings, "R": rank, "BR": launch.rank_chunk(rank), "PRECISION": "ieee", "UPCAST": False,
+        **settings, "R": rank, "PRECISION": "ieee", "UPCAST": False,
         **dict.fromkeys(absent & set(kernel.arg_names)),
         "stride_wi": 1,  # Triton makes a constant of an argument that is 1
     }  # fmt: skip

@@ -1,0 +1,100 @@
+"""The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .methods import METHODS, get_method
+from .strategies import Ella, Strategy
+from .tuner import JumpLoraConfig
+
+
+@dataclass
+class StreamArguments:
+    """Which tasks, in which order."""
+
+    stream: str | None = field(default=None, metadata={"help": "A stream file (recipes/streams/*.yaml)."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the data; None: as the stream says."})
+    max_train: int | None = field(default=None, metadata={"help": "At most so many training rows a task."})
+    max_eval: int | None = field(default=None, metadata={"help": "At most so many eval rows a task."})
+
+
+@dataclass
+class MethodArguments:
+    """The method and the options of its adapters (see `JumpLoraConfig`; defaults are the published ones)."""
+
+    method: str = field(default="jumplora", metadata={"help": f"One of: {', '.join(METHODS)}."})
+    r: int = field(default=8, metadata={"help": "Rank of each task's update."})
+    lora_alpha: float = field(default=32, metadata={"help": "scaling = lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Names of the layers to adapt."})
+    threshold_scope: str = field(default="global", metadata={"help": "'global', 'block' or 'layer'."})
+    threshold_update: str = field(default="learned", metadata={"help": "'learned', 'density' or 'frozen'."})
+    initial_density: float | None = field(default=None, metadata={"help": "Entries kept at the threshold's start."})
+    target_density: float | None = field(default=None, metadata={"help": "Entries kept by threshold_update=density."})
+    gate_start: float = field(default=0.2, metadata={"help": "The gate's ramp starts at this fraction of the steps."})
+    gate_end: float = field(default=0.8, metadata={"help": "... and ends at this one."})
+    isolation: str = field(default="none", metadata={"help": "'hard': stay off the entries of all earlier tasks."})
+    ella_weight: float | None = field(default=None, metadata={"help": "Weight of ELLA's penalty (published: 3e4)."})
+
+    def adapter_config(self, default_targets: list[str] | None = None) -> JumpLoraConfig:
+        """The adapters' config. Options of the gate are left out for methods that have none."""
+        names = ["r", "lora_alpha", "lora_dropout"]
+        if get_method(self.method).adapter["gate"]:
+            names += ["threshold_scope", "threshold_update", "initial_density", "target_density", "gate_start", "gate_end"]
+            names += ["isolation"]
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return JumpLoraConfig(target_modules=self.target_modules or default_targets, **options)
+
+    def strategies(self) -> list[Strategy] | None:
+        """None for the method's own strategies with their own weights.
+
+        Raises:
+            ValueError: `ella_weight` is given for a method without ELLA's penalty.
+        """
+        if self.ella_weight is None:
+            return None
+        if Ella not in get_method(self.method).strategies:
+            raise ValueError(f"ella_weight has no meaning for method {self.method!r}; use 'ella' or 'jumplora-ella'")
+        return [Ella(self.ella_weight)]
+
+
+def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Parse a recipe's command line. `--config FILE.yaml` gives defaults that options on the line override.
+
+    Raises:
+        SystemExit: an unknown option or key, or a value that cannot be (the message names it).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(classes)  # type: ignore[arg-type]
+    if "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            parser.error("--config needs a YAML file")
+        path = Path(argv[position + 1])
+        del argv[position : position + 2]
+        if not path.is_file():
+            parser.error(f"--config {path}: no such file")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = {action.dest for action in parser._actions}
+        for key in values:
+            if key not in known:
+                parser.error(f"{path}: unknown key {key!r}")
+        argv = [*_as_options(values), *argv]
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _as_options(values: dict[str, Any]) -> list[str]:
+    options: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return options

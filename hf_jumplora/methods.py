@@ -1,0 +1,39 @@
+"""The methods people compare, by name: how adapters follow one another, with which config and strategies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .strategies import Ella, Strategy
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    mode: "incremental" trains a new adapter on top of the frozen earlier ones; "sequential" trains one adapter on and
+    on; "joint" trains one adapter on all tasks at once (the upper bound, not a continual method).
+    adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
+    """
+
+    mode: Literal["incremental", "sequential", "joint"]
+    adapter: dict = field(default_factory=dict)
+    strategies: tuple[Callable[[], Strategy], ...] = ()
+    paper: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "seqlora": Method("sequential", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
+    "inclora": Method("incremental", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
+    "jumplora": Method("incremental", {"gate": True}, paper="JumpLoRA (arXiv 2604.16171)"),
+    "ella": Method("incremental", {"gate": False}, (Ella,), paper="ELLA (arXiv 2601.02232)"),
+    "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),
+    "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
+}
+
+
+def get_method(name: str) -> Method:
+    """The row of a method. Raises ValueError that lists the known names."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]

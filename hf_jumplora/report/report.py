@@ -1,0 +1,106 @@
+"""From the content of metrics.json to text and pictures."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ..stack.manifest import write_atomic
+
+
+_NAMES = {
+    "average_accuracy": "average accuracy (AA)",
+    "backward_transfer": "backward transfer (BWT)",
+    "forgetting": "forgetting",
+    "forward_transfer_gem": "forward transfer (GEM)",
+    "learning_accuracy": "learning accuracy",
+}
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    names = [info["name"] for info in result["trained"]]
+    rows = [["trained on", *result["tasks"], "density"]]
+    densities = [info["density"] for info in result["trained"]]
+    for number, scores in enumerate(result["matrix"]):
+        label = "nothing yet" if number == 0 else f"{number}. {names[number - 1]}"
+        kept = "" if number == 0 else f"{100 * densities[number - 1]:.1f} %"
+        rows.append([label, *map(_percent, scores), kept])
+    return rows
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    lines = ["  ".join(row) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def table(result: dict[str, Any], method: str) -> str:
+    """The accuracy matrix in percent (rows: after which task, columns: on which) and the derived metrics."""
+    lines = [f"\n{method}: accuracy in % after each task", _align(_rows(result)), ""]
+    for key, name in _NAMES.items():
+        if key in result:
+            lines.append(f"{name:<24} {100 * result[key]:6.1f}   {result['formulas'][key]}")
+    return "\n".join(lines)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def pairs(result: dict[str, Any]) -> list[list[str]]:
+    """Rows (task, earlier task, collision rate, overlap) of every pair of finished tasks with a gate."""
+    names = [info["name"] for info in result["trained"]]
+    rows = [["task", "earlier task", "collision |Si & Sj| / entries", "overlap |Si & Sj| / min(|Si|, |Sj|)"]]
+    for info in result["trained"]:
+        for other, collision, overlap in zip(names, info.get("collision", ()), info.get("overlap", ()), strict=False):
+            rows.append([info["name"], other, f"{collision:.4%}", f"{overlap:.2%}"])
+    return rows
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> None:
+    """Write report.md beside the stack, and matrix.png where matplotlib is installed (extra `report`)."""
+    parts = [f"# {result['method']}", "Accuracy in %. Row: after training on that task. Column: evaluated on.", _markdown(_rows(result))]
+    metrics = [["metric", "value", "definition"]]
+    metrics += [[n, f"{100 * result[k]:.2f}", f"`{result['formulas'][k]}`"] for k, n in _NAMES.items() if k in result]
+    if len(metrics) > 1:
+        parts.append(_markdown(metrics))
+    if len(pairs(result)) > 1:
+        parts += ["## Supports", _markdown(pairs(result))]
+    if result["trained"]:
+        cost = [["task", "steps", "examples", "effective batch", "texts cut", "density", "seconds"]]
+        for info in result["trained"]:
+            values = [info["steps"], info["train_examples"], info["effective_batch"], info["truncated"], f"{info['density']:.2%}"]
+            cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])
+        parts += ["## Training", _markdown(cost)]
+    if importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
+        draw_matrix(result, folder / "matrix.png")
+        parts.insert(3, "![accuracy matrix](matrix.png)")
+    write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def draw_matrix(result: dict[str, Any], path: Path) -> None:
+    """The accuracy matrix as a heat map with numbers."""
+    from matplotlib.figure import Figure
+
+    rows = [[float("nan") if v is None else 100 * v for v in row] for row in result["matrix"]]
+    labels = ["zero-shot", *(info["name"] for info in result["trained"])]
+    figure = Figure(figsize=(1.6 + 1.1 * len(rows[0]), 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(rows, vmin=0, vmax=100, cmap="YlGn", aspect="auto")
+    axes.set_xticks(range(len(rows[0])), result["tasks"])
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xlabel("accuracy in % on")
+    axes.set_ylabel("after training on")
+    axes.set_title(result["method"])
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value == value:
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 65 else "black")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

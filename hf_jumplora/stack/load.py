@@ -1,0 +1,130 @@
+"""Loading a stack: whole, in part, or merged into a plain model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+
+from ..tuner import JumpLoraConfig, named_layers
+from .manifest import Manifest, check_base, file_sha256, read_manifest, stack_support_sha256
+
+
+def load_stack(
+    path: str | os.PathLike,
+    base_model: str | nn.Module | None = None,
+    tasks: list[str] | slice | None = None,
+    revision: str | None = None,
+    merge: bool = False,
+    **model_kwargs: Any,
+) -> nn.Module:
+    """Load the tasks of a stack onto their base model.
+
+    Args:
+        path: a folder or a Hub repository that holds `stack.json`.
+        base_model: the base as a model, a folder or a Hub id; None takes the one named in the manifest.
+        tasks: names, or a slice of the task list; None takes all. Each task's update is additive: leaving one out
+            removes exactly its update.
+        revision: of the repository; tag `task-002` is the stack after that task.
+        merge: return the plain model with the updates in its weights instead of a `PeftModel`.
+        model_kwargs: for `from_pretrained` of the base (dtype, device_map, quantization_config, ...).
+
+    Returns:
+        A `PeftModel` whose last task is active with the others as its parents. Over a float base the updates are
+        merged into the weights (`unmerge_adapter` restores them bit for bit); over a quantised base they stay live.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: an unknown task, a damaged file or another base model; the
+        message names the file or layer, what was expected and what was found.
+    """
+    folder = Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path), revision=revision))
+    manifest = read_manifest(folder)
+    chosen = _choose(manifest, tasks, folder)
+    for task in chosen:
+        verify(folder, task)
+    if base_model is None:
+        base_model = manifest.base_model["name_or_path"]
+        model_kwargs.setdefault("revision", manifest.base_model["revision"])
+    if isinstance(base_model, str):
+        architecture = getattr(transformers, manifest.base_model["architecture"], None)
+        if architecture is None or not base_model:
+            raise ValueError(
+                f"{folder}: the base {manifest.base_model['architecture']} is no class of transformers, or has no name: "
+                "pass the model itself as base_model="
+            )
+        base_model = architecture.from_pretrained(base_model, **model_kwargs)
+    check_base(manifest, base_model, str(folder))
+    model = attach(base_model, folder, chosen)
+    return model.merge_and_unload() if merge else model
+
+
+def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]]) -> PeftModel:
+    """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active."""
+    model, before = base, []
+    for task in tasks:
+        config = JumpLoraConfig.from_pretrained(str(folder / task["folder"]))
+        if stack_support_sha256(config.support) != task["support_sha256"]:
+            raise ValueError(f"{folder / task['folder']}/adapter_config.json: its supports are not those of stack.json")
+        config.inference_mode, config.parent_adapters = True, list(before)
+        if isinstance(model, PeftModel):
+            model.add_adapter(task["folder"], config)
+        else:
+            model = PeftModel(model, config, adapter_name=task["folder"])
+        weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
+        result = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
+        missing = [key for key in result.missing_keys if f".{task['folder']}" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{folder / task['folder']}/adapter_model.safetensors does not fit: missing {missing[:3]}, "
+                f"unexpected {result.unexpected_keys[:3]}"
+            )
+        before.append(task["folder"])
+    model.set_adapter(before[-1], inference_mode=True)
+    merge_finished(model, before)
+    return model.eval()
+
+
+def merge_finished(model: PeftModel, adapters: list[str]) -> None:
+    """Fold finished tasks into a float base, where they cost nothing; over a quantised base they stay live."""
+    for _, layer in named_layers(model):
+        if layer.quantization_backend is None:
+            layer.merge(adapter_names=adapters)
+
+
+def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -> list[dict[str, Any]]:
+    if not manifest.tasks:
+        raise ValueError(f"{folder}: the stack has no finished task yet")
+    if not manifest.additive:
+        if tasks is not None:
+            raise ValueError(
+                f"{folder} was trained by {manifest.method!r}: each of its folders holds the whole model after a task, "
+                "so tasks cannot be chosen; load it without tasks="
+            )
+        return manifest.tasks[-1:]
+    if tasks is None:
+        return manifest.tasks
+    if isinstance(tasks, slice):
+        chosen = manifest.tasks[tasks]
+    else:
+        unknown = [name for name in tasks if name not in manifest.task_names]
+        if unknown:
+            raise ValueError(f"{folder} has no task {unknown[0]!r}; it has {', '.join(manifest.task_names)}")
+        chosen = [task for task in manifest.tasks if task["name"] in tasks]
+    if not chosen:
+        raise ValueError(f"tasks={tasks!r} chooses none of {', '.join(manifest.task_names)}")
+    return chosen
+
+
+def verify(folder: Path, task: dict[str, Any]) -> None:
+    """Raise ValueError, naming the file, unless every file of a task is there and has the sha256 of the manifest."""
+    for name, expected in task["files"].items():
+        path = folder / task["folder"] / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; stack.json lists it")
+        found = file_sha256(path)
+        if found != expected:
+            raise ValueError(f"{path} is damaged: its sha256 is {found}, stack.json says {expected}")

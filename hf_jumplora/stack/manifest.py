@@ -1,0 +1,162 @@
+"""stack.json: what a stack holds, and what each of its files must hash to."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tuner import named_layers
+
+
+FORMAT_VERSION = 1
+MANIFEST = "stack.json"
+FOLDER = re.compile(r"task_\d{3,}")
+
+
+@dataclass
+class Manifest:
+    """The content of stack.json.
+
+    base_model: name_or_path, revision, architecture and layers {name: [out, in]} of the adapted layers.
+    method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
+    folder holds the whole model after that task (seqlora) and only one can be loaded.
+    tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}.
+    """
+
+    base_model: dict[str, Any]
+    method: str
+    additive: bool
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task["name"] for task in self.tasks]
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest:
+    """Read and check stack.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is no stack.json.
+        ValueError: it is damaged, or of a format this version does not know.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} holds no adapter stack")
+    try:
+        data = json.loads(path.read_text())
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {data['format_version']}, this version of hf_jumplora reads {FORMAT_VERSION}"
+            )
+        manifest = Manifest(**data)
+        for task in manifest.tasks:
+            # Content from the Hub is data: no file outside of the task's own folder can be named.
+            if not FOLDER.fullmatch(task["folder"]) or any("/" in f or "\\" in f or ".." in f for f in task["files"]):
+                raise ValueError(f"{path} names a folder or file that is not a task's: {task['folder']!r}")
+            if not all(isinstance(task[key], str) for key in ("name", "support_sha256")):
+                raise ValueError(f"{path}: the entry of {task['folder']} is not complete")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that it appears whole or not at all."""
+    write_atomic(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
+    """Write stack.json: the moment at which a task belongs to the stack."""
+    write_json(Path(folder) / MANIFEST, asdict(manifest))
+
+
+def layer_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """{layer name: [out, in]} of the adapted layers."""
+    return {name: [layer.out_features, layer.in_features] for name, layer in named_layers(model)}
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What identifies the base of a PeftModel."""
+    base = model.get_base_model()  # type: ignore[operator]
+    config = getattr(base, "config", None)
+    return {
+        "name_or_path": getattr(base, "name_or_path", None) or getattr(config, "name_or_path", "") or "",
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": type(base).__name__,
+        "layers": layer_shapes(model),
+    }
+
+
+def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
+    """Raise ValueError, naming what was expected and found, if `base` is not the model a stack was trained on."""
+    expected = manifest.base_model
+    if type(base).__name__ != expected["architecture"]:
+        raise ValueError(f"{where} was trained on a {expected['architecture']}; this base is a {type(base).__name__}")
+    revision = getattr(getattr(base, "config", None), "_commit_hash", None)
+    if None not in (revision, expected["revision"]) and revision != expected["revision"]:
+        raise ValueError(
+            f"{where} was trained on revision {expected['revision']} of {expected['name_or_path']}; this is {revision}"
+        )
+    modules = dict(base.named_modules())
+    for name, shape in expected["layers"].items():
+        found = _features(modules[name]) if name in modules else None
+        if found != shape:
+            raise ValueError(f"{where}: layer {name} should be [out, in] = {shape}, this base model has {found}")
+
+
+def _features(module: nn.Module) -> list[int]:
+    from peft.tuners.tuners_utils import _get_in_out_features
+
+    in_features, out_features = _get_in_out_features(module)
+    return [out_features, in_features]
+
+
+def stack_support_sha256(support: dict[str, list] | None) -> str:
+    """One sha256 over the supports of all layers of a task; that of nothing for a task without a gate."""
+    digest = hashlib.sha256()
+    for name in sorted(support or {}):
+        digest.update(f"{name}:{support[name][1]}\n".encode())  # type: ignore[index]
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what shapes a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"torch": str(torch.__version__)}
+    for package in ("hf-jumplora", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,57 @@
+"""Writing one finished task: its folder first, complete and under its final name at once; the manifest last."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from .manifest import Manifest, file_sha256, stack_support_sha256, write_atomic, write_json, write_manifest
+
+
+__all__ = ["save_task", "write_manifest"]
+
+
+STRATEGIES = "strategies.safetensors"
+
+
+def save_task(
+    model: PeftModel, folder: str, name: str, stack: Path, info: dict[str, Any], card: str, states: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Write a finished adapter as `stack`/`folder` and return its manifest entry (without adding it).
+
+    info: goes into task.json. card: README.md. states: what the strategies must remember, if anything.
+    The folder is written under a temporary name and moved, so that it appears whole or not at all. A folder of this
+    name that the manifest does not list yet (left by a run that was killed) is replaced.
+    """
+    stack.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=stack, prefix=f".{folder}."))
+    try:
+        # Our own save: the embeddings are never adapted, and PEFT would ask the Hub about them once per adapter.
+        model.save_pretrained(str(temporary), selected_adapters=[folder], save_embedding_layers=False)
+        config = model.peft_config[folder]
+        support = stack_support_sha256(config.support)
+        write_json(temporary / folder / "task.json", {"name": name, "folder": folder, "support_sha256": support, **info})
+        write_atomic(temporary / folder / "README.md", card)
+        if states:
+            save_file({key: value.contiguous() for key, value in states.items()}, temporary / folder / STRATEGIES)
+        files = {path.name: file_sha256(path) for path in sorted((temporary / folder).iterdir())}
+        target = stack / folder
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary / folder, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"name": name, "folder": folder, "files": files, "support_sha256": support}
+
+
+def remove_unlisted(stack: Path, manifest: Manifest) -> None:
+    """Delete task folders and temporary ones that a killed run left behind."""
+    listed = {task["folder"] for task in manifest.tasks}
+    for path in stack.iterdir():
+        if path.is_dir() and path.name.lstrip(".").startswith("task_") and path.name not in listed:
+            shutil.rmtree(path)

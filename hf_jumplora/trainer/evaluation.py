@@ -1,0 +1,99 @@
+"""Accuracy of a text task: the greedy answer, or the label of highest likelihood."""
+
+import inspect
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+
+from .tasks import Encoder, TextTask, fold, pad_rows
+
+
+@torch.no_grad()
+def evaluate_task(
+    model: nn.Module, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32
+) -> float:
+    """Accuracy in [0, 1] on the task's eval rows.
+
+    mode: "generate" (greedy, exact match after lower-casing and white-space folding: the papers' metric) or "score"
+    (the label with the largest log-likelihood given the prompt, end of sequence included). With several processes each
+    takes a share of the rows; every row counts once.
+    """
+    predict = {"generate": generate_answers, "score": score_labels}[mode]
+    was_training = model.training
+    model.eval()
+    rows = task.eval_dataset
+    state = PartialState()
+    share = -(-len(rows) // state.num_processes)
+    # Equal shares, because under ZeRO-3 all processes must run the model equally often; surplus rows are dropped below.
+    mine = [min(i, len(rows) - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
+    mine.sort(key=lambda i: len(rows[i][task.text_column]))  # texts of similar length share a batch: less padding
+    hits: list[tuple[int, bool]] = []
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        prompts = [encoder.prompt_ids(task, rows[i][task.text_column]) for i in batch]
+        answers = predict(model, encoder, task, prompts)
+        hits += [(i, fold(answer) == fold(rows[i][task.label_column])) for i, answer in zip(batch, answers, strict=True)]
+    model.train(was_training)
+    return sum(dict(gather_object(hits)).values()) / len(rows)
+
+
+def _pad_token(tokenizer) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _left_padded(encoder: Encoder, prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = pad_rows(prompts, _pad_token(encoder.tokenizer), "left").to(device)
+    return ids, pad_rows([[1] * len(p) for p in prompts], 0, "left").to(device)
+
+
+def generate_answers(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
+    """Greedy answers to a batch of prompts (token ids), as long as the longest label at most."""
+    ids, mask = _left_padded(encoder, prompts, model.device)
+    longest = max(len(encoder.answer_ids(label)) for label in task.labels)
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, num_beams=1,
+        pad_token_id=_pad_token(encoder.tokenizer),
+    )  # fmt: skip
+    new = out if encoder.seq2seq else out[:, ids.shape[1] :]
+    return encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
+    """The likeliest label for each prompt: argmax over labels of log p(label, end of sequence | prompt).
+
+    The prompt runs through the model once; the labels follow on its cache.
+    """
+    answers = [encoder.answer_ids(label) for label in task.labels]
+    ids, mask = _left_padded(encoder, prompts, model.device)
+    n = len(answers)
+    targets = pad_rows(answers, -100).to(ids.device).repeat(len(prompts), 1)  # [prompts * labels, longest]
+    if encoder.seq2seq:
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)  # type: ignore[operator]
+        hidden["last_hidden_state"] = hidden["last_hidden_state"].repeat_interleave(n, 0)
+        logits = model(encoder_outputs=hidden, attention_mask=mask.repeat_interleave(n, 0), labels=targets).logits
+    else:
+        forward = getattr(model, "get_base_model", lambda: model)().forward
+        takes_positions = "position_ids" in inspect.signature(forward).parameters
+
+        def positions(values):  # models without learned or rotary positions work them out from the mask
+            return {"position_ids": values} if takes_positions else {}
+
+        first = model(
+            input_ids=ids, attention_mask=mask, use_cache=True, **positions((mask.cumsum(1) - 1).clamp_min(0))
+        )
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(n)
+        last = first.logits[:, -1:].repeat_interleave(n, 0)
+        inputs = targets[:, :-1].clamp_min(0)  # padding: its predictions are not scored
+        logits = last
+        if inputs.shape[1]:
+            steps = torch.arange(inputs.shape[1], device=ids.device)
+            full_mask = torch.cat([mask.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+            where = mask.sum(1).repeat_interleave(n)[:, None] + steps
+            rest = model(input_ids=inputs, attention_mask=full_mask, past_key_values=cache, **positions(where))
+            logits = torch.cat([last, rest.logits], 1)
+    log_p = logits.float().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
+    scores = (log_p * (targets != -100)).sum(1).view(len(prompts), n)
+    return [task.labels[i] for i in scores.argmax(1).tolist()]

@@ -1,0 +1,171 @@
+"""The training of one task: the gate's schedule as a callback, everything else as a mixin for any Trainer class."""
+
+import functools
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..strategies import Strategy
+from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
+from ..tuner.adapters import adapter_config
+
+
+class GateCallback(TrainerCallback):
+    """Ramps the gate and starts (or holds) the threshold of one adapter. Enough by itself for any Trainer.
+
+    f is a pure function of the finished optimizer steps, so a resumed run needs nothing of this callback's own. The
+    threshold is set after step s0, and with `threshold_update="density"` after every later step too.
+    """
+
+    def __init__(self, adapter: str = "default"):
+        self.adapter = adapter
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        if config.gate:
+            ramp_steps(state.max_steps, config)  # raises if the task is too short
+            set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        if not config.gate:
+            return
+        start, _ = ramp_steps(state.max_steps, config)
+        if state.global_step == start:
+            set_threshold(model, self.adapter, config.initial_density or config.target_density)
+        elif state.global_step > start and config.threshold_update == "density":
+            set_threshold(model, self.adapter, config.target_density or config.initial_density)
+        set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+
+class _StrategyCallback(TrainerCallback):
+    """Calls `on_step_end` of the strategies."""
+
+    def __init__(self, trainer: "ContinualMixin"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for strategy in self.trainer.strategies:
+            strategy.on_step_end(model, self.trainer.adapter)
+
+
+class ContinualMixin:
+    """Put first among the bases of a Trainer class (see [`make_continual`]); trains the adapter `adapter`.
+
+    Adds the strategies' penalties to the loss, gives the thresholds their own learning rate and no weight decay, logs
+    density, threshold and penalty, and stops at a loss that is not a number.
+    """
+
+    def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.strategies, self.adapter = list(strategies or ()), adapter
+        self._penalty_sum, self._penalty_count = 0.0, 0
+        # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
+        for gate, layers in gate_groups(self.model, adapter):
+            gate.log_tau.data = gate.log_tau.data.float()
+            for layer in layers:
+                for factor in (layer.jumplora_A[adapter], layer.jumplora_B[adapter]):
+                    factor.data = factor.data.float()
+        self.add_callback(GateCallback(adapter))
+        self.add_callback(_StrategyCallback(self))
+
+    # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
+    def _add_penalty(self, model, args, kwargs, output):
+        if not model.training:
+            return output
+        terms = [t for t in (s.penalty(model, kwargs, self.adapter) for s in self.strategies) if t is not None]
+        if terms:
+            if not isinstance(output, dict):
+                raise ValueError("the model returned a tuple; penalties need return_dict=True")
+            output["penalty"] = torch.stack([t.reshape(()) for t in terms]).sum()
+        return output
+
+    def train(self, *args, **kwargs):
+        handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        penalty = outputs.get("penalty") if isinstance(outputs, dict) else None
+        if penalty is not None:
+            self._penalty_sum += penalty.detach()
+            self._penalty_count += 1
+            if self._is_scaled(num_items_in_batch):
+                penalty = penalty / self.current_gradient_accumulation_steps
+            loss = loss + penalty
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled(self, num_items_in_batch) -> bool:
+        """Whether the loss arrives already divided by the accumulation steps (else the Trainer divides it later)."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} after step {self.state.global_step} of {self.state.max_steps}: training has "
+                "diverged and was stopped. Lower the learning rate or the strategies' weights; finished tasks are safe"
+            )
+        return loss
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "jumplora_gate" not in name]
+
+    def create_optimizer(self, *args, **kwargs):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "gate_learning_rate", None)
+        if fresh and rate is not None:
+            gates = {id(gate.log_tau): gate.log_tau for gate, _ in gate_groups(self.model, self.adapter)}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in gates]
+            optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        """A checkpoint holds the adapter in training alone: finished ones are in the stack and do not change. And no
+        training_args.bin: it is a pickle that holds the Hub token in clear."""
+        output_dir = output_dir or self.args.output_dir
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            Path(output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        elif self.args.should_save:
+            self.model.save_pretrained(
+                output_dir, state_dict=state_dict, selected_adapters=[self.adapter], save_embedding_layers=False
+            )
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+
+    def log(self, logs, *args, **kwargs):
+        groups = gate_groups(self.model, self.adapter)
+        if "loss" in logs and groups:
+            logs["density"] = density(self.model, self.adapter)
+            logs["threshold"] = sum(gate.log_tau.exp().item() for gate, _ in groups) / len(groups)
+            logs["mix"] = groups[0][0].mix.item()
+        if "loss" in logs and self._penalty_count:
+            logs["penalty"] = float(self._penalty_sum) / self._penalty_count
+            self._penalty_sum, self._penalty_count = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+
+@functools.cache
+def make_continual(trainer_cls: type) -> type:
+    """A trainer class with [`ContinualMixin`] in front: `make_continual(SFTTrainer)`, `make_continual(MyTrainer)`, ..."""
+    return type(f"Continual{trainer_cls.__name__}", (ContinualMixin, trainer_cls), {"__doc__": ContinualMixin.__doc__})
+
+
+ContinualTrainer = make_continual(Trainer)
+ContinualSeq2SeqTrainer = make_continual(Seq2SeqTrainer)

@@ -1,0 +1,369 @@
+"""`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import concatenate_datasets
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import metrics as formulas
+from ..hub.card import stack_card, task_card
+from ..methods import get_method
+from ..report import table, write_report
+from ..stack.load import attach, merge_finished, verify
+from ..stack.manifest import MANIFEST, Manifest, describe_base, library_versions, read_manifest, write_atomic, write_json
+from ..stack.save import STRATEGIES, remove_unlisted, save_task, write_manifest
+from ..strategies import Strategy
+from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_steps
+from .arguments import ContinualTrainingArguments
+from .evaluation import evaluate_task
+from .mixin import ContinualTrainer
+from .state import METRICS, check_settings, derive, read_matrix
+from .tasks import Encoder, Task, TextTask, collate
+
+
+logger = logging.getLogger(__name__)
+
+_RESULT_SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "seed", "bf16", "fp16",
+    "gate_learning_rate", "max_length", "eval_mode", "eval_tasks",
+)  # fmt: skip
+
+
+class ContinualRun:
+    """Trains a model on tasks one after the other and keeps everything on disk, in `args.output_dir`.
+
+    After each task: its adapter and support are written to the stack, all tasks are evaluated, `metrics.json`,
+    `report.md` and the model card are brought up to date. `train()` on a folder that holds an interrupted run with the
+    same settings continues at the task (inside a task: at the last checkpoint) and gives the same result.
+
+    Args:
+        model: the base model. It is changed in place (adapters are added, finished updates are merged into it).
+        tasks: [`Task`] or [`TextTask`], in order.
+        method: a name of [`methods.METHODS`].
+        args: [`ContinualTrainingArguments`]; they hold for each task. Of a task's steps, `save_steps` make checkpoints.
+        processing_class: the tokenizer (needed for text tasks).
+        trainer_cls: made by [`make_continual`]; default [`ContinualTrainer`].
+        adapter_config: options of the adapters; the method's own prescriptions come on top.
+        strategies: replaces the method's strategies (for other weights, or other combinations).
+        data_collator, callbacks: passed on to each task's trainer.
+
+    Raises:
+        ValueError: anything that cannot work, before training starts; the message names the option, task or file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: list[Task],
+        method: str = "jumplora",
+        args: ContinualTrainingArguments | None = None,
+        processing_class: Any = None,
+        *,
+        trainer_cls: type = ContinualTrainer,
+        adapter_config: JumpLoraConfig | None = None,
+        strategies: list[Strategy] | None = None,
+        data_collator: Any = None,
+        callbacks: list | None = None,
+    ):
+        self.method, self.method_name = get_method(method), method
+        self.model, self.tasks, self.processing_class = model, list(tasks), processing_class
+        self.args = args or ContinualTrainingArguments()
+        self.trainer_cls, self.callbacks = trainer_cls, list(callbacks or ())
+        self.config = dataclasses.replace(adapter_config or JumpLoraConfig(), **self.method.adapter)
+        self.strategies = [make() for make in self.method.strategies] if strategies is None else list(strategies)
+        self.output_dir = Path(self.args.output_dir)
+        self._check_options()
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.encoder = Encoder(processing_class, getattr(self.args, "max_length", 512), self.seq2seq)
+        self.data_collator = data_collator
+        if data_collator is None and self._text_tasks():
+            self.data_collator = collate(processing_class, self.seq2seq)
+        self.manifest: Manifest | None = None
+        self.matrix: list[list[float | None]] = []
+        self.info: list[dict[str, Any]] = []
+
+    # ---- checks ---------------------------------------------------------------------------------------------------
+
+    def _text_tasks(self) -> list[TextTask]:
+        return [task for task in self.tasks if isinstance(task, TextTask)]
+
+    def _check_options(self) -> None:
+        if not self.tasks:
+            raise ValueError("a run needs at least one task")
+        names = [task.name for task in self.tasks]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two tasks are called {sorted(twice)[0]!r}; give each its own name")
+        if isinstance(self.model, PeftModel):
+            raise ValueError("ContinualRun takes the base model and makes the adapters itself; this is a PeftModel")
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if getattr(self.config, option):
+                raise ValueError(
+                    f"{option} trains whole weights that replace each other from task to task, so they cannot be part "
+                    "of an additive stack; adapt these layers through target_modules, or freeze them"
+                )
+        if self.config.parent_adapters or self.config.support:
+            raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
+        if self.config.lora_dropout and not self.config.gate and self.config.isolation == "hard":
+            raise ValueError("isolation='hard' needs a gate")
+        if self.args.push_to_hub:
+            raise ValueError("push_to_hub is not supported by ContinualRun yet; upload output_dir when it has finished")
+        if self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
+        if self._text_tasks() and self.processing_class is None:
+            raise ValueError("text tasks need processing_class (the tokenizer)")
+        if self.config.gate:
+            for stage in self._stage_sizes():
+                try:
+                    ramp_steps(self._planned_steps(stage[1]), self.config)
+                except ValueError as error:
+                    raise ValueError(f"task {stage[0]!r}: {error}") from error
+
+    def _stage_sizes(self) -> list[tuple[str, int]]:
+        sizes = [(task.name, len(task.train_dataset)) for task in self.tasks]
+        return sizes if self.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
+
+    def _planned_steps(self, examples: int) -> int:
+        """Optimizer steps of a task, as the Trainer counts them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = math.ceil(examples / (self.args.train_batch_size * self.args.world_size))
+        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a restarted run to continue."""
+        config = self.config.to_dict()
+        skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
+        settings = {f"adapter.{key}": value for key, value in config.items() if key not in skip}
+        for key in ("target_modules", "exclude_modules"):
+            value = settings[f"adapter.{key}"]
+            settings[f"adapter.{key}"] = sorted(value) if isinstance(value, set) else value
+        settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
+        settings["method"] = self.method_name
+        settings["strategies"] = [repr(strategy) for strategy in self.strategies]
+        settings["base_model"] = getattr(self.model, "name_or_path", "")
+        for number, task in enumerate(self.tasks):
+            settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
+        return settings
+
+    # ---- the sequence ---------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train all tasks that are not finished yet; returns the content of metrics.json."""
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                check_settings(self.output_dir, self._settings())
+        train_sets = self._encode()
+        done = self._restore()
+        if not self.matrix:
+            zero_shot = self.evaluate() if self._evaluates_all() else [None] * len(self.tasks)
+            self.matrix = [zero_shot]
+            self._write_metrics()
+        stages = self._stage_sizes()
+        progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
+        for index, (name, _) in enumerate(progress, start=done):
+            progress.set_postfix_str(name)
+            self._train_task(index, name, train_sets[index])
+        result = self._write_metrics()
+        if PartialState().is_main_process:
+            print(table(result, self.method_name))
+        return result
+
+    def _quiet(self) -> bool:
+        return self.args.disable_tqdm or not PartialState().is_main_process
+
+    def _evaluates_all(self) -> bool:
+        return getattr(self.args, "eval_tasks", "all") == "all"
+
+    def _encode(self) -> list[Any]:
+        """The training set of every stage; all texts are encoded before the first step, so that bad ones show now."""
+        sets = [self.encoder.train_rows(t) if isinstance(t, TextTask) else t.train_dataset for t in self.tasks]
+        for task in self.tasks:
+            if isinstance(task, TextTask):
+                for row in task.eval_dataset or ():
+                    self.encoder.prompt_ids(task, row[task.text_column])
+                if self.encoder.truncated[task.name]:
+                    logger.warning(
+                        "task %s: %d texts were cut to fit max_length=%d",
+                        task.name, self.encoder.truncated[task.name], self.encoder.max_length,
+                    )  # fmt: skip
+        return sets if self.method.mode != "joint" else [concatenate_datasets(sets)]
+
+    def _restore(self) -> int:
+        """Load what a former process finished; returns the number of finished stages."""
+        if not (self.output_dir / MANIFEST).is_file():
+            self.matrix = read_matrix(self.output_dir)[:1]
+            return 0
+        self.manifest = read_manifest(self.output_dir)
+        if PartialState().is_main_process:
+            remove_unlisted(self.output_dir, self.manifest)
+        tasks = self.manifest.tasks
+        self.matrix = read_matrix(self.output_dir)[: len(tasks) + 1]
+        self.info = [json.loads((self.output_dir / task["folder"] / "task.json").read_text()) for task in tasks]
+        for task in tasks:
+            verify(self.output_dir, task)
+        self.model = attach(self.model, self.output_dir, tasks if self.manifest.additive else tasks[-1:])
+        state = self.output_dir / tasks[-1]["folder"] / STRATEGIES
+        if state.is_file():
+            saved = load_file(state)
+            for number, strategy in enumerate(self.strategies):
+                prefix = f"{number}."
+                strategy.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+        return len(tasks)
+
+    def _new_adapter(self, index: int) -> None:
+        """Put the adapter `default` into the model, on top of the finished ones; seeded by the task's number."""
+        set_seed(self.args.seed + 1000 * index)
+        finished = [f"task_{k:03d}" for k in range(index)]
+        config = copy.deepcopy(self.config)
+        if index == 0:
+            self.model = get_peft_model(self.model, config)
+            return
+        self.model.unmerge_adapter()
+        if self.method.mode == "sequential":
+            self.model.add_adapter("default", config)
+            self.model.set_adapter("default")
+            with torch.no_grad():
+                for _, layer in named_layers(self.model):
+                    layer.jumplora_A["default"].copy_(layer.jumplora_A[finished[-1]])
+                    layer.jumplora_B["default"].copy_(layer.jumplora_B[finished[-1]])
+            self.model.delete_adapter(finished[-1])
+        else:
+            config.parent_adapters = finished
+            self.model.add_adapter("default", config)
+            self.model.set_adapter("default")
+            merge_finished(self.model, finished)
+
+    def _train_task(self, index: int, name: str, train_set: Any) -> None:
+        start = time.perf_counter()
+        self._new_adapter(index)
+        for strategy in self.strategies:
+            strategy.on_task_start(self.model, "default")
+        folder = f"task_{index:03d}"
+        checkpoints = self.output_dir / "checkpoints" / folder
+        trainer = self._trainer(checkpoints, index, train_dataset=train_set)
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        output = trainer.train(resume_from_checkpoint=last)
+        for strategy in self.strategies:
+            strategy.on_task_end(self.model, "default")
+        finish_adapter(self.model, "default", folder)
+        if self.method.mode != "sequential":
+            merge_finished(self.model, [folder])
+        self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]
+        task = self.tasks[index] if self.method.mode != "joint" else None
+        self.info.append(
+            {
+                "index": index,
+                "name": name,
+                "density": density(self.model, folder),
+                "steps": output.global_step,
+                "train_loss": output.training_loss,
+                "train_examples": len(train_set),
+                "truncated": self.encoder.truncated[name],
+                "source": task.source if task else "",
+                "labels": task.labels if isinstance(task, TextTask) else None,
+                "instruction": task.instruction if isinstance(task, TextTask) else None,
+                "seed": self.args.seed + 1000 * index,
+                "effective_batch": self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+                "seconds": round(time.perf_counter() - start, 1),
+                **self._overlaps(folder),
+            }
+        )
+        if PartialState().is_main_process:
+            self._commit(name, folder)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:
+        args = copy.copy(self.args)
+        args.output_dir, args.seed = str(output_dir), self.args.seed + 1000 * index
+        return self.trainer_cls(
+            model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
+            strategies=self.strategies, callbacks=list(self.callbacks), **kwargs,
+        )  # fmt: skip
+
+    # ---- what is known after a task -------------------------------------------------------------------------------
+
+    def evaluate(self, seen: int | None = None) -> list[float | None]:
+        """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen")."""
+        limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
+        row: list[float | None] = []
+        for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):
+            if index >= limit or task.eval_dataset is None:
+                row.append(None)
+            elif isinstance(task, TextTask):
+                row.append(
+                    evaluate_task(self.model, self.encoder, task, self.args.eval_mode, self.args.per_device_eval_batch_size)
+                )
+            else:
+                trainer = self._trainer(
+                    self.output_dir / "checkpoints", 0, eval_dataset=task.eval_dataset, compute_metrics=task.compute_metrics
+                )
+                scores = trainer.evaluate()
+                if f"eval_{task.metric}" not in scores:
+                    raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
+                row.append(float(scores[f"eval_{task.metric}"]))
+        return row
+
+    def _overlaps(self, folder: str) -> dict[str, list[float]]:
+        """Collision rate and overlap of a finished task's support with each earlier one's."""
+        if not self.config.gate:
+            return {}
+        earlier = [f"task_{k:03d}" for k in range(int(folder[5:]))]
+        shared, sizes, entries = dict.fromkeys(earlier, 0), dict.fromkeys([*earlier, folder], 0), 0
+        for _, layer in named_layers(self.model, folder):
+            mine = layer.support(folder)
+            sizes[folder] += int(mine.sum())
+            entries += mine.numel()
+            for other in earlier:
+                theirs = layer.support(other)
+                sizes[other] += int(theirs.sum())
+                shared[other] += int((mine & theirs).sum())
+        return {
+            "collision": [formulas.collision_rate(shared[o], entries) for o in earlier],
+            "overlap": [formulas.overlap(shared[o], sizes[o], sizes[folder]) for o in earlier],
+        }
+
+    def _commit(self, name: str, folder: str) -> None:
+        """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""
+        if self.manifest is None:
+            self.manifest = Manifest(describe_base(self.model), self.method_name, self.method.mode != "sequential")
+        self.manifest.versions = library_versions()
+        states = {
+            f"{n}.{key}": value for n, strategy in enumerate(self.strategies) for key, value in strategy.state_dict().items()
+        }
+        card = task_card(self.manifest, name, folder, self.info[-1])
+        entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
+        self.manifest.tasks.append(entry)
+        self._write_metrics()
+        write_manifest(self.output_dir, self.manifest)
+
+    def _write_metrics(self) -> dict[str, Any]:
+        continual = self.method.mode != "joint"
+        result = derive(self.matrix, [task.name for task in self.tasks], continual)
+        result["method"] = self.method_name
+        result["trained"] = self.info
+        if PartialState().is_main_process:
+            write_json(self.output_dir / METRICS, result)
+            if self.manifest is not None:
+                write_atomic(self.output_dir / "README.md", stack_card(self.manifest, result))
+            write_report(self.output_dir, result)
+        return result

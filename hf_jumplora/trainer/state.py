@@ -1,0 +1,74 @@
+"""What a run keeps on disk beside the stack, so that the same command continues where it stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import metrics as formulas
+from ..stack.manifest import write_json
+
+
+RUN = "run.json"
+METRICS = "metrics.json"
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write run.json, or compare it with the one that is there.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; the message says which differ and how.
+    """
+    path = folder / RUN
+    settings = json.loads(json.dumps(settings, default=str))
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+    differ = [
+        f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+        for key in sorted({*before, *settings})
+        if before.get(key) != settings.get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(differ)}). Use another output_dir, or the settings "
+            "of that run to continue it"
+        )
+
+
+def read_matrix(folder: Path) -> list[list[float | None]]:
+    """The accuracy matrix so far, row 0 before any training; empty for a new run."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text())["matrix"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+
+
+def derive(matrix: list[list[float | None]], tasks: list[str], continual: bool) -> dict[str, Any]:
+    """metrics.json: the matrix and what follows from it.
+
+    matrix: [1 + trained stages][tasks], accuracies in [0, 1], row 0 zero-shot. Before the last task, the formulas are
+    taken over the tasks trained so far. `continual=False` (joint training) has an average accuracy only.
+    """
+    result: dict[str, Any] = {"tasks": tasks, "matrix": matrix}
+    seen = len(matrix) - 1
+    if not continual:
+        if seen and None not in matrix[-1]:
+            result["average_accuracy"] = formulas.average_accuracy(matrix[1:])
+    elif seen and all(matrix[i + 1][j] is not None for i in range(seen) for j in range(i + 1)):
+        a, zero_shot = [row[:seen] for row in matrix[1:]], matrix[0][:seen]
+        result["average_accuracy"] = formulas.average_accuracy(a)
+        result["learning_accuracy"] = formulas.learning_accuracy(a)
+        if seen > 1:
+            result["backward_transfer"] = formulas.backward_transfer(a)
+            result["forgetting"] = formulas.forgetting(a)
+            if None not in zero_shot and all(a[j - 1][j] is not None for j in range(1, seen)):
+                result["forward_transfer_gem"] = formulas.forward_transfer_gem(a, zero_shot)  # type: ignore[arg-type]
+    result["formulas"] = {name: text for name, text in formulas.FORMULAS.items() if name in result}
+    return result

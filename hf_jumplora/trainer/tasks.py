@@ -1,0 +1,315 @@
+"""Tasks and streams of tasks: what is trained on, what it is called, how a text becomes a prompt."""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, load_dataset
+
+
+PROMPT = "Task Instruction: {instruction}\nOptions: {options}\nText: {text}\nAnswer:"  # JumpLoRA's: no data-set name
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass
+class Task:
+    """A task for any trainer class: data sets as that class takes them.
+
+    name: unique in its stream; letters, digits, '-', '_', '.'.
+    compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
+    """
+
+    name: str
+    train_dataset: Any
+    eval_dataset: Any = None
+    compute_metrics: Callable | None = None
+    metric: str = "accuracy"
+    source: str = ""
+
+    def __post_init__(self):
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"task name {self.name!r}: use letters, digits, '-', '_' and '.', starting with a letter")
+        if self.train_dataset is None or len(self.train_dataset) == 0:
+            raise ValueError(f"task {self.name!r} has no training example")
+        if self.eval_dataset is not None and len(self.eval_dataset) == 0:
+            raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
+
+    def fingerprint(self) -> str:
+        """Tells whether a restarted run sees the same task: sizes and, where rows can be read, their content."""
+        digest = hashlib.sha256(f"{self.name}:{len(self.train_dataset)}".encode())
+        for part in (self.train_dataset, self.eval_dataset):
+            if isinstance(part, list):
+                digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+            elif isinstance(part, Dataset):
+                digest.update(part._fingerprint.encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass
+class TextTask(Task):
+    """Text-to-text classification, for causal and seq2seq models.
+
+    train_dataset, eval_dataset: lists of rows (dicts) with a text and a label, both strings.
+    labels: all answers; an evaluation by `score` chooses among them.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    instruction: str = ""
+    text_column: str = "sentence"
+    label_column: str = "label"
+    prompt: str = PROMPT
+
+    def __post_init__(self):
+        super().__post_init__()
+        where = f"task {self.name!r}"
+        if not self.labels:
+            raise ValueError(f"{where} has no labels")
+        if len(set(map(fold, self.labels))) != len(self.labels):
+            raise ValueError(f"{where}: two labels are the same but for case or spaces: {self.labels}")
+        if "{text}" not in self.prompt:
+            raise ValueError(f"{where}: the prompt needs a place for '{{text}}', got {self.prompt!r}")
+        for split, rows in (("train", self.train_dataset), ("eval", self.eval_dataset or [])):
+            for i, row in enumerate(rows):
+                for column in (self.text_column, self.label_column):
+                    if not isinstance(row.get(column), str):
+                        raise ValueError(f"{where}, {split} row {i}: no string in column {column!r}, only {sorted(row)}")
+                if row[self.label_column] not in self.labels:
+                    raise ValueError(
+                        f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}"
+                    )
+
+    def render(self, text: str) -> str:
+        """The prompt of one text. Plain replacement: braces in a text mean nothing."""
+        parts = {"{instruction}": self.instruction, "{options}": " | ".join(self.labels), "{text}": text.strip()}
+        return re.sub(r"\{instruction\}|\{options\}|\{text\}", lambda match: parts[match.group()], self.prompt)
+
+
+def fold(text: str) -> str:
+    """Lower case, white space folded: how answers are compared (the published metric)."""
+    return " ".join(text.lower().split())
+
+
+class Encoder:
+    """Turns rows of text tasks into token ids for a tokenizer; cuts texts that are too long, and only texts.
+
+    max_length: tokens of prompt and answer together (causal), of the prompt alone (seq2seq).
+    truncated: how many prompts were cut, by task name.
+    """
+
+    def __init__(self, tokenizer, max_length: int, seq2seq: bool):
+        self.tokenizer, self.max_length, self.seq2seq = tokenizer, max_length, seq2seq
+        self.truncated: Counter[str] = Counter()
+
+    def answer_ids(self, label: str) -> list[int]:
+        """Tokens of an answer, with the end-of-sequence token."""
+        if self.seq2seq:
+            return self.tokenizer(text_target=label).input_ids
+        return [*self.tokenizer(" " + label, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def prompt_ids(self, task: TextTask, text: str) -> list[int]:
+        """Tokens of a prompt, its text cut so that any answer still fits.
+
+        Raises:
+            ValueError: instruction, options and answer alone are longer than max_length.
+        """
+        room = self.max_length
+        if not self.seq2seq:
+            room -= max(len(self.answer_ids(label)) for label in task.labels)
+        ids = self.tokenizer(task.render(text)).input_ids
+        if len(ids) <= room:
+            return ids
+        self.truncated[task.name] += 1
+        pieces = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
+        keep = len(pieces)
+        while len(ids) > room:
+            if keep == 0:
+                raise ValueError(
+                    f"task {task.name!r}: instruction, options and answer take {self.max_length - room + len(ids)} tokens, "
+                    f"max_length is {self.max_length}: raise it or shorten them"
+                )
+            keep = max(0, keep - (len(ids) - room))
+            ids = self.tokenizer(task.render(self.tokenizer.decode(pieces[:keep]))).input_ids
+        return ids
+
+    def train_rows(self, task: TextTask) -> Dataset:
+        """input_ids and labels of every training row; in a causal model the loss is on the answer alone."""
+        rows = []
+        for row in task.train_dataset:
+            prompt, answer = self.prompt_ids(task, row[task.text_column]), self.answer_ids(row[task.label_column])
+            if self.seq2seq:
+                rows.append({"input_ids": prompt, "labels": answer})
+            else:
+                rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return Dataset.from_list(rows)
+
+
+def pad_rows(rows: list[list[int]], value: int, side: str = "right"):
+    """Integer lists as one int64 tensor [rows, longest], padded with `value`."""
+    import torch
+
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
+
+
+def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
+    """Batches of [`Encoder.train_rows`], padded on the right."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def batch(rows: list[dict]) -> dict:
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": pad_rows(ids, pad),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+            "labels": pad_rows([row["labels"] for row in rows], -100),
+        }
+
+    return batch
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------
+
+_TASK_KEYS = {
+    "name", "folder", "dataset", "config", "train_file", "eval_file", "train_split", "eval_split", "text", "label",
+    "labels", "instruction", "max_train", "max_eval",
+}  # fmt: skip
+_STREAM_KEYS = {"name", "prompt", "tasks", "max_train", "max_eval"}
+
+
+def load_tasks(stream: str | Path, data_dir: str | Path | None = None, **limits: int | None) -> list[TextTask]:
+    """Read a stream of text tasks from a YAML file (docs/streams.md describes every key).
+
+    Each task's rows come from `folder` (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`),
+    from `train_file` and `eval_file` (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a
+    `data_dir`, tasks that name a folder are read from there and the Hub is not asked.
+
+    Args:
+        limits: `max_train`, `max_eval`: at most so many rows a task (the first ones); overrides the file.
+
+    Raises:
+        ValueError: a malformed file (line and key are named), a missing column, an unknown label.
+        FileNotFoundError: a file or folder that the stream names does not exist.
+    """
+    path = Path(stream)
+    if not path.is_file():
+        raise FileNotFoundError(f"stream file {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
+    if not isinstance(data["tasks"], list) or not data["tasks"]:
+        raise ValueError(f"{path}: 'tasks' must be a list of tasks")
+    limits = {key: limits.get(key) or data.get(key) for key in ("max_train", "max_eval")}
+    tasks = []
+    for number, entry in enumerate(data["tasks"], 1):
+        where = f"{path}, task {number} (line {_line_of_task(path, number)})"
+        _check_keys(entry, _TASK_KEYS, {"name"}, where)
+        tasks.append(_read_task(entry, data.get("prompt", PROMPT), path, data_dir, limits, where))
+    return tasks
+
+
+def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected keys and values, found {type(entry).__name__}")
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+    for key in required - set(entry):
+        raise ValueError(f"{where}: key {key!r} is missing")
+
+
+def _line_of_task(path: Path, number: int) -> int:
+    root = yaml.compose(path.read_text(encoding="utf-8"))
+    tasks = next(value for key, value in root.value if key.value == "tasks")
+    return tasks.value[number - 1].start_mark.line + 1
+
+
+def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str) -> TextTask:
+    text, label = entry.get("text", "sentence"), entry.get("label", "label")
+    labels = entry.get("labels")
+    if "folder" in entry and (data_dir is not None or "dataset" not in entry):
+        folder = Path(data_dir or stream.parent) / entry["folder"]
+        splits = {"train": folder / "train.json", "eval": folder / "test.json"}
+        rows = {split: read_rows(file) for split, file in splits.items()}
+        labels, source = labels or json.loads((folder / "labels.json").read_text()), str(entry["folder"])
+    elif "train_file" in entry:
+        files = {"train": entry["train_file"], "eval": entry.get("eval_file")}
+        root = Path(data_dir or stream.parent)
+        rows = {split: read_rows(root / file) if file else [] for split, file in files.items()}
+        source = str(entry["train_file"])
+    elif "dataset" in entry:
+        names = {"train": entry.get("train_split", "train"), "eval": entry.get("eval_split", "test")}
+        parts = {split: load_dataset(entry["dataset"], entry.get("config"), split=name) for split, name in names.items()}
+        rows = {split: _hub_rows(part, label, labels) for split, part in parts.items()}
+        source = entry["dataset"]
+    else:
+        raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
+    for split in rows:
+        limit = entry.get(f"max_{split}", limits[f"max_{split}"])
+        rows[split] = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(rows[split][:limit])]
+    if labels is None:
+        labels = sorted({row["label"] for row in rows["train"]})
+    try:
+        return TextTask(
+            name=entry["name"], train_dataset=rows["train"], eval_dataset=rows["eval"] or None, labels=labels,
+            instruction=entry.get("instruction", ""), prompt=prompt, source=source,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _text_row(row: dict, text: str, label: str, where: str) -> dict[str, str]:
+    """`text` is a column, or a template over columns such as 'Title: {title}\\nText: {content}'."""
+    columns = re.findall(r"\{(\w+)\}", text)
+    for column in [*(columns or [text]), label]:
+        if row.get(column) is None:
+            raise ValueError(f"{where}: no column {column!r}, only {', '.join(sorted(row))}")
+    value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])
+    return {"sentence": value, "label": str(row[label])}
+
+
+def _hub_rows(part, label: str, labels: list[str] | None) -> list[dict]:
+    """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names."""
+    names = labels or getattr(part.features.get(label), "names", None)
+    rows = part.to_list()
+    if names is not None and rows and isinstance(rows[0].get(label), int):
+        rows = [{**row, label: names[row[label]]} for row in rows if 0 <= row[label] < len(names)]
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON (a list), JSON lines, CSV or Parquet file, without a cache elsewhere.
+
+    Raises FileNotFoundError, or ValueError naming the file (and the line) when it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if kind == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    if kind not in (".json", ".jsonl"):
+        raise ValueError(f"{path}: cannot read {kind!r}; use .json, .jsonl, .csv or .parquet")
+    content = path.read_text(encoding="utf-8")
+    try:
+        if kind == ".json":
+            rows = json.loads(content)
+        else:
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects")
+    return rows

@@ -1,0 +1,104 @@
+"""ELLA's penalty: value and closed-form gradient against autograd through the dense specification."""
+
+import pytest
+import torch
+
+from hf_jumplora.ops import blocked
+from hf_jumplora.ops.naive import effective_update
+from hf_jumplora.ops.penalty import overlap_penalty
+
+
+def factors(shape=(17, 33), rank=3, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    out_features, in_features = shape
+    A = torch.randn(rank, in_features, generator=g) * 0.3
+    B = torch.randn(out_features, rank, generator=g) * 0.3
+    past = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < 0.4)
+    log_tau = (B @ A).abs().flatten().quantile(0.7).log().reshape(1) + 1e-4
+    return [t.to(dtype) for t in (A, B, log_tau, past)]
+
+
+def both(tensors, mix, gated=True, upstream=3.0, **options):
+    """(value, gradients) of the operator, and of dense autograd in float64."""
+    results = []
+    for dense in (False, True):
+        A, B, log_tau, past = (t.double() if dense else t.clone() for t in tensors)
+        leaves = [t.requires_grad_() for t in ((A, B, log_tau) if gated else (A, B))]
+        if not dense:
+            value = overlap_penalty(A, B, log_tau if gated else None, past, scaling=4.0, mix=mix, **options)
+        else:
+            E = effective_update(A, B, log_tau, mix=mix, **options) if gated else B @ A
+            value = (4.0 * E * past).square().sum()
+        (upstream * value).backward()
+        results.append([value, *(leaf.grad for leaf in leaves)])
+    return results
+
+
+@pytest.mark.parametrize("shape", [(17, 33), (1, 40), (40, 1), (64, 129)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("mix", [0.0, 0.04, 0.5, 1.0])
+@pytest.mark.parametrize("threshold_grad", ["mean", "sum"])
+def test_is_dense_autograd(monkeypatch, relative_error, shape, mix, threshold_grad):
+    monkeypatch.setattr(blocked, "BLOCK_ENTRIES", 100)
+    tensors = factors(shape, rank=1 if 1 in shape else 3)
+    found, expected = both(tensors, mix, threshold_grad=threshold_grad, bandwidth=tensors[2].exp().item())
+    for f, e, bound in zip(found, expected, (1e-6, 1e-6, 1e-6, 1e-4), strict=True):
+        assert relative_error(f, e) <= bound
+    assert (expected[3] != 0) == (mix != 0)
+
+
+def test_without_gate(relative_error):
+    found, expected = both(factors(), mix=0.0, gated=False)
+    assert all(relative_error(f, e) <= 1e-6 for f, e in zip(found, expected, strict=True))
+
+
+def test_float64(relative_error):
+    found, expected = both(factors(dtype=torch.float64), mix=0.375, bandwidth=0.2)
+    assert all(relative_error(f, e) <= 1e-13 for f, e in zip(found, expected, strict=True))
+
+
+def test_finite_differences():
+    A, B, log_tau, past = factors(dtype=torch.float64)
+    assert ((B @ A).abs() - log_tau.exp()).abs().min() > 1e-5
+
+    def f(A, B):
+        return overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=0.5)
+
+    assert torch.autograd.gradcheck(f, (A.requires_grad_(), B.requires_grad_()), eps=1e-7, atol=1e-5)
+
+
+def test_mix_as_tensor_and_as_number():
+    A, B, log_tau, past = factors()
+    number = overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=0.5)
+    assert torch.equal(number, overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=torch.tensor([0.5])))
+
+
+def test_float32_under_autocast():
+    A, B, log_tau, past = factors()
+    expected = overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=1.0)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_no_past_no_penalty():
+    A, B, log_tau, past = factors()
+    value = overlap_penalty(A.requires_grad_(), B, log_tau, torch.zeros_like(past), scaling=4.0, mix=0.5)
+    value.backward()
+    assert value == 0 and (A.grad == 0).all()
+
+
+def test_keeps_nothing_of_the_weights_size():
+    A, B, log_tau, past = (t.requires_grad_(t.shape != (60, 50)) for t in factors((60, 50), rank=2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=0.5)
+    assert saved and all(t.numel() < 60 * 50 for t in saved)
+
+
+def test_under_compile(relative_error):
+    A, B, log_tau, past = factors()
+    leaf = A.clone().requires_grad_()
+    penalty = torch.compile(lambda a: overlap_penalty(a, B, log_tau, past, scaling=4.0, mix=0.5), backend="aot_eager")
+    penalty(leaf).backward()
+    overlap_penalty(A.requires_grad_(), B, log_tau, past, scaling=4.0, mix=0.5).backward()
+    assert relative_error(leaf.grad, A.grad) <= 1e-6

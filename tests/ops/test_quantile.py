@@ -1,0 +1,79 @@
+"""The k-th magnitude against sorting."""
+
+import pytest
+import torch
+
+from hf_jumplora.ops.quantile import kth_magnitude, update_blocks
+
+
+def magnitudes(blocks):
+    return torch.cat([b.flatten() for b in blocks]).abs().sort().values
+
+
+def check(blocks, ks):
+    expected = magnitudes(blocks)
+    for k in ks:
+        assert kth_magnitude(lambda: iter(blocks), k) == expected[k - 1].item(), k
+
+
+def test_against_sorting():
+    g = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(shape, generator=g) * s for shape, s in (((30, 50), 1), ((7,), 1e-3), ((4, 3, 2), 1e4), ((1,), 1))]
+    n = magnitudes(blocks).numel()
+    check(blocks, [1, 2, 7, 100, n // 2, n - 24, n - 1, n])
+
+
+def test_values_that_share_their_upper_bits():
+    values = 1 + torch.arange(2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))] * 2**-23
+    check([values], [1, 2, 1000, 1999, 2000])
+    assert len({kth_magnitude(lambda: [values], k) for k in range(500, 520)}) == 20
+
+
+def test_ties():
+    check([torch.tensor([2.0, -2.0, 2.0]), torch.tensor([-1.0, 1.0, 3.0])], range(1, 7))
+
+
+def test_zeros():
+    check([torch.tensor([0.0, -0.0, 0.0, 1.0])], range(1, 5))
+
+
+def test_denormals():
+    tiny = torch.tensor([1, 2, 3, 70000], dtype=torch.int32).view(torch.float32)
+    assert (tiny > 0).all() and (tiny < torch.finfo(torch.float32).tiny).all()
+    check([tiny * torch.tensor([1.0, -1, 1, -1]), torch.zeros(1)], range(1, 6))
+
+
+def test_largest_finite():
+    check([torch.tensor([torch.finfo(torch.float32).max, 1.0])], [1, 2])
+
+
+def test_views_and_parameters():
+    values = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))
+    check([values.T, values[::2]], [1, 30, 72])
+
+
+@pytest.mark.parametrize("k", [0, -3, 6])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match=rf"{k}"):
+        kth_magnitude(lambda: [torch.ones(2), torch.ones(3)], k)
+
+
+def test_no_entries():
+    with pytest.raises(ValueError, match="0 entries"):
+        kth_magnitude(lambda: [], 1)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("k", [1, 3])
+def test_not_finite(value, k):
+    with pytest.raises(ValueError, match="not finite"):
+        kth_magnitude(lambda: [torch.tensor([1.0, value, 2.0])], k)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_update_blocks_are_the_products(relative_error, rows):
+    g = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(2, 5, generator=g), torch.randn(9, 2, generator=g, requires_grad=True)) for _ in range(2)]
+    blocks = list(update_blocks(factors, rows))
+    assert all(b.shape[0] <= rows and not b.requires_grad for b in blocks)
+    assert relative_error(torch.cat(blocks), torch.cat([B @ A for A, B in factors])) <= 1e-6

@@ -1,0 +1,160 @@
+"""The ramp, the start of the threshold, and the density."""
+
+import math
+
+import pytest
+import torch
+
+from hf_jumplora.tuner import JumpLoraConfig, density, gate_groups, named_layers, ramp, ramp_steps, set_mix, set_threshold
+
+
+@pytest.mark.parametrize("total, expected", [(40, (8, 32)), (5, (1, 4)), (9, (1, 7)), (1000, (200, 800))])
+def test_ramp_steps(total, expected):
+    assert ramp_steps(total, JumpLoraConfig()) == expected
+
+
+def test_ramp_is_zero_then_linear_then_one():
+    config = JumpLoraConfig()
+    f = [ramp(step, 40, config) for step in range(41)]
+    assert f[:9] == [0.0] * 9 and f[32:] == [1.0] * 9
+    assert f[20] == 0.5 and all(b - a == pytest.approx(1 / 24) for a, b in zip(f[8:32], f[9:33], strict=True))
+
+
+def test_ramp_over_the_whole_task():
+    assert ramp_steps(10, JumpLoraConfig(gate_start=0.1, gate_end=1.0)) == (1, 10)
+    assert ramp(10, 10, JumpLoraConfig(gate_start=0.1, gate_end=1.0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "total, options", [(4, {}), (0, {}), (3, {"gate_start": 0.4, "gate_end": 0.6}), (9, {"gate_start": 0.1})]
+)
+def test_too_few_steps(total, options):
+    with pytest.raises(ValueError, match=f"{total} optimizer steps are too few"):
+        ramp_steps(total, JumpLoraConfig(**options))
+    with pytest.raises(ValueError, match="too few"):
+        ramp(0, total, JumpLoraConfig(**options))
+
+
+def kept(layers):
+    """Entries above the threshold, and parameters of A and B, of layers that share a gate."""
+    gate = layers[0].jumplora_gate["default"]
+    count = sum(int((layer.product("default").abs() > gate.log_tau.exp()).sum()) for layer in layers)
+    return count, sum(p["default"].numel() for layer in layers for p in (layer.jumplora_A, layer.jumplora_B))
+
+
+@pytest.mark.parametrize("scope, gates", [("global", 1), ("block", 2), ("layer", 4)])
+@pytest.mark.parametrize("r", [1, 4])
+def test_published_start(gated, scope, gates, r):
+    model = gated(threshold_scope=scope, density=None, r=r)
+    groups = gate_groups(model, "default")
+    assert len(groups) == gates
+    for _, layers in groups:
+        count, parameters = kept(layers)
+        assert count == parameters - (scope == "global")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_start_at_a_density(gated, share, scope):
+    model = gated(threshold_scope=scope, density=share)
+    for _, layers in gate_groups(model, "default"):
+        total = sum(layer.in_features * layer.out_features for layer in layers)
+        assert kept(layers)[0] == round(share * total)
+    assert density(model, "default") == pytest.approx(share, abs=1e-3)
+
+
+def test_untrained_adapter_has_no_threshold(tiny_llama, gated):
+    with pytest.raises(ValueError, match="'default' cannot start.*exactly zero"):
+        gated(init_weights=True)
+
+
+def test_density_does_not_depend_on_the_mix(gated):
+    model = gated(density=0.25)
+    found = []
+    for f in (0.0, 0.5, 1.0):
+        set_mix(model, "default", f)
+        assert all(gate.mix.item() == f for gate, _ in gate_groups(model, "default"))
+        found.append(density(model, "default"))
+    assert found[0] == found[1] == found[2] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_density_without_gate(gated):
+    model = gated(gate=False)
+    assert density(model, "default") == 1.0 and gate_groups(model, "default") == []
+
+
+def test_threshold_is_the_quantile_under_autocast(gated):
+    model = gated()
+    expected = gate_groups(model, "default")[0][0].log_tau.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        set_threshold(model, "default", 0.1)
+        assert density(model, "default") == pytest.approx(0.1, abs=1e-3)
+    assert gate_groups(model, "default")[0][0].log_tau.item() == expected
+
+
+def test_threshold_keeps_its_place_in_the_optimizer(gated):
+    model = gated()
+    gate, _ = gate_groups(model, "default")[0]
+    parameter = gate.log_tau
+    set_threshold(model, "default", 0.3)
+    assert gate.log_tau is parameter and parameter.requires_grad and parameter.grad_fn is None
+
+
+def test_unknown_adapter(gated):
+    with pytest.raises(ValueError, match=r"no JumpLoRA adapter 'task_007'.*\['default'\]"):
+        set_threshold(gated(), "task_007", None)
+
+
+@pytest.mark.parametrize("run, task", [(0, 0), (0, 1), (1, 1)])
+def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_error):
+    """40 steps of AdamW on the second and first task, with ELLA's penalty in run 1, as the published code took them."""
+    from peft import get_peft_model
+
+    from hf_jumplora.ops.penalty import overlap_penalty
+
+    T, ids = golden["trajectory"], golden["load"]("batches.safetensors")["input_ids"]
+    published = T["runs"][run]
+    base = tiny_llama()
+    base.load_state_dict(golden["load"]("llama_init.safetensors"), strict=False)
+    past = {}
+    for k in range(task):  # the first task's result is the start of the second
+        for name, weight in golden["load"](f"{published['name']}_task{k}.safetensors").items():
+            if name.startswith("merged."):
+                parameter = base.get_parameter(name.removeprefix("merged."))
+                past[name.removeprefix("merged.").removesuffix(".weight")] = weight - parameter.data
+                parameter.data.copy_(weight)
+    expected = golden["load"](f"{published['name']}_task{task}.safetensors")
+    options = {"r": T["r"], "lora_alpha": T["lora_alpha"], "bandwidth": T["bandwidth"]}
+    config = JumpLoraConfig(target_modules=T["target_modules"], **options)
+    model = get_peft_model(base, config).train()
+    layers = dict(named_layers(model))
+    for name, layer in layers.items():
+        layer.jumplora_A["default"].data.copy_(expected[f"init.{name}.lora_A"])
+    gate = gate_groups(model, "default")[0][0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=T["lr"], betas=T["betas"], eps=T["eps"], weight_decay=0.0)
+    numbers = published["tasks"][task]
+    for step in range(T["steps"]):
+        loss = model(input_ids=ids[task, step], labels=ids[task, step]).loss
+        assert loss.item() == pytest.approx(numbers["ce_loss"][step], rel=1e-4), step
+        if published["ella_lambda"] and past:
+            terms = [
+                overlap_penalty(
+                    layer.jumplora_A["default"], layer.jumplora_B["default"], gate.log_tau, past[name],
+                    scaling=layer.scaling["default"], mix=gate.mix, bandwidth=config.bandwidth,
+                )
+                for name, layer in layers.items()
+            ]  # fmt: skip
+            loss = loss + published["ella_lambda"] * sum(terms) / len(terms)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step + 1 == ramp_steps(T["steps"], config)[0]:
+            set_threshold(model, "default", None)
+        set_mix(model, "default", ramp(step + 1, T["steps"], config))
+        assert gate.log_tau.exp().item() == pytest.approx(numbers["threshold"][step], rel=1e-3), step
+        assert density(model, "default") == pytest.approx(numbers["density"][step], abs=3e-3), step
+    assert math.isclose(gate.mix.item(), 1.0)
+    for name, layer in layers.items():
+        merged = layer.base_layer.weight + layer.update("default")
+        assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-3
