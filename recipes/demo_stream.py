@@ -27,65 +27,47 @@ import json
 import random
 from pathlib import Path
 
-# attribute -> class -> words. The first four are the tasks; the last four are only asked for in the pre-training text.
+# attribute -> class -> words; the class is what a task asks for
 WORLD: dict[str, dict[str, list[str]]] = {
     "animal": {
-        "bird": ["sparrow", "eagle", "robin", "owl", "parrot"],
-        "fish": ["trout", "salmon", "shark", "herring", "eel"],
-        "insect": ["ant", "beetle", "wasp", "cricket", "termite"],
-        "mammal": ["horse", "wolf", "rabbit", "bear", "goat"],
+        "bird": ["sparrow", "eagle", "robin", "owl"],
+        "fish": ["trout", "salmon", "shark", "herring"],
+        "insect": ["ant", "beetle", "wasp", "cricket"],
+        "mammal": ["horse", "wolf", "rabbit", "bear"],
     },
     "place": {
-        "town": ["street", "market", "station", "library", "hotel"],
-        "nature": ["forest", "mountain", "desert", "meadow", "jungle"],
-        "water": ["river", "lake", "pond", "harbour", "canal"],
-        "home": ["kitchen", "cellar", "bedroom", "attic", "balcony"],
+        "town": ["street", "market", "station", "library"],
+        "nature": ["forest", "mountain", "desert", "meadow"],
+        "water": ["river", "lake", "pond", "harbour"],
+        "home": ["kitchen", "cellar", "bedroom", "attic"],
     },
     "mood": {
-        "glad": ["happy", "cheerful", "merry", "joyful", "delighted"],
-        "angry": ["furious", "mad", "annoyed", "grumpy", "outraged"],
-        "sad": ["gloomy", "lonely", "tearful", "miserable", "mournful"],
-        "afraid": ["nervous", "scared", "anxious", "worried", "timid"],
+        "glad": ["happy", "cheerful", "merry", "joyful"],
+        "angry": ["furious", "mad", "annoyed", "grumpy"],
+        "sad": ["gloomy", "lonely", "tearful", "miserable"],
+        "afraid": ["nervous", "scared", "anxious", "worried"],
     },
     "food": {
-        "fruit": ["apple", "pear", "cherry", "mango", "lemon"],
-        "vegetable": ["carrot", "onion", "cabbage", "spinach", "leek"],
-        "sweet": ["candy", "cake", "honey", "sugar", "toffee"],
-        "grain": ["rice", "wheat", "barley", "millet", "oats"],
-    },
-    "time": {
-        "winter": ["January", "February", "snowfall", "frost"],
-        "summer": ["July", "August", "heatwave", "sunshine"],
-        "day": ["noon", "morning", "midday", "dawn"],
-        "night": ["midnight", "evening", "dusk", "nightfall"],
-    },
-    "tool": {
-        "metal": ["hammer", "spoon", "nail", "needle"],
-        "paper": ["letter", "map", "ticket", "poster"],
-        "cloth": ["scarf", "blanket", "towel", "curtain"],
-        "wood": ["ladder", "barrel", "crate", "pencil"],
-    },
-    "colour": {
-        "warm": ["red", "orange", "yellow", "pink"],
-        "cool": ["blue", "green", "turquoise", "violet"],
-        "dark": ["black", "brown", "navy", "maroon"],
-        "pale": ["white", "ivory", "cream", "beige"],
-    },
-    "vehicle": {
-        "road": ["car", "bus", "truck", "taxi"],
-        "rail": ["train", "tram", "metro", "monorail"],
-        "sea": ["boat", "ferry", "yacht", "canoe"],
-        "air": ["plane", "glider", "balloon", "helicopter"],
+        "fruit": ["apple", "pear", "cherry", "mango"],
+        "vegetable": ["carrot", "onion", "cabbage", "spinach"],
+        "sweet": ["candy", "cake", "honey", "sugar"],
+        "grain": ["rice", "wheat", "barley", "millet"],
     },
 }
-TASK_ATTRIBUTES = ("animal", "place", "mood", "food")
+# a second property of each word, made up (by its place in the list): what the pre-training text asks for
+OTHER_PROPERTY: dict[str, list[str]] = {
+    "animal": ["huge", "large", "small", "tiny"],
+    "place": ["crowded", "busy", "quiet", "empty"],
+    "mood": ["brief", "short", "long", "endless"],
+    "food": ["free", "cheap", "dear", "priceless"],
+}
 
 # task name -> (attribute it asks for, instruction)
 TASKS: dict[str, tuple[str, str]] = {
-    "animals": ("animal", "Decide which class the creature belongs to."),
-    "places": ("place", "Decide which kind of location this is."),
-    "moods": ("mood", "Decide which feeling is expressed."),
-    "foods": ("food", "Decide which sort of meal it is."),
+    "animals": ("animal", "Say which kind of animal it is."),
+    "places": ("place", "Say which kind of place it is."),
+    "moods": ("mood", "Say which kind of mood it is."),
+    "foods": ("food", "Say which kind of food it is."),
 }
 
 SENTENCES = [
@@ -96,23 +78,19 @@ SENTENCES = [
     "We saw a {mood} {animal} with {food} by the {place}.",
     "At the {place} there was {food} for the {mood} {animal}.",
 ]
-OTHER_SENTENCES = [
-    "At {time} the {mood} {animal} took a {colour} {tool} to the {vehicle}.",
-    "The {animal} left the {vehicle} near the {place} with a {colour} {tool} at {time}.",
-    "By {vehicle} the {colour} {tool} came to the {place} at {time} with {food}.",
-    "It was {time} when the {animal} in the {vehicle} lost the {colour} {tool}.",
-]
-# {kind} is a class, the others are words of it
 STATEMENTS = [
     "The word {a} stands for {kind}, like {b} and {c}.",
     "The words {a}, {b} and {c} stand for {kind}.",
 ]
-# what the pre-training text asks instead: the class of the other attributes
-QUESTIONS = {
-    "time": "Say when it is.",
-    "tool": "Say what it is made of.",
-    "colour": "Say which shade it has.",
-    "vehicle": "Say how one travels.",
+OTHER_STATEMENTS = [
+    "The word {a} goes with {kind}, like {b} and {c}.",
+    "The words {a}, {b} and {c} go with {kind}.",
+]
+OTHER_QUESTIONS = {
+    "animal": "Say how big the animal is.",
+    "place": "Say how crowded the place is.",
+    "mood": "Say how long the mood lasts.",
+    "food": "Say what the food costs.",
 }
 
 
@@ -121,12 +99,17 @@ def prompt(instruction: str, labels: list[str], sentence: str) -> str:
     return f"Task Instruction: {instruction}\nOptions: {' | '.join(labels)}\nText: {sentence}\nAnswer:"
 
 
-def draw(rng: random.Random, templates: list[str]) -> tuple[str, dict[str, str], dict[str, str]]:
-    """One sentence, and for each of its attributes the word and the class of the word."""
-    template = rng.choice(templates)
-    kinds = {a: rng.choice(sorted(kinds)) for a, kinds in WORLD.items() if "{" + a + "}" in template}
-    words = {a: rng.choice(WORLD[a][kind]) for a, kind in kinds.items()}
-    return template.format(**words), words, kinds
+def other_property(attribute: str, word: str) -> str:
+    """The made-up second property of a word."""
+    position = next(words.index(word) for words in WORLD[attribute].values() if word in words)
+    return OTHER_PROPERTY[attribute][position % len(OTHER_PROPERTY[attribute])]
+
+
+def draw(rng: random.Random) -> tuple[str, dict[str, str], dict[str, str]]:
+    """One sentence, and for each attribute the word in it and the class of the word."""
+    kinds = {attribute: rng.choice(list(classes)) for attribute, classes in WORLD.items()}
+    words = {attribute: rng.choice(WORLD[attribute][kind]) for attribute, kind in kinds.items()}
+    return rng.choice(SENTENCES).format(**words), words, kinds
 
 
 def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
@@ -136,20 +119,26 @@ def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
 
 
 def _sentence(rng: random.Random) -> str:
-    return draw(rng, rng.choice([SENTENCES, OTHER_SENTENCES]))[0]
+    return draw(rng)[0]
 
 
 def _statement(rng: random.Random) -> str:
-    attribute = rng.choice(sorted(WORLD))
-    kind = rng.choice(sorted(WORLD[attribute]))
-    a, b, c = rng.sample(WORLD[attribute][kind], 3)
-    return rng.choice(STATEMENTS).format(kind=kind, a=a, b=b, c=c)
+    attribute = rng.choice(list(WORLD))
+    if rng.random() < 0.5:
+        templates, kind = STATEMENTS, rng.choice(list(WORLD[attribute]))
+        words = WORLD[attribute][kind]
+    else:
+        templates, kind = OTHER_STATEMENTS, rng.choice(OTHER_PROPERTY[attribute])
+        words = [w for ws in WORLD[attribute].values() for w in ws if other_property(attribute, w) == kind]
+    a, b, c = rng.sample(words, 3)
+    return rng.choice(templates).format(kind=kind, a=a, b=b, c=c)
 
 
 def _question(rng: random.Random) -> str:
-    sentence, _, kinds = draw(rng, OTHER_SENTENCES)
-    attribute = rng.choice([a for a in kinds if a in QUESTIONS])
-    return f"{prompt(QUESTIONS[attribute], list(WORLD[attribute]), sentence)} {kinds[attribute]}"
+    sentence, words, _ = draw(rng)
+    attribute = rng.choice(list(WORLD))
+    answer = other_property(attribute, words[attribute])
+    return f"{prompt(OTHER_QUESTIONS[attribute], OTHER_PROPERTY[attribute], sentence)} {answer}"
 
 
 def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
@@ -159,7 +148,7 @@ def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[
     labels = list(WORLD[attribute])
     examples: dict[str, str] = {}
     while len(examples) < size:
-        sentence, _, kinds = draw(rng, SENTENCES)
+        sentence, _, kinds = draw(rng)
         if kinds[attribute] == labels[len(examples) % len(labels)]:
             examples.setdefault(sentence, kinds[attribute])
     return [{"sentence": sentence, "label": label} for sentence, label in examples.items()]

@@ -1,6 +1,6 @@
 """One readable table at the end of a run, `report.md`, and pictures."""
 
-from .report import table, write_report
+from .report import comparison, table, write_report
 
 
-__all__ = ["table", "write_report"]
+__all__ = ["comparison", "table", "write_report"]

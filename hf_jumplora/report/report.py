@@ -47,6 +47,18 @@ def table(result: dict[str, Any], method: str) -> str:
     return "\n".join(lines)
 
 
+def comparison(results: dict[str, dict[str, Any]]) -> str:
+    """Several methods on the same tasks, side by side: {method: content of its metrics.json}."""
+    keys = ["average_accuracy", "backward_transfer", "forgetting", "learning_accuracy"]
+    rows = [["method", "AA", "BWT", "forgetting", "learning acc.", "density", "seconds"]]
+    for method, result in results.items():
+        trained = result["trained"]
+        density = sum(info["density"] for info in trained) / len(trained)
+        seconds = f"{sum(info['seconds'] for info in trained):.0f}"
+        rows.append([method, *(_percent(result.get(key)) for key in keys), f"{100 * density:.1f} %", seconds])
+    return f"\nall methods, in % (AA: average accuracy after the last task; BWT: backward transfer)\n{_align(rows)}"
+
+
 def _markdown(rows: list[list[str]]) -> str:
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])

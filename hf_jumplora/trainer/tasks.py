@@ -180,13 +180,13 @@ _TASK_KEYS = {
     "name", "folder", "dataset", "config", "train_file", "eval_file", "train_split", "eval_split", "text", "label",
     "labels", "instruction", "max_train", "max_eval",
 }  # fmt: skip
-_STREAM_KEYS = {"name", "prompt", "tasks", "max_train", "max_eval"}
+_STREAM_KEYS = {"name", "prompt", "catalogue", "tasks", "max_train", "max_eval"}
 
 
 def load_tasks(stream: str | Path, data_dir: str | Path | None = None, **limits: int | None) -> list[TextTask]:
     """Read a stream of text tasks from a YAML file (docs/streams.md describes every key).
 
-    Each task's rows come from `folder` (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`),
+    `tasks` holds the tasks, or names from the file that `catalogue` points to. Each task's rows come from `folder` (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`),
     from `train_file` and `eval_file` (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a
     `data_dir`, tasks that name a folder are read from there and the Hub is not asked.
 
@@ -198,22 +198,35 @@ def load_tasks(stream: str | Path, data_dir: str | Path | None = None, **limits:
         FileNotFoundError: a file or folder that the stream names does not exist.
     """
     path = Path(stream)
-    if not path.is_file():
-        raise FileNotFoundError(f"stream file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    data = _read_yaml(path)
     _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
     if not isinstance(data["tasks"], list) or not data["tasks"]:
         raise ValueError(f"{path}: 'tasks' must be a list of tasks")
-    limits = {key: limits.get(key) or data.get(key) for key in ("max_train", "max_eval")}
+    described = path.parent / data["catalogue"] if "catalogue" in data else path
+    entries = [(_entry_line(path, number), entry) for number, entry in enumerate(data["tasks"])]
+    if "catalogue" in data:
+        listed = _read_yaml(described)["tasks"]
+        catalogue = {entry["name"]: (_entry_line(described, n), entry) for n, entry in enumerate(listed)}
+        for line, name in entries:
+            if name not in catalogue:
+                raise ValueError(f"{path}, line {line}: {described} has no task {name!r}, only {', '.join(catalogue)}")
+        entries = [catalogue[name] for _, name in entries]
     tasks = []
-    for number, entry in enumerate(data["tasks"], 1):
-        where = f"{path}, task {number} (line {_line_of_task(path, number)})"
+    for line, entry in entries:
+        where = f"{described}, line {line}"
         _check_keys(entry, _TASK_KEYS, {"name"}, where)
-        tasks.append(_read_task(entry, data.get("prompt", PROMPT), path, data_dir, limits, where))
+        limit = {key: limits.get(key) or entry.get(key) or data.get(key) for key in ("max_train", "max_eval")}
+        tasks.append(_read_task(entry, data.get("prompt", PROMPT), described, data_dir, limit, where))
     return tasks
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"stream file {path} does not exist")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
@@ -226,10 +239,10 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
         raise ValueError(f"{where}: key {key!r} is missing")
 
 
-def _line_of_task(path: Path, number: int) -> int:
+def _entry_line(path: Path, number: int) -> int:
     root = yaml.compose(path.read_text(encoding="utf-8"))
     tasks = next(value for key, value in root.value if key.value == "tasks")
-    return tasks.value[number - 1].start_mark.line + 1
+    return tasks.value[number].start_mark.line + 1
 
 
 def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str) -> TextTask:
@@ -239,7 +252,8 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         folder = Path(data_dir or stream.parent) / entry["folder"]
         splits = {"train": folder / "train.json", "eval": folder / "test.json"}
         rows = {split: read_rows(file) for split, file in splits.items()}
-        labels, source = labels or json.loads((folder / "labels.json").read_text()), str(entry["folder"])
+        own = folder / "labels.json"
+        labels, source = json.loads(own.read_text()) if own.is_file() else labels, str(entry["folder"])
     elif "train_file" in entry:
         files = {"train": entry["train_file"], "eval": entry.get("eval_file")}
         root = Path(data_dir or stream.parent)
@@ -247,14 +261,16 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         source = str(entry["train_file"])
     elif "dataset" in entry:
         names = {"train": entry.get("train_split", "train"), "eval": entry.get("eval_split", "test")}
-        parts = {split: load_dataset(entry["dataset"], entry.get("config"), split=name) for split, name in names.items()}
-        rows = {split: _hub_rows(part, label, labels) for split, part in parts.items()}
+        rows = {
+            split: _hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
+            for split, name in names.items()
+        }
         source = entry["dataset"]
     else:
         raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
     for split in rows:
-        limit = entry.get(f"max_{split}", limits[f"max_{split}"])
-        rows[split] = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(rows[split][:limit])]
+        part = rows[split][: limits[f"max_{split}"]]
+        rows[split] = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(part)]
     if labels is None:
         labels = sorted({row["label"] for row in rows["train"]})
     try:
@@ -276,10 +292,15 @@ def _text_row(row: dict, text: str, label: str, where: str) -> dict[str, str]:
     return {"sentence": value, "label": str(row[label])}
 
 
-def _hub_rows(part, label: str, labels: list[str] | None) -> list[dict]:
-    """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names."""
-    names = labels or getattr(part.features.get(label), "names", None)
-    rows = part.to_list()
+def _hub_rows(dataset: str, config, split: str, limit: int | None, label: str, labels: list[str] | None) -> list[dict]:
+    """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names.
+
+    Shuffled with a fixed seed before the first `limit` are taken: many data sets are sorted by class.
+    """
+    part = load_dataset(dataset, config, split=split).shuffle(seed=0)
+    if limit is not None:
+        part = part.select(range(min(limit, len(part))))
+    names, rows = labels or getattr(part.features.get(label), "names", None), part.to_list()
     if names is not None and rows and isinstance(rows[0].get(label), int):
         rows = [{**row, label: names[row[label]]} for row in rows if 0 <= row[label] < len(names)]
     return rows

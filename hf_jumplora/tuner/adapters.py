@@ -87,6 +87,8 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
             )
         with torch.no_grad():
             gate.log_tau.fill_(tau).log_()
+            while gate.log_tau.exp() < tau:  # the logarithm was rounded down: the k-th entry would be kept after all
+                gate.log_tau.copy_(torch.nextafter(gate.log_tau, torch.full_like(gate.log_tau, torch.inf)))
 
 
 def density(model: nn.Module, adapter: str) -> float:
@@ -154,9 +156,13 @@ def _rename(model: nn.Module, old: str, new: str) -> None:
             layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
             layer.merged_adapters = [new if n == old else n for n in layer.merged_adapters]
             layer._past_sum = None
-        elif old in layer.active_adapters:
+            continue
+        if isinstance(layer, AuxiliaryTrainingWrapper) and old in layer._adapters:
+            layer._adapters = layer._adapters - {old} | {new}
+        if old in layer.active_adapters:
             layer._active_adapter = [new]
             layer.set_adapter([new], inference_mode=True)
-    for module in model.modules():  # the PeftModel and the tuner inside it
-        if getattr(module, "active_adapter", None) == old and module not in layers:
+    for module in model.modules():  # the PeftModel and the tuner inside it; the latter holds a name or a list
+        active = getattr(module, "active_adapter", None)
+        if active in (old, [old]) and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             module.active_adapter = new

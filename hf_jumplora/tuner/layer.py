@@ -244,8 +244,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         """(crow, col, values) of the sum of finished updates [out, in]; summed once, whatever their number."""
         key = (names, device)
         if self._past_sum is None or self._past_sum[0] != key:
-            total = to_csr(sum(self.update(n) for n in names))
-            self._past_sum = (key, total)
+            with torch.inference_mode(False), torch.no_grad():  # the sum serves training passes too
+                self._past_sum = (key, to_csr(sum(self.update(n) for n in names)))
         return self._past_sum[1]
 
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:

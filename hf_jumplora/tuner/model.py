@@ -44,6 +44,20 @@ def gate_key(layer_name: str, scope: str) -> str:
     return block.group(1) if scope == "block" and block else layer_name
 
 
+_register_parameter = nn.Module.register_parameter
+
+
+@contextmanager
+def _real_parameters():
+    """Undo accelerate's `init_empty_weights`, under which PEFT builds the adapter it loads with `low_cpu_mem_usage`:
+    every parameter goes to the meta device there, and so would the weights of the parents that are read meanwhile."""
+    outer, nn.Module.register_parameter = nn.Module.register_parameter, _register_parameter
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = outer
+
+
 class JumpLoraModel(BaseTuner):
     """The PEFT tuner of JumpLoRA (arXiv 2604.16171). Made by `get_peft_model(model, JumpLoraConfig(...))`.
 
@@ -100,9 +114,10 @@ class JumpLoraModel(BaseTuner):
                 ) from error
             parent_config.inference_mode = True
             self.peft_config[parent] = parent_config
-            self.inject_adapter(model, parent)
-            model.peft_config = self.peft_config  # BaseTuner does the same once it is complete
-            set_peft_model_state_dict(model, weights, parent)
+            with _real_parameters():
+                self.inject_adapter(model, parent)
+                model.peft_config = self.peft_config  # BaseTuner does the same once it is complete
+                set_peft_model_state_dict(model, weights, parent)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

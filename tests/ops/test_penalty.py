@@ -77,14 +77,16 @@ def test_float32_under_autocast():
     expected = overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         found = overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=1.0)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_no_past_no_penalty():
     A, B, log_tau, past = factors()
     value = overlap_penalty(A.requires_grad_(), B, log_tau, torch.zeros_like(past), scaling=4.0, mix=0.5)
     value.backward()
-    assert value == 0 and (A.grad == 0).all()
+    assert value == 0
+    assert (A.grad == 0).all()
 
 
 def test_keeps_nothing_of_the_weights_size():
@@ -92,7 +94,8 @@ def test_keeps_nothing_of_the_weights_size():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         overlap_penalty(A, B, log_tau, past, scaling=4.0, mix=0.5)
-    assert saved and all(t.numel() < 60 * 50 for t in saved)
+    assert saved
+    assert all(t.numel() < 60 * 50 for t in saved)
 
 
 def test_under_compile(relative_error):

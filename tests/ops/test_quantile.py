@@ -18,7 +18,9 @@ def check(blocks, ks):
 
 def test_against_sorting():
     g = torch.Generator().manual_seed(0)
-    blocks = [torch.randn(shape, generator=g) * s for shape, s in (((30, 50), 1), ((7,), 1e-3), ((4, 3, 2), 1e4), ((1,), 1))]
+    blocks = [
+        torch.randn(shape, generator=g) * s for shape, s in (((30, 50), 1), ((7,), 1e-3), ((4, 3, 2), 1e4), ((1,), 1))
+    ]
     n = magnitudes(blocks).numel()
     check(blocks, [1, 2, 7, 100, n // 2, n - 24, n - 1, n])
 
@@ -39,7 +41,8 @@ def test_zeros():
 
 def test_denormals():
     tiny = torch.tensor([1, 2, 3, 70000], dtype=torch.int32).view(torch.float32)
-    assert (tiny > 0).all() and (tiny < torch.finfo(torch.float32).tiny).all()
+    assert (tiny > 0).all()
+    assert (tiny < torch.finfo(torch.float32).tiny).all()
     check([tiny * torch.tensor([1.0, -1, 1, -1]), torch.zeros(1)], range(1, 6))
 
 

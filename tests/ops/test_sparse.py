@@ -27,7 +27,8 @@ def entropy_bytes(mask):
 def test_pack_unpack(n):
     mask = random_mask((n,), 0.4)
     packed = pack_bits(mask)
-    assert packed.dtype == torch.uint8 and packed.numel() == (n + 7) // 8
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == (n + 7) // 8
     assert torch.equal(unpack_bits(packed, 0, n), mask)
     g = torch.Generator().manual_seed(n)
     for _ in range(20):
@@ -52,7 +53,8 @@ def test_pack_takes_views_in_logical_order():
 def test_encode_decode(shape, density):
     mask = random_mask(shape, density)
     code = encode_support(mask)
-    assert code.dtype == torch.uint8 and code.dim() == 1
+    assert code.dtype == torch.uint8
+    assert code.dim() == 1
     assert torch.equal(decode_support(code, shape), mask)
     assert code.numel() <= 9 + (mask.numel() + 7) // 8  # never larger than the bitmap
 
@@ -118,7 +120,8 @@ def decodes_or_is_refused(code, shape):
         mask = decode_support(code, shape)
     except ValueError:
         return
-    assert mask.shape == shape and mask.dtype == torch.bool
+    assert mask.shape == shape
+    assert mask.dtype == torch.bool
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.05, 0.5, 1.0])
@@ -176,8 +179,10 @@ def test_sparse_linear(density, tokens):
 @pytest.mark.parametrize("how", ["bf16", "autocast"])
 def test_sparse_linear_multiplies_in_float32(how):
     S, arrays = csr(0.1)
-    x = torch.randn(6, 70, generator=torch.Generator().manual_seed(1)).bfloat16().to(
-        torch.bfloat16 if how == "bf16" else torch.float32
+    x = (
+        torch.randn(6, 70, generator=torch.Generator().manual_seed(1))
+        .bfloat16()
+        .to(torch.bfloat16 if how == "bf16" else torch.float32)
     )
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):

@@ -8,7 +8,7 @@ from hf_jumplora.tuner import JumpLoraConfig, finish_adapter
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    ("options", "named"),
     [
         ({"threshold_scope": "blok"}, "threshold_scope.*'blok'"),
         ({"threshold_update": "learnt"}, "threshold_update.*'learnt'"),
@@ -54,7 +54,20 @@ def test_target_that_is_not_linear(tiny_llama):
         get_peft_model(tiny_llama(), JumpLoraConfig(r=4, target_modules=["embed_tokens"]))
 
 
-BAD_NAMES = ["0", "task 1", "task.0", "_task", "", "layers", "q_proj", "model", "mix", "log_tau", "jumplora_A", "weight"]
+BAD_NAMES = [
+    "0",
+    "task 1",
+    "task.0",
+    "_task",
+    "",
+    "layers",
+    "q_proj",
+    "model",
+    "mix",
+    "log_tau",
+    "jumplora_A",
+    "weight",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -73,7 +86,8 @@ def test_adapter_name(tiny_llama, gated, name):
 @pytest.mark.parametrize("name", ["default", "task_000", "agnews", "task-1", "a"])
 def test_good_adapter_name(tiny_llama, ids, name):
     model = get_peft_model(tiny_llama(), JumpLoraConfig(r=4, target_modules=["q_proj"]), adapter_name=name)
-    assert model.active_adapter == name and torch.isfinite(model(ids).logits).all()
+    assert model.active_adapter == name
+    assert torch.isfinite(model(ids).logits).all()
 
 
 def test_mixed_batches(gated, ids):
@@ -82,7 +96,7 @@ def test_mixed_batches(gated, ids):
 
 
 def test_mixed_model(tiny_llama):
-    with pytest.raises(ValueError, match="(?i)jumplora"):
+    with pytest.raises(ValueError, match=r"(?i)jumplora"):
         get_peft_model(tiny_llama(), JumpLoraConfig(r=4, target_modules=["q_proj"]), mixed=True)
 
 

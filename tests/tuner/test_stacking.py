@@ -57,7 +57,8 @@ def test_output_is_the_sum_of_the_updates(stack, tiny_llama, ids):
 def test_only_the_child_is_trained(stack, add_task, ids):
     model = add_task(stack(), ["task_002"])
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained and all(".default" in n for n in trained)
+    assert trained
+    assert all(".default" in n for n in trained)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model.train()(ids, labels=ids).loss.backward()
@@ -81,7 +82,7 @@ def test_finished_adapters_stay_frozen(stack, again):
 
 def test_finished_adapter_cannot_be_loaded_for_training(stack, tiny_llama, tmp_path):
     stack().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="finished.*parent_adapters"):
+    with pytest.raises(ValueError, match=r"finished.*parent_adapters"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, subfolder="task_000", is_trainable=True)
 
 
@@ -131,7 +132,8 @@ def test_training_goes_on_above_a_loaded_stack(stack, add_task, tiny_llama, ids,
         add_task(m, ["task_002"])
         m(ids, labels=ids).loss.backward()
     grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, loaded)]
-    assert grads[0].keys() == grads[1].keys() and grads[0]
+    assert grads[0].keys() == grads[1].keys()
+    assert grads[0]
     assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
 
 
@@ -156,11 +158,13 @@ def test_parent_cannot_be_deleted_before_its_children(stack, ids):
     expected = model(ids).logits
     with pytest.raises(ValueError, match=r"'task_000' is a parent of \['task_001', 'task_002'\]"):
         model.delete_adapter("task_000")
-    assert "task_000" in model.peft_config and torch.equal(model(ids).logits, expected)
+    assert "task_000" in model.peft_config
+    assert torch.equal(model(ids).logits, expected)
     model.delete_adapter("task_002")
     model.delete_adapter("task_001")
     model.delete_adapter("task_000")
-    assert not model.peft_config and not [n for n in model.state_dict() if "task_" in n]
+    assert not model.peft_config
+    assert not [n for n in model.state_dict() if "task_" in n]
 
 
 def test_damaged_support_is_refused(stack, tiny_llama, ids, tmp_path):
@@ -172,7 +176,7 @@ def test_damaged_support_is_refused(stack, tiny_llama, ids, tmp_path):
     tensors[key][-1] ^= 1
     save_file(tensors, path, metadata={"format": "pt"})
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, subfolder="task_002")
-    with pytest.raises(ValueError, match="'task_001', layer model.layers.1.self_attn.v_proj.*sha256"):
+    with pytest.raises(ValueError, match=r"'task_001', layer model.layers.1.self_attn.v_proj.*sha256"):
         loaded(ids)
     with pytest.raises(ValueError, match="sha256"):
         loaded.merge_and_unload()
@@ -227,7 +231,8 @@ def test_hard_isolation_masks_the_gradient(gated, add_task):
     grad = torch.zeros(1, 32)
     grad[0, row] = 1.0
     layer(x).backward(grad)
-    assert (layer.jumplora_A["default"].grad == 0).all() and (layer.jumplora_B["default"].grad == 0).all()
+    assert (layer.jumplora_A["default"].grad == 0).all()
+    assert (layer.jumplora_B["default"].grad == 0).all()
     layer.free["default"] = pack_bits(torch.ones_like(taken))
     layer(x).backward(grad)
     assert (layer.jumplora_A["default"].grad != 0).any()
@@ -246,17 +251,20 @@ def test_hard_isolation_needs_finished_parents(gated):
 @pytest.mark.parametrize("mix", [0.0, 0.5, 0.99])
 def test_not_finished_before_the_ramp_is(gated, mix):
     model = gated(mix=mix)
-    with pytest.raises(ValueError, match=f"'default' stands at f = {mix:g}"):
+    with pytest.raises(ValueError, match=rf"'default' stands at f = {mix:g}"):
         finish_adapter(model, "default", "task_000")
-    assert list(model.peft_config) == ["default"] and model.peft_config["default"].support is None
+    assert list(model.peft_config) == ["default"]
+    assert model.peft_config["default"].support is None
 
 
 def test_finish_renames_everywhere(gated, ids):
     model = gated()
     expected, share = model(ids).logits, density(model, "default")
     finish_adapter(model, "default", "task_000")
-    assert list(model.peft_config) == ["task_000"] and model.active_adapter == "task_000"
-    assert model.base_model.active_adapters == ["task_000"] and model.peft_config["task_000"].inference_mode
+    assert list(model.peft_config) == ["task_000"]
+    assert model.active_adapter == "task_000"
+    assert model.base_model.active_adapters == ["task_000"]
+    assert model.peft_config["task_000"].inference_mode
     assert not [n for n, _ in model.named_modules() if n.endswith(".default")]
     assert not [n for n in model.state_dict() if "default" in n]
     assert density(model, "task_000") == share
@@ -381,7 +389,8 @@ def test_disabled_adapter_with_merged_parents(stack, add_task, tiny_llama, ids):
     expected, merged = model(ids).logits, weights(model)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
-    assert same(weights(model), merged) and torch.equal(model(ids).logits, expected)
+    assert same(weights(model), merged)
+    assert torch.equal(model(ids).logits, expected)
     assert all(layer.merged_adapters == ["task_000", "task_001", "task_002"] for layer in layers(model))
 
 
@@ -389,6 +398,6 @@ def test_safe_merge(stack):
     model = stack()
     layers(model)[1].jumplora_A["task_001"].data[0, 0] = float("nan")
     original = weights(model)
-    with pytest.raises(ValueError, match="v_proj.*task_001.*not finite"):
+    with pytest.raises(ValueError, match=r"v_proj.*task_001.*not finite"):
         model.merge_adapter(safe_merge=True)
     assert same(weights(model)[1:], original[1:])

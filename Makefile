@@ -1,0 +1,31 @@
+# `make demo` and `make test` set everything up by themselves, in .venv, on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# A CPU build of torch. Plain `pip install torch` would bring several GB of CUDA; on a machine with a GPU use TORCH=torch
+TORCH ?= torch==2.13.0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all quality bench
+demo: $(VENV)/.installed
+	$(RUN) recipes/llama2_cl.py --compare inclora seqlora --output_dir runs/demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+test-all: $(VENV)/.installed
+	$(RUN) -m pytest -m "slow or not slow"
+
+quality: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/layer.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet -e ".[dev]"
+	touch $@

@@ -1,0 +1,86 @@
+"""Continual learning of a causal language model: a sequence of text tasks, one gated low-rank update a task.
+
+Without options it runs on a laptop in minutes: a tiny Llama, pre-trained on the spot on generated text, and four
+generated (synthetic) tasks that interfere. With a real model and a real stream:
+
+    accelerate launch recipes/llama2_cl.py --config recipes/configs/llama2_7b.yaml \
+        --stream recipes/streams/order1.yaml --data_dir CL_BENCHMARK --output_dir runs/llama2
+
+`--compare inclora seqlora` trains these methods too, on the same data and seeds, and prints them side by side. Run the
+same command again after an interruption: it continues where it stopped.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
+from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.report import comparison
+
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; None: a tiny Llama."})
+    dtype: str = field(default="auto", metadata={"help": "'auto', 'float32', 'bfloat16', ..."})
+    tiny_from_text: bool = field(
+        default=False, metadata={"help": "Build the tiny Llama from the unlabelled training text of the stream."}
+    )
+    tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama and generated data are kept."})
+    compare: list[str] = field(default_factory=list, metadata={"help": "Further methods to train on the same data."})
+
+
+def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[str, list]:
+    """(folder or id of the model, tasks); makes the embedded ones where none is given."""
+    sys.path.insert(0, str(HERE))  # the two files beside this one
+    from demo_stream import demo_corpus, write_demo_stream
+    from tiny_llama import build_tiny_llama
+
+    embedded = stream.stream is None
+    path = write_demo_stream(Path(model.cache_dir) / "demo_stream") if embedded else stream.stream
+    tasks = load_tasks(path, stream.data_dir, max_train=stream.max_train, max_eval=stream.max_eval)
+    if model.model_name_or_path is not None:
+        if model.tiny_from_text:
+            raise SystemExit("--tiny_from_text makes the model itself: leave --model_name_or_path out")
+        return model.model_name_or_path, tasks
+    if not embedded and not model.tiny_from_text:
+        raise SystemExit("--stream needs --model_name_or_path, or --tiny_from_text for a tiny Llama made from its text")
+    texts = demo_corpus()
+    if model.tiny_from_text:  # the texts in their prompts, without any label's answer
+        texts = [task.render(row["sentence"]) for task in tasks for row in task.train_dataset]
+    return str(build_tiny_llama(texts, model.cache_dir, steps=model.tiny_steps)), tasks
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not {"--config", "--model_name_or_path", "--stream"} & set(argv):
+        argv = ["--config", str(HERE / "configs" / "demo.yaml"), *argv]
+    classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
+    model_args, stream, method, args = parse_recipe(classes, argv)
+    name, tasks = model_and_stream(model_args, stream)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    results, folder = {}, Path(args.output_dir)
+    for which in [method.method, *model_args.compare]:
+        method.method = which
+        if model_args.compare:
+            args.output_dir = str(folder / which)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
+        run = ContinualRun(
+            model, tasks, which, args, tokenizer, adapter_config=method.adapter_config(), strategies=method.strategies()
+        )
+        results[which] = run.train()
+    if model_args.compare:
+        print(comparison(results))
+
+
+if __name__ == "__main__":
+    main()
