@@ -249,6 +249,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
     text, label = entry.get("text", "sentence"), entry.get("label", "label")
     labels = entry.get("labels")
     if "folder" in entry and (data_dir is not None or "dataset" not in entry):
+        text, label = "sentence", "label"  # the layout's own columns; those of the entry are the Hub's
         folder = Path(data_dir or stream.parent) / entry["folder"]
         splits = {"train": folder / "train.json", "eval": folder / "test.json"}
         rows = {split: read_rows(file) for split, file in splits.items()}
