@@ -178,7 +178,7 @@ def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
 
 _TASK_KEYS = {
     "name", "folder", "dataset", "config", "train_file", "eval_file", "train_split", "eval_split", "text", "label",
-    "labels", "instruction", "max_train", "max_eval",
+    "labels", "skip_labels", "instruction", "max_train", "max_eval",
 }  # fmt: skip
 _STREAM_KEYS = {"name", "prompt", "catalogue", "tasks", "max_train", "max_eval"}
 
@@ -272,6 +272,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
     for split in rows:
         part = rows[split][: limits[f"max_{split}"]]
         rows[split] = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(part)]
+        rows[split] = [row for row in rows[split] if row["label"] not in entry.get("skip_labels", ())]
     if labels is None:
         labels = sorted({row["label"] for row in rows["train"]})
     try:

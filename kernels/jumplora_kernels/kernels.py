@@ -130,7 +130,8 @@ def grad_params_kernel(
 
     da [OUT / BO, R, IN], db [IN / BI, OUT, R], dtau [OUT / BO, IN / BI], all float32. The caller sums over the first
     dimension (both of dtau): no atomics, so the same inputs give the same bits. dtau holds
-    sum(s f G free sign(D) 1[||D| - tau| < bandwidth / 2]); the factor -tau / bandwidth is the caller's.
+    sum(s f G free (1[|D - tau| < bandwidth / 2] - 1[|D + tau| < bandwidth / 2])); the factor -tau / bandwidth is the
+    caller's.
     """
     tile_o = tl.program_id(0)
     tile_i = tl.program_id(1)
@@ -153,9 +154,10 @@ def grad_params_kernel(
         g *= _is_free(free_ptr, rows, cols, OUT, IN)
 
     d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R)
-    signed = tl.where(d > 0, g, tl.where(d < 0, -g, 0.0))
-    near = tl.abs(tl.abs(d) - tau) < half_bandwidth
-    dtau = f * tl.sum(tl.where(near, signed, 0.0))
+    # J is a gate for D minus a gate for -D, each with its window: where tau < bandwidth / 2 they overlap and cancel.
+    above = tl.where(tl.abs(d - tau) < half_bandwidth, g, 0.0)
+    below = tl.where(tl.abs(d + tau) < half_bandwidth, g, 0.0)
+    dtau = f * tl.sum(above - below)
     tl.store(dtau_ptr + tile_o.to(tl.int64) * tl.num_programs(1) + tile_i, dtau)
 
     g *= tl.where(tl.abs(d) > tau, 1.0, 1.0 - f)  # now dL/dD

@@ -47,21 +47,21 @@ def package():
         yield copy
 
 
-class Gate(torch.autograd.Function):
-    """J(D) = D 1[|D| > tau]; tau gets its gradient from the entries within half a bandwidth of it."""
+class JumpReLU(torch.autograd.Function):
+    """z 1[z > tau]; tau gets its gradient from the entries within half a bandwidth of it."""
 
     @staticmethod
-    def forward(ctx, delta, tau, bandwidth, mean):
-        ctx.save_for_backward(delta, tau)
+    def forward(ctx, z, tau, bandwidth, mean):
+        ctx.save_for_backward(z, tau)
         ctx.bandwidth, ctx.mean = bandwidth, mean
-        return delta * (delta.abs() > tau)
+        return z * (z > tau)
 
     @staticmethod
     def backward(ctx, grad):
-        delta, tau = ctx.saved_tensors
-        window = delta.sign() * ((delta.abs() - tau).abs() < ctx.bandwidth / 2)
+        z, tau = ctx.saved_tensors
+        window = (z - tau).abs() < ctx.bandwidth / 2
         total = (grad * window).mean() if ctx.mean else (grad * window).sum()
-        return grad * (delta.abs() > tau), -tau / ctx.bandwidth * total, None, None
+        return grad * (z > tau), -tau / ctx.bandwidth * total, None, None
 
 
 def make_case(
@@ -105,7 +105,9 @@ def reference(case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad
     tau = case["log_tau"].exp().double().requires_grad_()
     mix = float(case["mix"])
     delta = B @ A
-    effective = (1 - mix) * delta + mix * Gate.apply(delta, tau, bandwidth, threshold_grad == "mean")
+    mean = threshold_grad == "mean"
+    gated = JumpReLU.apply(delta, tau, bandwidth, mean) - JumpReLU.apply(-delta, tau, bandwidth, mean)
+    effective = (1 - mix) * delta + mix * gated
     if case["allowed"] is not None:
         effective = effective * case["allowed"]
     y = SCALING * x @ effective.T
@@ -177,7 +179,7 @@ def test_empty_and_full_support(package, log_tau, mix):
 
 
 def test_boundaries_are_open(package):
-    """|D| = tau is not kept, ||D| - tau| = bandwidth / 2 has no say in the gradient of tau. All numbers are exact."""
+    """|D| = tau is not kept, ||D| - tau| = bandwidth / 2 has no say in the gradient of tau. D and tau are exact."""
     case = make_case((5, 4, 4), rank=4, mix=1.0, free=False, log_tau=0.0)
     case["A"] = torch.eye(4)
     case["B"] = torch.tensor(
@@ -186,6 +188,12 @@ def test_boundaries_are_open(package):
     actual = run(package, case, bandwidth=0.5)
     assert_close(actual, reference(case, bandwidth=0.5))
     assert actual["grad_B"][0, 0] == 0 and actual["grad_B"][0, 1] == 0 and actual["grad_B"][0, 2] != 0
+
+
+def test_threshold_below_half_the_bandwidth(package):
+    """The windows around tau and -tau overlap; an entry in both has no say."""
+    case = make_case(mix=1.0, log_tau=-3.0)
+    assert_close(run(package, case), reference(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
