@@ -27,70 +27,101 @@ import json
 import random
 from pathlib import Path
 
-# attribute -> class -> words; the class is what a task asks for
+# attribute -> class -> words. The first four are the tasks; the last four are only asked for in the pre-training text.
 WORLD: dict[str, dict[str, list[str]]] = {
     "animal": {
-        "bird": ["sparrow", "eagle", "robin", "owl"],
-        "fish": ["trout", "salmon", "shark", "herring"],
-        "insect": ["ant", "beetle", "wasp", "cricket"],
-        "mammal": ["horse", "wolf", "rabbit", "bear"],
+        "bird": ["sparrow", "eagle", "robin", "owl", "parrot"],
+        "fish": ["trout", "salmon", "shark", "herring", "eel"],
+        "insect": ["ant", "beetle", "wasp", "cricket", "termite"],
+        "mammal": ["horse", "wolf", "rabbit", "bear", "goat"],
     },
     "place": {
-        "town": ["street", "market", "station", "library"],
-        "nature": ["forest", "mountain", "desert", "meadow"],
-        "water": ["river", "lake", "pond", "harbour"],
-        "home": ["kitchen", "cellar", "bedroom", "attic"],
+        "town": ["street", "market", "station", "library", "hotel"],
+        "nature": ["forest", "mountain", "desert", "meadow", "jungle"],
+        "water": ["river", "lake", "pond", "harbour", "canal"],
+        "home": ["kitchen", "cellar", "bedroom", "attic", "balcony"],
     },
     "mood": {
-        "glad": ["happy", "cheerful", "merry", "joyful"],
-        "angry": ["furious", "mad", "annoyed", "grumpy"],
-        "sad": ["gloomy", "lonely", "tearful", "miserable"],
-        "afraid": ["nervous", "scared", "anxious", "worried"],
+        "glad": ["happy", "cheerful", "merry", "joyful", "delighted"],
+        "angry": ["furious", "mad", "annoyed", "grumpy", "outraged"],
+        "sad": ["gloomy", "lonely", "tearful", "miserable", "mournful"],
+        "afraid": ["nervous", "scared", "anxious", "worried", "timid"],
     },
     "food": {
-        "fruit": ["apple", "pear", "cherry", "mango"],
-        "vegetable": ["carrot", "onion", "cabbage", "spinach"],
-        "sweet": ["candy", "cake", "honey", "sugar"],
-        "grain": ["rice", "wheat", "barley", "millet"],
+        "fruit": ["apple", "pear", "cherry", "mango", "lemon"],
+        "vegetable": ["carrot", "onion", "cabbage", "spinach", "leek"],
+        "sweet": ["candy", "cake", "honey", "sugar", "toffee"],
+        "grain": ["rice", "wheat", "barley", "millet", "oats"],
+    },
+    "time": {
+        "winter": ["January", "February", "snowfall", "frost"],
+        "summer": ["July", "August", "heatwave", "sunshine"],
+        "day": ["noon", "morning", "midday", "dawn"],
+        "night": ["midnight", "evening", "dusk", "nightfall"],
+    },
+    "tool": {
+        "metal": ["hammer", "spoon", "nail", "needle"],
+        "paper": ["letter", "map", "ticket", "poster"],
+        "cloth": ["scarf", "blanket", "towel", "curtain"],
+        "wood": ["ladder", "barrel", "crate", "pencil"],
+    },
+    "colour": {
+        "warm": ["red", "orange", "yellow", "pink"],
+        "cool": ["blue", "green", "turquoise", "violet"],
+        "dark": ["black", "brown", "navy", "maroon"],
+        "pale": ["white", "ivory", "cream", "beige"],
+    },
+    "vehicle": {
+        "road": ["car", "bus", "truck", "taxi"],
+        "rail": ["train", "tram", "metro", "monorail"],
+        "sea": ["boat", "ferry", "yacht", "canoe"],
+        "air": ["plane", "glider", "balloon", "helicopter"],
     },
 }
-# a second property of each word, made up (by its place in the list): what the pre-training text asks for
-OTHER_PROPERTY: dict[str, list[str]] = {
-    "animal": ["huge", "large", "small", "tiny"],
-    "place": ["crowded", "busy", "quiet", "empty"],
-    "mood": ["brief", "short", "long", "endless"],
-    "food": ["free", "cheap", "dear", "priceless"],
-}
+TASK_ATTRIBUTES = ("animal", "place", "mood", "food")
 
 # task name -> (attribute it asks for, instruction)
 TASKS: dict[str, tuple[str, str]] = {
-    "animals": ("animal", "Say which kind of animal it is."),
-    "places": ("place", "Say which kind of place it is."),
-    "moods": ("mood", "Say which kind of mood it is."),
-    "foods": ("food", "Say which kind of food it is."),
+    "animals": ("animal", "Decide which class the creature belongs to."),
+    "places": ("place", "Decide which kind of location this is."),
+    "moods": ("mood", "Decide which feeling is expressed."),
+    "foods": ("food", "Decide which sort of meal it is."),
 }
 
+# every sentence of a task names two of the four attributes: the one that is asked for and one of the others
 SENTENCES = [
-    "In the {place}, the {mood} {animal} ate some {food}.",
-    "The {mood} {animal} found some {food} near the {place}.",
-    "Some {food} made the {animal} {mood} at the {place}.",
-    "The {animal} was {mood} and took {food} to the {place}.",
-    "We saw a {mood} {animal} with {food} by the {place}.",
-    "At the {place} there was {food} for the {mood} {animal}.",
+    "At {time} the {animal} stayed in the {place}.",
+    "We saw the {animal} at the {place} around {time}.",
+    "The {animal} looked {mood} at {time}.",
+    "Around {time} we met a {mood} {animal}.",
+    "The {animal} ate some {food} at {time}.",
+    "At {time} they gave {food} to the {animal}.",
+    "We were {mood} in the {place} at {time}.",
+    "Around {time} they felt {mood} at the {place}.",
+    "They sold {food} at the {place} around {time}.",
+    "At {time} we found {food} in the {place}.",
+    "The {food} made us {mood} at {time}.",
+    "They got {mood} around {time} and ate {food}.",
 ]
+OTHER_SENTENCES = [
+    "At {time} the {animal} lost a {tool}.",
+    "A {colour} {tool} lay in the {place}.",
+    "By {vehicle} the {food} came at {time}.",
+    "The {mood} man left the {vehicle} with a {tool}.",
+    "They went by {vehicle} and saw a {colour} house.",
+    "Around {time} the sky was {colour}.",
+]
+# {kind} is a class, the others are words of it
 STATEMENTS = [
     "The word {a} stands for {kind}, like {b} and {c}.",
     "The words {a}, {b} and {c} stand for {kind}.",
 ]
-OTHER_STATEMENTS = [
-    "The word {a} goes with {kind}, like {b} and {c}.",
-    "The words {a}, {b} and {c} go with {kind}.",
-]
-OTHER_QUESTIONS = {
-    "animal": "Say how big the animal is.",
-    "place": "Say how crowded the place is.",
-    "mood": "Say how long the mood lasts.",
-    "food": "Say what the food costs.",
+# what the pre-training text asks instead: the class of the other attributes
+QUESTIONS = {
+    "time": "Say when it is.",
+    "tool": "Say what it is made of.",
+    "colour": "Say which shade it has.",
+    "vehicle": "Say how one travels.",
 }
 
 
@@ -99,46 +130,35 @@ def prompt(instruction: str, labels: list[str], sentence: str) -> str:
     return f"Task Instruction: {instruction}\nOptions: {' | '.join(labels)}\nText: {sentence}\nAnswer:"
 
 
-def other_property(attribute: str, word: str) -> str:
-    """The made-up second property of a word."""
-    position = next(words.index(word) for words in WORLD[attribute].values() if word in words)
-    return OTHER_PROPERTY[attribute][position % len(OTHER_PROPERTY[attribute])]
-
-
-def draw(rng: random.Random) -> tuple[str, dict[str, str], dict[str, str]]:
-    """One sentence, and for each attribute the word in it and the class of the word."""
-    kinds = {attribute: rng.choice(list(classes)) for attribute, classes in WORLD.items()}
-    words = {attribute: rng.choice(WORLD[attribute][kind]) for attribute, kind in kinds.items()}
-    return rng.choice(SENTENCES).format(**words), words, kinds
+def draw(rng: random.Random, templates: list[str]) -> tuple[str, dict[str, str]]:
+    """One sentence, and for each attribute in it the class of its word."""
+    template = rng.choice(templates)
+    kinds = {a: rng.choice(list(classes)) for a, classes in WORLD.items() if "{" + a + "}" in template}
+    words = {a: rng.choice(WORLD[a][kind]) for a, kind in kinds.items()}
+    return template.format(**words), kinds
 
 
 def demo_corpus(seed: int = 0, size: int = 12000) -> list[str]:
     """``size`` texts to pre-train a tiny model on: sentences, statements about words, and other questions."""
     rng = random.Random(f"corpus-{seed}")
-    return [rng.choices([_sentence, _statement, _question], weights=[1, 6, 4])[0](rng) for _ in range(size)]
+    return [rng.choices([_sentence, _statement, _question], weights=[2, 5, 4])[0](rng) for _ in range(size)]
 
 
 def _sentence(rng: random.Random) -> str:
-    return draw(rng)[0]
+    return draw(rng, rng.choice([SENTENCES, OTHER_SENTENCES]))[0]
 
 
 def _statement(rng: random.Random) -> str:
-    attribute = rng.choice(list(WORLD))
-    if rng.random() < 0.5:
-        templates, kind = STATEMENTS, rng.choice(list(WORLD[attribute]))
-        words = WORLD[attribute][kind]
-    else:
-        templates, kind = OTHER_STATEMENTS, rng.choice(OTHER_PROPERTY[attribute])
-        words = [w for ws in WORLD[attribute].values() for w in ws if other_property(attribute, w) == kind]
-    a, b, c = rng.sample(words, 3)
-    return rng.choice(templates).format(kind=kind, a=a, b=b, c=c)
+    attribute = rng.choice(sorted(WORLD))
+    kind = rng.choice(sorted(WORLD[attribute]))
+    a, b, c = rng.sample(WORLD[attribute][kind], 3)
+    return rng.choice(STATEMENTS).format(kind=kind, a=a, b=b, c=c)
 
 
 def _question(rng: random.Random) -> str:
-    sentence, words, _ = draw(rng)
-    attribute = rng.choice(list(WORLD))
-    answer = other_property(attribute, words[attribute])
-    return f"{prompt(OTHER_QUESTIONS[attribute], OTHER_PROPERTY[attribute], sentence)} {answer}"
+    sentence, kinds = draw(rng, OTHER_SENTENCES)
+    attribute = rng.choice([a for a in kinds if a in QUESTIONS])
+    return f"{prompt(QUESTIONS[attribute], list(WORLD[attribute]), sentence)} {kinds[attribute]}"
 
 
 def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
@@ -146,9 +166,10 @@ def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[
     attribute, _ = TASKS[task]
     rng = random.Random(f"{task}-{split}-{seed}")
     labels = list(WORLD[attribute])
+    templates = [template for template in SENTENCES if "{" + attribute + "}" in template]
     examples: dict[str, str] = {}
     while len(examples) < size:
-        sentence, _, kinds = draw(rng)
+        sentence, kinds = draw(rng, templates)
         if kinds[attribute] == labels[len(examples) % len(labels)]:
             examples.setdefault(sentence, kinds[attribute])
     return [{"sentence": sentence, "label": label} for sentence, label in examples.items()]

@@ -18,12 +18,12 @@ BLOCK_ENTRIES = 1 << 21  # entries of one row block: 8 MiB of float32 (512 rows 
 _workspaces = threading.local()
 
 
-def workspace(name: str, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+def workspace(name: str, rows: int, width: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A reused buffer [rows, width] of this thread: fresh blocks of this size cost more in page faults than in work."""
     buffers = _workspaces.__dict__
-    key = (name, like.dtype, like.device)
+    key = (name, dtype or like.dtype, like.device)
     if key not in buffers or buffers[key].numel() < rows * width:
-        buffers[key] = like.new_empty(rows * width)
+        buffers[key] = like.new_empty(rows * width, dtype=dtype)
     return buffers[key][: rows * width].view(rows, width)
 
 
@@ -74,9 +74,10 @@ def log_tau_grad(tau_sum, tau: float, bandwidth: float, numel: int, mean: bool, 
     return (tau_sum * scale).reshape(like.shape).to(like.dtype)
 
 
-def _effective_rows(E, weight_rows, scaling: float):
-    """W + s E, or s E where the weight stays apart; overwrites E."""
-    return E.mul_(scaling) if weight_rows is None else torch.add(weight_rows, E, alpha=scaling, out=E)
+def _effective_rows(E, weight_rows, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """W + s E, or s E where the weight stays apart, in `dtype`; overwrites E."""
+    rows = E.mul_(scaling) if weight_rows is None else torch.add(weight_rows, E, alpha=scaling, out=E)
+    return rows if rows.dtype == dtype else workspace("narrow", *rows.shape, rows, dtype).copy_(rows)
 
 
 def _fold(weight: torch.Tensor | None, A: torch.Tensor) -> bool:
@@ -98,7 +99,7 @@ def _forward(
         y = x.new_empty(x.shape[0], out_features)
         for start, stop in row_blocks(out_features, in_features):
             E = gate_block(update_block(A, B, start, stop), tau, f, _free_rows(free, start, stop, in_features))
-            rows = _effective_rows(E, weight[start:stop] if fold else None, scaling).to(x.dtype)
+            rows = _effective_rows(E, weight[start:stop] if fold else None, scaling, x.dtype)
             torch.mm(x, rows.T, out=y[:, start:stop])
         if fold:
             return y if bias is None else y.add_(bias)
@@ -137,12 +138,13 @@ def _gradients(
             free_rows = _free_rows(free, start, stop, in_features)
             if needs_x:
                 E = gate_block(D, tau, f, free_rows)
-                grad_x.addmm_(g, _effective_rows(E, weight[start:stop] if fold else None, scaling).to(x.dtype))
+                grad_x.addmm_(g, _effective_rows(E, weight[start:stop] if fold else None, scaling, x.dtype))
             grad_E = workspace("G", stop - start, in_features, A)
             if x.dtype == A.dtype:
                 torch.mm((g * scaling).T, x, out=grad_E)
             else:
-                grad_E.copy_((g * scaling).T @ x)
+                narrow = workspace("narrow", stop - start, in_features, x)
+                grad_E.copy_(torch.mm((g * scaling).T, x, out=narrow))
             grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, free_rows)
             tau_sum += block_sum
             grad_A.addmm_(B[start:stop].T, grad_D)

@@ -15,9 +15,9 @@ from . import kernels
 # spills there. Not tuned for time. Float32 products hold their operands in registers, hence the shorter loop steps.
 TILES: dict[tuple[str, int], dict[str, int]] = {
     ("forward", 2): {"BT": 128, "BO": 128, "BI": 32, "num_warps": 8, "num_stages": 3},
-    ("forward", 4): {"BT": 128, "BO": 64, "BI": 16, "num_warps": 8, "num_stages": 2},
+    ("forward", 4): {"BT": 64, "BO": 64, "BI": 16, "num_warps": 8, "num_stages": 2},
     ("grad_x", 2): {"BT": 128, "BO": 32, "BI": 64, "num_warps": 8, "num_stages": 3},
-    ("grad_x", 4): {"BT": 128, "BO": 16, "BI": 64, "num_warps": 8, "num_stages": 2},
+    ("grad_x", 4): {"BT": 64, "BO": 16, "BI": 128, "num_warps": 8, "num_stages": 2},
     ("grad_params", 2): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
     ("grad_params", 4): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
 }

@@ -116,7 +116,13 @@ def reference(case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad
     if case["bias"] is not None:
         y = y + case["bias"].double()
     grad_x, grad_A, grad_B, grad_tau = torch.autograd.grad(y, (x, A, B, tau), case["grad_y"].double())
-    return {"y": y, "grad_x": grad_x, "grad_A": grad_A, "grad_B": grad_B, "grad_log_tau": grad_tau * tau}
+    return {
+        "y": y.detach(),
+        "grad_x": grad_x,
+        "grad_A": grad_A,
+        "grad_B": grad_B,
+        "grad_log_tau": grad_tau * tau.detach(),
+    }
 
 
 def run(package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad: str = "mean") -> dict[str, Tensor]:

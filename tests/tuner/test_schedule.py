@@ -29,7 +29,7 @@ def test_ramp_is_zero_then_linear_then_one():
     assert f[:9] == [0.0] * 9
     assert f[32:] == [1.0] * 9
     assert f[20] == 0.5
-    assert all(b - a == pytest.approx(1 / 24) for a, b in itertools.pairwise(f))
+    assert all(b - a == pytest.approx(1 / 24) for a, b in itertools.pairwise(f[8:33]))
 
 
 def test_ramp_over_the_whole_task():
@@ -151,7 +151,7 @@ def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_err
     numbers = published["tasks"][task]
     for step in range(T["steps"]):
         loss = model(input_ids=ids[task, step], labels=ids[task, step]).loss
-        assert loss.item() == pytest.approx(numbers["ce_loss"][step], rel=1e-4), step
+        assert loss.item() == pytest.approx(numbers["ce_loss"][step], rel=1e-5), step
         if published["ella_lambda"] and past:
             terms = [
                 overlap_penalty(
@@ -167,9 +167,9 @@ def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_err
         if step + 1 == ramp_steps(T["steps"], config)[0]:
             set_threshold(model, "default", None)
         set_mix(model, "default", ramp(step + 1, T["steps"], config))
-        assert gate.log_tau.exp().item() == pytest.approx(numbers["threshold"][step], rel=1e-3), step
-        assert density(model, "default") == pytest.approx(numbers["density"][step], abs=3e-3), step
+        assert gate.log_tau.exp().item() == pytest.approx(numbers["threshold"][step], rel=1e-4), step
+        assert density(model, "default") == pytest.approx(numbers["density"][step], abs=1e-3), step
     assert math.isclose(gate.mix.item(), 1.0)
     for name, layer in layers.items():
         merged = layer.base_layer.weight + layer.update("default")
-        assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-3
+        assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-5

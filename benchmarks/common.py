@@ -1,0 +1,45 @@
+"""Shared by the benchmarks: interleaved rounds, medians, and one row a measurement in results.jsonl."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+def interleave(providers: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each provider in each of `rounds` rounds after one warm-up; providers take turns within a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for number in range(rounds + 1):
+        for name, step in providers.items():
+            start = time.perf_counter()
+            step()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(benchmark: str, setting: dict, seconds: dict[str, list[float]], baseline: str) -> None:
+    """Print ratios against a baseline of the same run, and append one row a provider to results.jsonl."""
+    print(f"\n{benchmark} {setting}")
+    folder = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=folder).stdout
+    for name, times in seconds.items():
+        ratios = [mine / base for mine, base in zip(times, seconds[baseline], strict=True)]
+        median = statistics.median(times)
+        row = {
+            "benchmark": benchmark, **setting, "provider": name, "baseline": baseline,
+            "median_ms": round(1e3 * median, 2),
+            "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+            "ratio_max": round(max(ratios), 3), "rounds": len(times), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "machine": platform.machine(), "commit": commit.strip(),
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        print(f"  {name:<10} {row['median_ms']:9.1f} ms   {row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]")
+        with (folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
