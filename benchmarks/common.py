@@ -40,6 +40,9 @@ def report(benchmark: str, setting: dict, seconds: dict[str, list[float]], basel
             "torch": torch.__version__, "machine": platform.machine(), "commit": commit.strip(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }  # fmt: skip
-        print(f"  {name:<10} {row['median_ms']:9.1f} ms   {row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]")
+        print(
+            f"  {name:<10} {row['median_ms']:9.1f} ms   "
+            f"{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
+        )
         with (folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

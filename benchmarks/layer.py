@@ -29,9 +29,9 @@ def setup(size: int, rank: int, tokens: int, mix: float, dtype: torch.dtype):
 
     providers = {name: (lambda name=name: gated(name).backward(grad)) for name in ("naive", "blocked")}
     providers["frozen"] = lambda: nn.functional.linear(x, weight).backward(grad)
-    providers["lora"] = lambda: (
-        nn.functional.linear(x, weight) + 4.0 * (x.float() @ A.T @ B.T).to(dtype)
-    ).backward(grad)
+    providers["lora"] = lambda: (nn.functional.linear(x, weight) + 4.0 * (x.float() @ A.T @ B.T).to(dtype)).backward(
+        grad
+    )
 
     saved = {}
     for name in ("naive", "blocked"):

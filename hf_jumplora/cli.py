@@ -45,7 +45,14 @@ class MethodArguments:
         """The adapters' config. Options of the gate are left out for methods that have none."""
         names = ["r", "lora_alpha", "lora_dropout"]
         if get_method(self.method).adapter["gate"]:
-            names += ["threshold_scope", "threshold_update", "initial_density", "target_density", "gate_start", "gate_end"]
+            names += [
+                "threshold_scope",
+                "threshold_update",
+                "initial_density",
+                "target_density",
+                "gate_start",
+                "gate_end",
+            ]
             names += ["isolation"]
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return JumpLoraConfig(target_modules=self.target_modules or default_targets, **options)

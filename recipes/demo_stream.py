@@ -27,6 +27,7 @@ import json
 import random
 from pathlib import Path
 
+
 # attribute -> class -> words. The first four are the tasks; the last four are only asked for in the pre-training text.
 WORLD: dict[str, dict[str, list[str]]] = {
     "animal": {

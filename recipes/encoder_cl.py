@@ -39,7 +39,9 @@ class LabelEmbeddingClassifier(nn.Module):
     candidates: bool [tasks, labels], the labels each task may answer with.
     """
 
-    def __init__(self, encoder: nn.Module, label_embeddings: torch.Tensor, candidates: torch.Tensor, logit_scale: float):
+    def __init__(
+        self, encoder: nn.Module, label_embeddings: torch.Tensor, candidates: torch.Tensor, logit_scale: float
+    ):
         super().__init__()
         self.encoder, self.config, self.name_or_path = encoder, encoder.config, encoder.name_or_path
         self.logit_scale = logit_scale

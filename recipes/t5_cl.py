@@ -1,6 +1,6 @@
 """Continual learning of a seq2seq model: the papers' own setting (T5-large, query and value layers, order 1).
 
-    accelerate launch recipes/t5_cl.py --config recipes/configs/t5_large.yaml --data_dir CL_BENCHMARK
+accelerate launch recipes/t5_cl.py --config recipes/configs/t5_large.yaml --data_dir CL_BENCHMARK
 """
 
 from dataclasses import dataclass, field

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 REPORT = "tiny_llama.json"
 
@@ -60,7 +61,9 @@ def build_tiny_llama(
     path = cache_dir / f"tiny-llama-{key}"
     if path.is_dir():
         report = json.loads((path / REPORT).read_text())
-        print(f"tiny_llama: cached, {report['steps']} of {report['planned_steps']} steps, loss {report['loss']}: {path}")
+        print(
+            f"tiny_llama: cached, {report['steps']} of {report['planned_steps']} steps, loss {report['loss']}: {path}"
+        )
         return path
 
     tokenizer = train_tokenizer(texts, vocab_size, seq_len)

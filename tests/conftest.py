@@ -90,3 +90,29 @@ def add_task():
         return model.eval()
 
     return add
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory):
+    """The folder of a random two-layer Llama with a word-level tokenizer (see toy.py)."""
+    import toy
+
+    return toy.save_base(tmp_path_factory.mktemp("toy_base"))
+
+
+@pytest.fixture(scope="session")
+def toy_t5(tmp_path_factory):
+    """The folder of a random two-layer T5 with the same tokenizer."""
+    import toy
+
+    return toy.save_base(tmp_path_factory.mktemp("toy_t5"), seq2seq=True)
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_base, tmp_path_factory):
+    """A finished JumpLoRA run over three toy tasks. Read only: copy `toy_run.output_dir` to change it."""
+    import toy
+
+    run = toy.make_run(toy_base, tmp_path_factory.mktemp("toy_run"))
+    run.train()
+    return run

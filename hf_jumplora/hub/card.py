@@ -38,7 +38,9 @@ def stack_card(manifest: Manifest, result: dict[str, Any]) -> str:
         first_folder=manifest.tasks[0]["folder"] if manifest.tasks else "task_000",
         trained=result["trained"],
         matrix=_markdown(_rows(result)),
-        metrics=[(name, f"{100 * result[key]:.2f}", result["formulas"][key]) for key, name in _NAMES.items() if key in result],
+        metrics=[
+            (name, f"{100 * result[key]:.2f}", result["formulas"][key]) for key, name in _NAMES.items() if key in result
+        ],
         pairs=_markdown(pairs(result)) if len(pairs(result)) > 1 else "",
         versions=manifest.versions,
     )
@@ -50,8 +52,9 @@ def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any]) 
     base = manifest.base_model["name_or_path"] or manifest.base_model["architecture"]
     return (
         f"# {name}\n\nThe update of one task of an adapter stack ({manifest.method}), trained on "
-        f"{info['train_examples']} examples for {info['steps']} steps; {info['density']:.2%} of the adapted entries are "
-        f"changed.\n\n```python\nimport hf_jumplora  # registers the method with PEFT\nfrom peft import PeftModel\n\n"
+        f"{info['train_examples']} examples for {info['steps']} steps; {info['density']:.2%} of the adapted entries "
+        "are changed.\n\n```python\nimport hf_jumplora  # registers the method with PEFT\nfrom peft import PeftModel\n"
+        "\n"
         f'model = PeftModel.from_pretrained(base_model, stack, subfolder="{folder}")  # with the tasks before it\n'
         f'model = hf_jumplora.load_stack(stack, tasks=["{name}"])  # this task alone\n```\n\nBase model: '
         f"{Path(base).name if Path(base).exists() else base}. The stack's own README.md has the accuracy matrix.\n"

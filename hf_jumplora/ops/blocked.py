@@ -2,8 +2,8 @@
 
 Every block of D = B A is computed again in the backward pass; only x, W (as they are), A, B and the threshold are kept.
 Base weights in float32 or wider are folded into the block (W + s E: one matrix product); narrower ones would lose small
-updates in the rounding, so their update is a product of its own. While f = 0 the layer is plain LoRA and costs what LoRA
-costs. It is a custom operator, opaque to torch.compile: no graph break, and no recompilation when the mix changes.
+updates in the rounding, so their update is a product of its own. While f = 0 the layer is plain LoRA and costs what
+LoRA costs. It is a custom operator, opaque to torch.compile: no graph break, and no recompilation when the mix changes.
 """
 
 import threading
@@ -18,9 +18,10 @@ BLOCK_ENTRIES = 1 << 21  # entries of one row block: 8 MiB of float32 (512 rows 
 _workspaces = threading.local()
 
 
-def workspace(name: str, rows: int, width: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A reused buffer [rows, width] of this thread: fresh blocks of this size cost more in page faults than in work."""
-    buffers = _workspaces.__dict__
+def workspace(name: str, shape, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A reused buffer of this thread [rows, width]: fresh blocks of this size cost more in page faults than in work."""
+    rows, width = shape
+    buffers: dict = _workspaces.__dict__
     key = (name, dtype or like.dtype, like.device)
     if key not in buffers or buffers[key].numel() < rows * width:
         buffers[key] = like.new_empty(rows * width, dtype=dtype)
@@ -36,7 +37,7 @@ def row_blocks(out_features: int, in_features: int):
 
 def update_block(A: torch.Tensor, B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Rows start..stop of D = B A, in a workspace."""
-    return torch.mm(B[start:stop], A, out=workspace("D", stop - start, A.shape[1], A))
+    return torch.mm(B[start:stop], A, out=workspace("D", (stop - start, A.shape[1]), A))
 
 
 def _free_rows(free: torch.Tensor | None, start: int, stop: int, width: int):
@@ -45,7 +46,7 @@ def _free_rows(free: torch.Tensor | None, start: int, stop: int, width: int):
 
 def gate_block(D: torch.Tensor, tau: float, mix: float, free: torch.Tensor | None) -> torch.Tensor:
     """E of one block, in a workspace. `hardshrink` is D * 1[|D| > tau] in one pass."""
-    E = workspace("E", *D.shape, D)
+    E = workspace("E", D.shape, D)
     torch.hardshrink(D, tau, out=E)
     if mix != 1:
         torch.lerp(D, E, mix, out=E)
@@ -58,11 +59,11 @@ def gate_block_backward(D, grad_E, tau: float, mix: float, bandwidth: float, fre
         grad_E.mul_(free)
     if mix == 0:
         return grad_E, D.new_zeros(())
-    masked, buffer = torch.ops.aten.hardshrink_backward.grad_input, workspace("E", *D.shape, D)
+    masked, buffer = torch.ops.aten.hardshrink_backward.grad_input, workspace("E", D.shape, D)
     # The band: |D| between |tau - half| and tau + half; below half - tau the two rectangles of the gate cancel.
     band = masked(grad_E, D, abs(tau - bandwidth / 2), grad_input=buffer)
-    band -= masked(grad_E, D, tau + bandwidth / 2, grad_input=workspace("band", *D.shape, D))
-    sign = torch.sign(D, out=workspace("band", *D.shape, D))
+    band -= masked(grad_E, D, tau + bandwidth / 2, grad_input=workspace("band", D.shape, D))
+    sign = torch.sign(D, out=workspace("band", D.shape, D))
     tau_sum = torch.dot(band.view(-1), sign.view(-1)) * mix
     masked(grad_E, D, tau, grad_input=buffer)
     return buffer if mix == 1 else torch.lerp(grad_E, buffer, mix, out=buffer), tau_sum
@@ -74,14 +75,18 @@ def log_tau_grad(tau_sum, tau: float, bandwidth: float, numel: int, mean: bool, 
     return (tau_sum * scale).reshape(like.shape).to(like.dtype)
 
 
-def _effective_rows(E, weight_rows, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """W + s E, or s E where the weight stays apart, in `dtype`; overwrites E."""
-    rows = E.mul_(scaling) if weight_rows is None else torch.add(weight_rows, E, alpha=scaling, out=E)
-    return rows if rows.dtype == dtype else workspace("narrow", *rows.shape, rows, dtype).copy_(rows)
+def _folded(weight: torch.Tensor | None, A: torch.Tensor) -> torch.Tensor | None:
+    """The base weight where it is folded into the update's blocks, None where its product is one of its own."""
+    return weight if weight is not None and weight.dtype == A.dtype else None
 
 
-def _fold(weight: torch.Tensor | None, A: torch.Tensor) -> bool:
-    return weight is not None and weight.dtype == A.dtype
+def _effective_rows(E, folded: torch.Tensor | None, start: int, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """W + s E, or s E without a folded weight, in `dtype`; overwrites E, which starts at row `start`."""
+    if folded is None:
+        rows = E.mul_(scaling)
+    else:
+        rows = torch.add(folded[start : start + E.shape[0]], E, alpha=scaling, out=E)
+    return rows if rows.dtype == dtype else workspace("narrow", rows.shape, rows, dtype).copy_(rows)
 
 
 @torch.library.custom_op("hf_jumplora::gated_linear", mutates_args=())
@@ -95,13 +100,13 @@ def _forward(
         if f == 0 and free is None:
             update = (x.to(A.dtype) @ A.T @ B.T).mul_(scaling)
             return (update if weight is None else F.linear(x, weight, bias) + update).to(x.dtype)
-        fold = _fold(weight, A)
+        folded = _folded(weight, A)
         y = x.new_empty(x.shape[0], out_features)
         for start, stop in row_blocks(out_features, in_features):
             E = gate_block(update_block(A, B, start, stop), tau, f, _free_rows(free, start, stop, in_features))
-            rows = _effective_rows(E, weight[start:stop] if fold else None, scaling, x.dtype)
+            rows = _effective_rows(E, folded, start, scaling, x.dtype)
             torch.mm(x, rows.T, out=y[:, start:stop])
-        if fold:
+        if folded is not None:
             return y if bias is None else y.add_(bias)
         return y if weight is None else y.add_(F.linear(x, weight, bias))
 
@@ -129,8 +134,8 @@ def _gradients(
                 if weight is not None:
                     grad_x.addmm_(grad_y, weight)
             return grad_x, scaling * g_B.T @ x_wide, scaling * g.T @ (x_wide @ A.T), torch.zeros_like(log_tau)
-        fold = _fold(weight, A)
-        if needs_x and weight is not None and not fold:
+        folded = _folded(weight, A)
+        if needs_x and weight is not None and folded is None:
             grad_x.addmm_(grad_y, weight)
         grad_A, grad_B, tau_sum = torch.zeros_like(A), torch.empty_like(B), A.new_zeros(())
         for start, stop in row_blocks(out_features, in_features):
@@ -138,12 +143,12 @@ def _gradients(
             free_rows = _free_rows(free, start, stop, in_features)
             if needs_x:
                 E = gate_block(D, tau, f, free_rows)
-                grad_x.addmm_(g, _effective_rows(E, weight[start:stop] if fold else None, scaling, x.dtype))
-            grad_E = workspace("G", stop - start, in_features, A)
+                grad_x.addmm_(g, _effective_rows(E, folded, start, scaling, x.dtype))
+            grad_E = workspace("G", (stop - start, in_features), A)
             if x.dtype == A.dtype:
                 torch.mm((g * scaling).T, x, out=grad_E)
             else:
-                narrow = workspace("narrow", stop - start, in_features, x)
+                narrow = workspace("narrow", (stop - start, in_features), x)
                 grad_E.copy_(torch.mm((g * scaling).T, x, out=narrow))
             grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, free_rows)
             tau_sum += block_sum
@@ -159,8 +164,8 @@ def _(grad_y, x, weight, A, B, log_tau, mix, scaling, bandwidth, mean, free, nee
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, A, B, log_tau, mix, ctx.scaling, ctx.bandwidth, ctx.mean, free = inputs
-    # `mix` is a buffer that the schedule changes in place between steps: the backward must see the value of its forward.
+    x, weight, _, A, B, log_tau, mix, ctx.scaling, ctx.bandwidth, ctx.mean, free = inputs
+    # A copy of `mix`: the schedule changes that buffer in place, and the backward must see the value of its forward.
     ctx.save_for_backward(x, weight, A, B, log_tau, mix.clone(), free)
 
 

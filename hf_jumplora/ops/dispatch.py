@@ -24,8 +24,8 @@ def gated_linear(
 ) -> torch.Tensor:
     """y = x W^T + bias + scaling * x E^T with E = ((1 - mix) D + mix * D 1[|D| > tau]) * free, D = B A.
 
-    Differentiable in x, A, B and log_tau (and in weight and bias, should they not be frozen). See `ops/naive.py`, which is the
-    specification, and JumpLoRA (arXiv 2604.16171).
+    Differentiable in x, A, B and log_tau (and in weight and bias, should they not be frozen). See `ops/naive.py`, which
+    is the specification, and JumpLoRA (arXiv 2604.16171).
 
     Args:
         x: [..., in], any float dtype.
@@ -36,7 +36,7 @@ def gated_linear(
         mix: f in [0, 1], a number or a one-element tensor (no recompilation under torch.compile when it changes).
         bandwidth: width of the rectangle around +-tau that gives the threshold a gradient.
         threshold_grad: "mean" divides that gradient by out * in (published code), "sum" does not.
-        free: [out, in] of {0, 1}, or the same packed by [`ops.sparse.pack_bits`]; entries with 0 stay out of the update.
+        free: [out, in] of {0, 1}, or packed by [`ops.sparse.pack_bits`]; entries with 0 stay out of the update.
         backend: None (best available), "naive", "blocked" or "triton".
 
     Returns:
@@ -48,7 +48,9 @@ def gated_linear(
     if threshold_grad not in ("mean", "sum"):
         raise ValueError(f"threshold_grad is 'mean' or 'sum', got {threshold_grad!r}")
     if x.shape[-1] != A.shape[1] or A.shape[0] != B.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} are not [..., in], [r, in], [out, r]")
+        raise ValueError(
+            f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} are not [..., in], [r, in], [out, r]"
+        )
     if weight is not None and weight.shape != (B.shape[0], A.shape[1]):
         raise ValueError(f"weight {tuple(weight.shape)} is not [out, in] = {(B.shape[0], A.shape[1])}")
     if weight is None and bias is not None:
@@ -64,7 +66,7 @@ def gated_linear(
         raise ValueError(f"mix is between 0 and 1, got {mix}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight, bias = x.to(dtype), *(t if t is None else t.to(dtype) for t in (weight, bias))
     options = {"scaling": scaling, "bandwidth": bandwidth, "threshold_grad": threshold_grad}
     if backend == "naive":
         if free is not None and free.dim() == 1:

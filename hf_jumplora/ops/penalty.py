@@ -17,7 +17,7 @@ class _OverlapPenalty(torch.autograd.Function):
                 D = update_block(A, B, start, stop)
                 weighted = gate_block(D, tau, f, None).mul_(past[start:stop]).mul_(scaling)  # s E * W_past
                 total += torch.dot(weighted.view(-1), weighted.view(-1))
-                grad_E = workspace("G", *D.shape, D)
+                grad_E = workspace("G", D.shape, D)
                 torch.mul(weighted, past[start:stop], out=grad_E).mul_(2 * scaling)
                 grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, None)
                 tau_sum += block_sum

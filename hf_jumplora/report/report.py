@@ -76,7 +76,11 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
 
 def write_report(folder: Path, result: dict[str, Any]) -> None:
     """Write report.md beside the stack, and matrix.png where matplotlib is installed (extra `report`)."""
-    parts = [f"# {result['method']}", "Accuracy in %. Row: after training on that task. Column: evaluated on.", _markdown(_rows(result))]
+    parts = [
+        f"# {result['method']}",
+        "Accuracy in %. Row: after training on that task. Column: evaluated on.",
+        _markdown(_rows(result)),
+    ]
     metrics = [["metric", "value", "definition"]]
     metrics += [[n, f"{100 * result[k]:.2f}", f"`{result['formulas'][k]}`"] for k, n in _NAMES.items() if k in result]
     if len(metrics) > 1:
@@ -86,7 +90,13 @@ def write_report(folder: Path, result: dict[str, Any]) -> None:
     if result["trained"]:
         cost = [["task", "steps", "examples", "effective batch", "texts cut", "density", "seconds"]]
         for info in result["trained"]:
-            values = [info["steps"], info["train_examples"], info["effective_batch"], info["truncated"], f"{info['density']:.2%}"]
+            values = [
+                info["steps"],
+                info["train_examples"],
+                info["effective_batch"],
+                info["truncated"],
+                f"{info['density']:.2%}",
+            ]
             cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])
         parts += ["## Training", _markdown(cost)]
     if importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:

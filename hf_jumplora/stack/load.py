@@ -53,10 +53,11 @@ def load_stack(
         architecture = getattr(transformers, manifest.base_model["architecture"], None)
         if architecture is None or not base_model:
             raise ValueError(
-                f"{folder}: the base {manifest.base_model['architecture']} is no class of transformers, or has no name: "
+                f"{folder}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
                 "pass the model itself as base_model="
             )
         base_model = architecture.from_pretrained(base_model, **model_kwargs)
+    assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, str(folder))
     model = attach(base_model, folder, chosen)
     return model.merge_and_unload() if merge else model
@@ -64,7 +65,8 @@ def load_stack(
 
 def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]]) -> PeftModel:
     """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active."""
-    model, before = base, []
+    model: Any = base
+    before: list[str] = []
     for task in tasks:
         config = JumpLoraConfig.from_pretrained(str(folder / task["folder"]))
         if stack_support_sha256(config.support) != task["support_sha256"]:
@@ -75,7 +77,7 @@ def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]]) -> PeftMo
         else:
             model = PeftModel(model, config, adapter_name=task["folder"])
         weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
-        result = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
         missing = [key for key in result.missing_keys if f".{task['folder']}" in key]
         if missing or result.unexpected_keys:
             raise ValueError(

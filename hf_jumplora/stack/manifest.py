@@ -56,7 +56,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         data = json.loads(path.read_text())
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format version {data['format_version']}, this version of hf_jumplora reads {FORMAT_VERSION}"
+                f"{path} has format version {data['format_version']}, this hf_jumplora reads {FORMAT_VERSION}"
             )
         manifest = Manifest(**data)
         for task in manifest.tasks:
@@ -134,7 +134,7 @@ def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
             raise ValueError(f"{where}: layer {name} should be [out, in] = {shape}, this base model has {found}")
 
 
-def _features(module: nn.Module) -> list[int]:
+def _features(module: nn.Module) -> list[int | None]:
     from peft.tuners.tuners_utils import _get_in_out_features
 
     in_features, out_features = _get_in_out_features(module)

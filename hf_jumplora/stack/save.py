@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from ..tuner.adapters import adapter_config
 from .manifest import Manifest, file_sha256, stack_support_sha256, write_atomic, write_json, write_manifest
 
 
@@ -20,7 +21,13 @@ STRATEGIES = "strategies.safetensors"
 
 
 def save_task(
-    model: PeftModel, folder: str, name: str, stack: Path, info: dict[str, Any], card: str, states: dict[str, torch.Tensor]
+    model: PeftModel,
+    folder: str,
+    name: str,
+    stack: Path,
+    info: dict[str, Any],
+    card: str,
+    states: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Write a finished adapter as `stack`/`folder` and return its manifest entry (without adding it).
 
@@ -33,9 +40,10 @@ def save_task(
     try:
         # Our own save: the embeddings are never adapted, and PEFT would ask the Hub about them once per adapter.
         model.save_pretrained(str(temporary), selected_adapters=[folder], save_embedding_layers=False)
-        config = model.peft_config[folder]
-        support = stack_support_sha256(config.support)
-        write_json(temporary / folder / "task.json", {"name": name, "folder": folder, "support_sha256": support, **info})
+        support = stack_support_sha256(adapter_config(model, folder).support)
+        write_json(
+            temporary / folder / "task.json", {"name": name, "folder": folder, "support_sha256": support, **info}
+        )
         write_atomic(temporary / folder / "README.md", card)
         if states:
             save_file({key: value.contiguous() for key, value in states.items()}, temporary / folder / STRATEGIES)

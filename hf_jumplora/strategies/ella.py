@@ -30,7 +30,7 @@ class Ella(Strategy):
         for name, layer in named_layers(model, adapter):
             parents = layer.closure(layer.configs[adapter].parent_adapters)
             if parents:
-                self.past[name] = sum(layer.update(parent) for parent in parents)
+                self.past[name] = layer.total_update(parents)
 
     def penalty(self, model, inputs, adapter):
         if not self.past:

@@ -8,7 +8,7 @@ from transformers import Seq2SeqTrainingArguments
 
 @dataclass
 class ContinualTrainingArguments(Seq2SeqTrainingArguments):
-    """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`]; all of the Trainer's work too.
+    """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`]; the Trainer's own work too.
 
     Raises:
         ValueError: an option has a value it cannot have.
@@ -23,8 +23,8 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     eval_mode: Literal["generate", "score"] = field(
         default="generate",
         metadata={
-            "help": "How text tasks are scored: 'generate' compares the greedy answer (the papers' metric), 'score' takes "
-            "the label of highest likelihood."
+            "help": "How text tasks are scored: 'generate' compares the greedy answer (the papers' metric), 'score' "
+            "takes the label of highest likelihood."
         },
     )
     eval_tasks: Literal["all", "seen"] = field(

@@ -34,7 +34,9 @@ def evaluate_task(
         batch = mine[start : start + batch_size]
         prompts = [encoder.prompt_ids(task, rows[i][task.text_column]) for i in batch]
         answers = predict(model, encoder, task, prompts)
-        hits += [(i, fold(answer) == fold(rows[i][task.label_column])) for i, answer in zip(batch, answers, strict=True)]
+        hits += [
+            (i, fold(answer) == fold(rows[i][task.label_column])) for i, answer in zip(batch, answers, strict=True)
+        ]
     model.train(was_training)
     return sum(dict(gather_object(hits)).values()) / len(rows)
 

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -53,7 +54,7 @@ class _StrategyCallback(TrainerCallback):
             strategy.on_step_end(model, self.trainer.adapter)
 
 
-class ContinualMixin:
+class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Put first among the bases of a Trainer class (see [`make_continual`]); trains the adapter `adapter`.
 
     Adds the strategies' penalties to the loss, gives the thresholds their own learning rate and no weight decay, logs
@@ -108,16 +109,15 @@ class ContinualMixin:
         """Whether the loss arrives already divided by the accumulation steps (else the Trainer divides it later)."""
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
-        return self.compute_loss_func is not None or (
-            self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        )
+        return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} after step {self.state.global_step} of {self.state.max_steps}: training has "
-                "diverged and was stopped. Lower the learning rate or the strategies' weights; finished tasks are safe"
+                f"the loss is {loss.item()} after step {self.state.global_step} of {self.state.max_steps}: training "
+                "has diverged and was stopped. Lower the learning rate or the strategies' weights. Finished tasks are "
+                "safe"
             )
         return loss
 
@@ -163,7 +163,7 @@ class ContinualMixin:
 
 @functools.cache
 def make_continual(trainer_cls: type) -> type:
-    """A trainer class with [`ContinualMixin`] in front: `make_continual(SFTTrainer)`, `make_continual(MyTrainer)`, ..."""
+    """A trainer class with [`ContinualMixin`] in front: `make_continual(SFTTrainer)`, `make_continual(MyTrainer)`."""
     return type(f"Continual{trainer_cls.__name__}", (ContinualMixin, trainer_cls), {"__doc__": ContinualMixin.__doc__})
 
 

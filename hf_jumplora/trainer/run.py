@@ -25,7 +25,15 @@ from ..hub.card import stack_card, task_card
 from ..methods import get_method
 from ..report import table, write_report
 from ..stack.load import attach, merge_finished, verify
-from ..stack.manifest import MANIFEST, Manifest, describe_base, library_versions, read_manifest, write_atomic, write_json
+from ..stack.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_base,
+    library_versions,
+    read_manifest,
+    write_atomic,
+    write_json,
+)
 from ..stack.save import STRATEGIES, remove_unlisted, save_task, write_manifest
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_steps
@@ -82,12 +90,13 @@ class ContinualRun:
         callbacks: list | None = None,
     ):
         self.method, self.method_name = get_method(method), method
-        self.model, self.tasks, self.processing_class = model, list(tasks), processing_class
+        self.model: Any = model  # a PeftModel from the first task on
+        self.tasks, self.processing_class = list(tasks), processing_class
         self.args = args or ContinualTrainingArguments()
         self.trainer_cls, self.callbacks = trainer_cls, list(callbacks or ())
         self.config = dataclasses.replace(adapter_config or JumpLoraConfig(), **self.method.adapter)
         self.strategies = [make() for make in self.method.strategies] if strategies is None else list(strategies)
-        self.output_dir = Path(self.args.output_dir)
+        self.output_dir = Path(str(self.args.output_dir))
         self._check_options()
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.encoder = Encoder(processing_class, getattr(self.args, "max_length", 512), self.seq2seq)
@@ -174,8 +183,7 @@ class ContinualRun:
         train_sets = self._encode()
         done = self._restore()
         if not self.matrix:
-            zero_shot = self.evaluate() if self._evaluates_all() else [None] * len(self.tasks)
-            self.matrix = [zero_shot]
+            self.matrix = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]]
             self._write_metrics()
         stages = self._stage_sizes()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
@@ -282,7 +290,9 @@ class ContinualRun:
                 "labels": task.labels if isinstance(task, TextTask) else None,
                 "instruction": task.instruction if isinstance(task, TextTask) else None,
                 "seed": self.args.seed + 1000 * index,
-                "effective_batch": self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+                "effective_batch": self.args.train_batch_size
+                * self.args.world_size
+                * self.args.gradient_accumulation_steps,
                 "seconds": round(time.perf_counter() - start, 1),
                 **self._overlaps(folder),
             }
@@ -311,15 +321,22 @@ class ContinualRun:
                 row.append(None)
             elif isinstance(task, TextTask):
                 row.append(
-                    evaluate_task(self.model, self.encoder, task, self.args.eval_mode, self.args.per_device_eval_batch_size)
+                    evaluate_task(
+                        self.model, self.encoder, task, self.args.eval_mode, self.args.per_device_eval_batch_size
+                    )
                 )
             else:
                 trainer = self._trainer(
-                    self.output_dir / "checkpoints", 0, eval_dataset=task.eval_dataset, compute_metrics=task.compute_metrics
+                    self.output_dir / "checkpoints",
+                    0,
+                    eval_dataset=task.eval_dataset,
+                    compute_metrics=task.compute_metrics,
                 )
                 scores = trainer.evaluate()
                 if f"eval_{task.metric}" not in scores:
-                    raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
+                    raise ValueError(
+                        f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}"
+                    )
                 row.append(float(scores[f"eval_{task.metric}"]))
         return row
 
@@ -348,7 +365,9 @@ class ContinualRun:
             self.manifest = Manifest(describe_base(self.model), self.method_name, self.method.mode != "sequential")
         self.manifest.versions = library_versions()
         states = {
-            f"{n}.{key}": value for n, strategy in enumerate(self.strategies) for key, value in strategy.state_dict().items()
+            f"{n}.{key}": value
+            for n, strategy in enumerate(self.strategies)
+            for key, value in strategy.state_dict().items()
         }
         card = task_card(self.manifest, name, folder, self.info[-1])
         entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)

@@ -79,7 +79,9 @@ class TextTask(Task):
             for i, row in enumerate(rows):
                 for column in (self.text_column, self.label_column):
                     if not isinstance(row.get(column), str):
-                        raise ValueError(f"{where}, {split} row {i}: no string in column {column!r}, only {sorted(row)}")
+                        raise ValueError(
+                            f"{where}, {split} row {i}: no string in column {column!r}, only {sorted(row)}"
+                        )
                 if row[self.label_column] not in self.labels:
                     raise ValueError(
                         f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}"
@@ -131,8 +133,9 @@ class Encoder:
         while len(ids) > room:
             if keep == 0:
                 raise ValueError(
-                    f"task {task.name!r}: instruction, options and answer take {self.max_length - room + len(ids)} tokens, "
-                    f"max_length is {self.max_length}: raise it or shorten them"
+                    f"task {task.name!r}: instruction, options and answer take "
+                    f"{self.max_length - room + len(ids)} tokens, max_length is {self.max_length}: raise it or shorten "
+                    "them"
                 )
             keep = max(0, keep - (len(ids) - room))
             ids = self.tokenizer(task.render(self.tokenizer.decode(pieces[:keep]))).input_ids
@@ -186,9 +189,10 @@ _STREAM_KEYS = {"name", "prompt", "catalogue", "tasks", "max_train", "max_eval"}
 def load_tasks(stream: str | Path, data_dir: str | Path | None = None, **limits: int | None) -> list[TextTask]:
     """Read a stream of text tasks from a YAML file (docs/streams.md describes every key).
 
-    `tasks` holds the tasks, or names from the file that `catalogue` points to. Each task's rows come from `folder` (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`),
-    from `train_file` and `eval_file` (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a
-    `data_dir`, tasks that name a folder are read from there and the Hub is not asked.
+    `tasks` holds the tasks, or names from the file that `catalogue` points to. Each task's rows come from `folder`
+    (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`), from `train_file` and `eval_file`
+    (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a `data_dir`, tasks that name a folder are
+    read from there and the Hub is not asked.
 
     Args:
         limits: `max_train`, `max_eval`: at most so many rows a task (the first ones); overrides the file.

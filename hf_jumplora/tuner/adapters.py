@@ -1,6 +1,8 @@
 """What a training loop does with an adapter: ramp the gate, set the threshold, measure the density, finish the task."""
 
+import functools
 from collections import defaultdict
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,10 +26,10 @@ def adapter_config(model: nn.Module, adapter: str) -> JumpLoraConfig:
 
 def gate_groups(model: nn.Module, adapter: str) -> list[tuple[JumpGate, list[JumpLoraLayer]]]:
     """The gates of an adapter, each with the layers that share it."""
-    groups = defaultdict(list)
+    groups: dict[JumpGate, list[JumpLoraLayer]] = defaultdict(list)
     for _, layer in named_layers(model, adapter):
         if adapter in layer.jumplora_gate:
-            groups[layer.jumplora_gate[adapter]].append(layer)
+            groups[layer.gate(adapter)].append(layer)
     return list(groups.items())
 
 
@@ -78,12 +80,12 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
         else:
             kept = round(density * total)
         k = min(max(1, total - kept), total)
-        tau = kth_magnitude(lambda factors=factors: update_blocks(factors), k)
+        tau = kth_magnitude(functools.partial(update_blocks, factors), k)
         if tau == 0:
             raise ValueError(
-                f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates are "
-                "exactly zero. The adapter has not been trained (learning rate 0?), or density is above what its rank "
-                "can fill"
+                f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "
+                "are exactly zero. The adapter has not been trained (learning rate 0?), or density is above what its "
+                "rank can fill"
             )
         with torch.no_grad():
             gate.log_tau.fill_(tau).log_()
@@ -101,14 +103,14 @@ def density(model: nn.Module, adapter: str) -> float:
         elif adapter in layer.jumplora_support:
             kept += int(layer.support(adapter).sum())
         else:
-            tau = layer.jumplora_gate[adapter].log_tau.detach().exp()
+            tau = layer.gate(adapter).log_tau.detach().exp()
             factors = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter])]
             kept += int(sum((block.abs() > tau).sum() for block in update_blocks(factors)))
     return kept / total
 
 
 @torch.no_grad()
-def finish_adapter(model: nn.Module, adapter: str = "default", name: str | None = None) -> None:
+def finish_adapter(model: Any, adapter: str = "default", name: str | None = None) -> None:
     """End of a task: record the support, freeze the adapter and give it its final name.
 
     From here on its update is D on the recorded support, on every device; the threshold is not evaluated again.
@@ -135,7 +137,7 @@ def finish_adapter(model: nn.Module, adapter: str = "default", name: str | None 
         _rename(model, adapter, name)
 
 
-def _rename(model: nn.Module, old: str, new: str) -> None:
+def _rename(model: Any, old: str, new: str) -> None:
     configs = model.peft_config
     configs[new] = configs.pop(old)
     for config in configs.values():

@@ -71,7 +71,9 @@ class JumpLoraConfig(PeftConfig):
     )
     initial_density: float | None = field(
         default=None,
-        metadata={"help": "Fraction of entries kept at the threshold's start. None: as many as A and B have parameters."},
+        metadata={
+            "help": "Fraction of entries kept at the threshold's start. None: as many as A and B have parameters."
+        },
     )
     target_density: float | None = field(
         default=None, metadata={"help": "Fraction kept by threshold_update='density'. None: that of the start."}
@@ -112,14 +114,18 @@ class JumpLoraConfig(PeftConfig):
         if self.target_density is not None and self.threshold_update != "density":
             raise ValueError("target_density needs threshold_update='density'; initial_density sets the start alone")
         if not self.gate and self.isolation == "hard":
-            raise ValueError("isolation='hard' keeps a task off the entries that earlier gates kept; it needs gate=True")
+            raise ValueError(
+                "isolation='hard' keeps a task off the entries that earlier gates kept; it needs gate=True"
+            )
         # Where the config was loaded from, so that parents standing beside it can be found. Not a field: never saved.
         self.origin: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if kwargs.get(k) is not None}
+        hub = {
+            k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if kwargs.get(k) is not None
+        }
         config.origin = {"path": str(pretrained_model_name_or_path), "subfolder": subfolder, "kwargs": hub}
         return config
 

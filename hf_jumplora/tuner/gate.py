@@ -30,6 +30,9 @@ class JumpGate(_Float32):
     in the middle of the ramp evaluates as it was trained, and torch.compile does not recompile when it changes.
     """
 
+    log_tau: nn.Parameter
+    mix: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.log_tau = nn.Parameter(torch.full((1,), PUBLISHED_LOG_TAU))

@@ -37,7 +37,10 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
                 f"target module {name} is a {type(base_layer).__name__}; only linear layers (nn.Linear, Conv1D, "
                 "quantised linear) can be adapted: narrow `target_modules` or use `exclude_modules`"
             )
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None  # true of every linear layer
+        assert out_features is not None
+        self.in_features, self.out_features = in_features, out_features
         self.transposed = isinstance(base_layer, Conv1D)
         self.jumplora_A = Float32ParameterDict()  # adapter -> [r, in]
         self.jumplora_B = Float32ParameterDict()  # adapter -> [out, r]
@@ -88,7 +91,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         self._past_sum = None
 
     def check_no_children(self, adapter: str) -> None:
-        """Raise ValueError when another adapter names this one as its parent: without it, it would be another update."""
+        """Raise ValueError when another adapter names this one as its parent: without it, that is another update."""
         children = [name for name, config in self.configs.items() if adapter in config.parent_adapters]
         if children:
             raise ValueError(f"adapter {adapter!r} is a parent of {children}: delete those first")
@@ -111,8 +114,14 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.free):
             if adapter_name in container and container[adapter_name].device != meta:
                 container[adapter_name] = container[adapter_name].to(device)
-        if adapter_name in self.jumplora_gate and self.jumplora_gate[adapter_name].log_tau.device != meta:
+        if adapter_name in self.jumplora_gate and self.gate(adapter_name).log_tau.device != meta:
             self.jumplora_gate[adapter_name].to(device)
+
+    def gate(self, adapter: str) -> JumpGate:
+        """The gate of an adapter, shared with the other layers of its scope."""
+        gate = self.jumplora_gate[adapter]
+        assert isinstance(gate, JumpGate)
+        return gate
 
     # ---- what an adapter adds -------------------------------------------------------------------------------------
 
@@ -139,7 +148,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: the saved support is not the one whose sha256 the adapter's config names.
         """
         if adapter in self.jumplora_support:
-            code, (_, expected) = self.jumplora_support[adapter], self.configs[adapter].support[self.layer_name]
+            code, entry = self.jumplora_support[adapter], self.configs[adapter].support
+            expected = entry[self.layer_name][1] if entry else None
             found = support_sha256(code)
             if found != expected:
                 raise ValueError(
@@ -150,7 +160,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         D = self.product(adapter)
         if adapter not in self.jumplora_gate:
             return torch.ones_like(D, dtype=torch.bool)
-        return self.mask_free(adapter, D.abs() > self.jumplora_gate[adapter].log_tau.detach().exp())
+        return self.mask_free(adapter, D.abs() > self.gate(adapter).log_tau.detach().exp())
 
     def mask_free(self, adapter: str, mask: torch.Tensor) -> torch.Tensor:
         """`mask` [out, in] without the entries that hard isolation closes to this adapter."""
@@ -177,11 +187,18 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         if adapter in self.jumplora_support:
             E = E * self.support(adapter)
         elif adapter in self.jumplora_gate:
-            kept = E * (E.abs() > self.jumplora_gate[adapter].log_tau.exp())
-            E = torch.lerp(E, kept, self.jumplora_gate[adapter].mix)
+            kept = E * (E.abs() > self.gate(adapter).log_tau.exp())
+            E = torch.lerp(E, kept, self.gate(adapter).mix)
             if adapter in self.free:
                 E = E * self.mask_free(adapter, torch.ones_like(E, dtype=torch.bool))
         return E.mul_(self.scaling[adapter])
+
+    def total_update(self, adapters) -> torch.Tensor:
+        """Sum of the updates of these adapters, added in this order: float32 [out, in]."""
+        total = torch.zeros(self.out_features, self.in_features, device=self.jumplora_A[adapters[0]].device)
+        for adapter in adapters:
+            total += self.update(adapter)
+        return total
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """As PEFT's method of this name: the update in the orientation of the base weight."""
@@ -210,20 +227,26 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
             )
         names = [*self.merged_adapters, *names]
         self.unmerge()
-        delta = sum(self.get_delta_weight(n) for n in names)
+        delta = self.total_update(names)
+        delta = delta.T if self.transposed else delta
         if safe_merge and not torch.isfinite(delta).all():
             raise ValueError(f"layer {self.layer_name}: the updates of {names} hold entries that are not finite")
-        weight = self.get_base_layer().weight.data
+        weight = self._base_weight()
         touched = delta != 0
         self._restore = (pack_bits(touched), weight[touched].clone())
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight[touched] = (weight[touched].to(wide) + delta[touched]).to(weight.dtype)
         self.merged_adapters = names
 
+    def _base_weight(self) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.data
+
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""
         if self._restore is not None:
-            weight = self.get_base_layer().weight.data
+            weight = self._base_weight()
             packed, values = (t.to(weight.device) for t in self._restore)
             weight[unpack_bits(packed, 0, weight.numel()).view_as(weight)] = values.to(weight.dtype)
         self._restore, self.merged_adapters = None, []
@@ -245,7 +268,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         key = (names, device)
         if self._past_sum is None or self._past_sum[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # the sum serves training passes too
-                self._past_sum = (key, to_csr(sum(self.update(n) for n in names)))
+                self._past_sum = (key, to_csr(self.total_update(names)))
         return self._past_sum[1]
 
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
@@ -262,7 +285,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         A, B, scaling = self.jumplora_A[adapter], self.jumplora_B[adapter], self.scaling[adapter]
         if adapter not in self.jumplora_gate:
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)
-        gate, config = self.jumplora_gate[adapter], self.configs[adapter]
+        gate, config = self.gate(adapter), self.configs[adapter]
         return gated_linear(
             x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=gate.mix, bandwidth=config.bandwidth,
             threshold_grad=config.threshold_grad, free=self.free.get(adapter),

@@ -4,8 +4,8 @@ import difflib
 import os
 import re
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
@@ -51,11 +51,12 @@ _register_parameter = nn.Module.register_parameter
 def _real_parameters():
     """Undo accelerate's `init_empty_weights`, under which PEFT builds the adapter it loads with `low_cpu_mem_usage`:
     every parameter goes to the meta device there, and so would the weights of the parents that are read meanwhile."""
-    outer, nn.Module.register_parameter = nn.Module.register_parameter, _register_parameter
+    outer = nn.Module.register_parameter
+    nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = outer
+        nn.Module.register_parameter = outer  # type: ignore[method-assign]
 
 
 class JumpLoraModel(BaseTuner):
@@ -69,10 +70,10 @@ class JumpLoraModel(BaseTuner):
 
     prefix = "jumplora_"
     tuner_layer_cls = JumpLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         try:
             check_adapter_name(model, adapter_name)
         except ValueError:
@@ -80,8 +81,8 @@ class JumpLoraModel(BaseTuner):
             raise
         if config.support is not None and not config.inference_mode:
             raise ValueError(
-                f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add a "
-                f"new adapter with parent_adapters=[{adapter_name!r}] instead"
+                f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add "
+                f"a new adapter with parent_adapters=[{adapter_name!r}] instead"
             )
         self._load_parents(model, config)
         self._gates: dict[str, JumpGate] = {}  # of this adapter, by gate_key
@@ -95,8 +96,8 @@ class JumpLoraModel(BaseTuner):
         for parent in [p for p in config.parent_adapters if p not in self.peft_config]:
             if config.origin is None:
                 raise ValueError(
-                    f"parent adapter {parent!r} is not in the model: add or load it first, or load the whole stack with "
-                    "hf_jumplora.load_stack(...) or PeftModel.from_pretrained(base_model, stack, subfolder=...)"
+                    f"parent adapter {parent!r} is not in the model: add or load it first, or load the whole stack "
+                    "with hf_jumplora.load_stack(...) or PeftModel.from_pretrained(base_model, stack, subfolder=...)"
                 )
             path, subfolder, hub = (config.origin[k] for k in ("path", "subfolder", "kwargs"))
             if subfolder is None:
@@ -116,7 +117,7 @@ class JumpLoraModel(BaseTuner):
             self.peft_config[parent] = parent_config
             with _real_parameters():
                 self.inject_adapter(model, parent)
-                model.peft_config = self.peft_config  # BaseTuner does the same once it is complete
+                model.peft_config = self.peft_config  # type: ignore[assignment]  # BaseTuner does the same once it is complete
                 set_peft_model_state_dict(model, weights, parent)
 
     def _create_and_replace(
@@ -179,5 +180,3 @@ def named_layers(model: nn.Module, adapter: str | None = None):
     for module in model.modules():
         if isinstance(module, JumpLoraLayer) and (adapter is None or adapter in module.configs):
             yield module.layer_name, module
-
-

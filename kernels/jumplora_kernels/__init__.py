@@ -5,6 +5,7 @@ Imports torch and triton only. Without triton the package still imports, and `is
 
 from importlib.util import find_spec
 
+
 if find_spec("triton") is None:
 
     def is_available() -> bool:

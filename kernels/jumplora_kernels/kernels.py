@@ -15,6 +15,7 @@ UPCAST is for the interpreter only: NumPy has no bf16 and multiplies its bits as
 import triton
 import triton.language as tl
 
+
 # Ranks one product takes: the least that tensor cores accept. With 32 or 64 the kernels spill registers at rank 64.
 RANK_CHUNK = tl.constexpr(16)
 

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from . import kernels
 
+
 # Tile and launch options by kernel and bytes per element of x. Chosen by the offline compile check
 # (tests/kernels/compile_check.py prints registers, spills and shared memory for sm_80, sm_90, sm_100 and gfx942): none
 # spills there. Not tuned for time. Float32 products hold their operands in registers, hence the shorter loop steps.
@@ -145,13 +146,16 @@ def _gate(A: Tensor, B: Tensor, log_tau: Tensor, mix: float | Tensor) -> tuple[T
     tau = log_tau.detach().float().exp().reshape(1)
     if not isinstance(mix, Tensor):
         mix = torch.full((1,), mix, device=tau.device)
-    return A.contiguous(), B.contiguous(), tau, mix.float()
+    return A.contiguous(), B.contiguous(), tau, mix.to(tau.device, torch.float32, non_blocking=True)
 
 
 def _options(kernel: str, x: Tensor, rank: int) -> dict[str, Any]:
     """Launch options and compile-time constants. Only products with x obey PyTorch's float32 matmul precision."""
+    matmul = torch.backends.cuda.matmul
+    # From torch 2.9 on the old switch raises where a program has used the new one.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     # Asking AMD's compiler for tf32 is an error on most targets, even where no operand is float32.
-    tf32 = torch.version.hip is None and torch.get_float32_matmul_precision() != "highest"
+    tf32 = tf32 and torch.version.hip is None
     tile = TILES[kernel, x.element_size()]
     return {**tile, "R": rank, "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRETED}
 

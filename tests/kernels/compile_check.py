@@ -16,14 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+
 # Fusing is Triton's default up to 3.9, and unset it warns.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 import triton
-from jumplora_kernels import kernels, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from jumplora_kernels import kernels, launch
+
 
 KIB = 1024
 TARGETS = {  # and the shared memory that one block may use

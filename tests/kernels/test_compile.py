@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("compile_check.py")

@@ -172,4 +172,4 @@ def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_err
     assert math.isclose(gate.mix.item(), 1.0)
     for name, layer in layers.items():
         merged = layer.base_layer.weight + layer.update("default")
-        assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-5
+        assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-4
