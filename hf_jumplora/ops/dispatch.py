@@ -3,6 +3,7 @@
 import torch
 
 from .blocked import gated_linear_blocked
+from .fused import gated_linear_fused
 from .naive import gated_linear_naive
 from .sparse import pack_bits, unpack_bits
 
@@ -37,7 +38,7 @@ def gated_linear(
         bandwidth: width of the rectangle around +-tau that gives the threshold a gradient.
         threshold_grad: "mean" divides that gradient by out * in (published code), "sum" does not.
         free: [out, in] of {0, 1}, or packed by [`ops.sparse.pack_bits`]; entries with 0 stay out of the update.
-        backend: None (best available), "naive", "blocked" or "triton".
+        backend: None (blocked), "naive", "blocked" or "triton" (needs the extra; not measured on a GPU yet).
 
     Returns:
         [..., out] in the dtype of x.
@@ -73,10 +74,11 @@ def gated_linear(
             free = unpack_bits(free, 0, B.shape[0] * A.shape[1]).view(B.shape[0], A.shape[1])
         with torch.autocast(x.device.type, enabled=False):  # D and its support stay in the dtype of A and B
             return gated_linear_naive(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
-    if backend not in (None, "blocked"):
-        raise ValueError(f"backend is None, 'naive' or 'blocked', got {backend!r}")
+    if backend not in (None, "blocked", "triton"):
+        raise ValueError(f"backend is None, 'naive', 'blocked' or 'triton', got {backend!r}")
     if not isinstance(mix, torch.Tensor):
         mix = torch.tensor([mix], dtype=torch.float32)
     if free is not None and free.dim() == 2:
         free = pack_bits(free)
-    return gated_linear_blocked(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
+    run = gated_linear_fused if backend == "triton" else gated_linear_blocked
+    return run(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
