@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from ..tuner.adapters import adapter_config
-from .manifest import Manifest, file_sha256, stack_support_sha256, write_atomic, write_json, write_manifest
+from .manifest import file_sha256, stack_support_sha256, write_atomic, write_json, write_manifest
 
 
 __all__ = ["save_task", "write_manifest"]
@@ -32,11 +31,11 @@ def save_task(
     """Write a finished adapter as `stack`/`folder` and return its manifest entry (without adding it).
 
     info: goes into task.json. card: README.md. states: what the strategies must remember, if anything.
-    The folder is written under a temporary name and moved, so that it appears whole or not at all. A folder of this
-    name that the manifest does not list yet (left by a run that was killed) is replaced.
+    The folder is written under a temporary name and moved, so that it appears whole or not at all. Folders of these
+    names that the manifest does not list yet (left by a run that was killed) are replaced.
     """
-    stack.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=stack, prefix=f".{folder}."))
+    temporary = stack / f".{folder}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         # Our own save: the embeddings are never adapted, and PEFT would ask the Hub about them once per adapter.
         model.save_pretrained(str(temporary), selected_adapters=[folder], save_embedding_layers=False)
@@ -55,11 +54,3 @@ def save_task(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"name": name, "folder": folder, "files": files, "support_sha256": support}
-
-
-def remove_unlisted(stack: Path, manifest: Manifest) -> None:
-    """Delete task folders and temporary ones that a killed run left behind."""
-    listed = {task["folder"] for task in manifest.tasks}
-    for path in stack.iterdir():
-        if path.is_dir() and path.name.lstrip(".").startswith("task_") and path.name not in listed:
-            shutil.rmtree(path)

@@ -11,7 +11,12 @@ class Strategy:
 
     Parameters must be read from the model by attribute inside `penalty` and never be kept: under DeepSpeed ZeRO-3 they
     are whole only inside the forward pass, which is where `penalty` is called.
+
+    A restarted run compares the `repr` of its strategies: make a strategy with options a dataclass.
     """
+
+    def __repr__(self) -> str:
+        return type(self).__name__
 
     def on_task_start(self, model: nn.Module, adapter: str) -> None:
         """Before the first step of a task; `adapter` is the one about to be trained, its parents are in the model."""

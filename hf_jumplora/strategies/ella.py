@@ -30,7 +30,9 @@ class Ella(Strategy):
         for name, layer in named_layers(model, adapter):
             parents = layer.closure(layer.configs[adapter].parent_adapters)
             if parents:
-                self.past[name] = layer.total_update(parents)
+                past = layer.total_update(parents)
+                # Entries that hard isolation closes are no part of dW.
+                self.past[name] = past * layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
 
     def penalty(self, model, inputs, adapter):
         if not self.past:

@@ -64,6 +64,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
         self.strategies, self.adapter = list(strategies or ()), adapter
+        self._penalty: torch.Tensor | None = None
         self._penalty_sum, self._penalty_count = 0.0, 0
         # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
         for gate, layers in gate_groups(self.model, adapter):
@@ -85,6 +86,10 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             output["penalty"] = torch.stack([t.reshape(()) for t in terms]).sum()
         return output
 
+    def _take_penalty(self, model, args, output):
+        if torch.is_grad_enabled() and isinstance(output, dict) and "penalty" in output:
+            self._penalty = output["penalty"]
+
     def train(self, *args, **kwargs):
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         try:
@@ -93,17 +98,22 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             handle.remove()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
-        )
-        penalty = outputs.get("penalty") if isinstance(outputs, dict) else None
-        if penalty is not None:
-            self._penalty_sum += penalty.detach()
-            self._penalty_count += 1
-            if self._is_scaled(num_items_in_batch):
-                penalty = penalty / self.current_gradient_accumulation_steps
-            loss = loss + penalty
-        return (loss, outputs) if return_outputs else loss
+        # Taken from the wrapped model's output by a hook: with `return_outputs=True` TRL's trainers compute the outputs
+        # a second time, without gradient.
+        self._penalty = None
+        handle = model.register_forward_hook(self._take_penalty)
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        finally:
+            handle.remove()
+        if self._penalty is None:
+            return result
+        penalty = self._penalty.mean()  # a list of equal ones under nn.DataParallel
+        self._penalty_sum += penalty.detach()
+        self._penalty_count += 1
+        if self._is_scaled(num_items_in_batch):
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _is_scaled(self, num_items_in_batch) -> bool:
         """Whether the loss arrives already divided by the accumulation steps (else the Trainer divides it later)."""

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import metrics as formulas
 from ..hub.card import stack_card, task_card
@@ -34,7 +35,7 @@ from ..stack.manifest import (
     write_atomic,
     write_json,
 )
-from ..stack.save import STRATEGIES, remove_unlisted, save_task, write_manifest
+from ..stack.save import STRATEGIES, save_task, write_manifest
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_steps
 from .arguments import ContinualTrainingArguments
@@ -48,8 +49,10 @@ logger = logging.getLogger(__name__)
 
 _RESULT_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "seed", "bf16", "fp16",
-    "gate_learning_rate", "max_length", "eval_mode", "eval_tasks",
+    "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
+    "dataloader_drop_last", "train_sampling_strategy", "world_size", "gate_learning_rate", "max_length", "eval_mode",
+    "eval_tasks",
 )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ class ContinualRun:
         self.manifest: Manifest | None = None
         self.matrix: list[list[float | None]] = []
         self.info: list[dict[str, Any]] = []
+        self.truncated: Counter[str] = Counter()
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 
@@ -129,8 +133,6 @@ class ContinualRun:
                 )
         if self.config.parent_adapters or self.config.support:
             raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
-        if self.config.lora_dropout and not self.config.gate and self.config.isolation == "hard":
-            raise ValueError("isolation='hard' needs a gate")
         if self.args.push_to_hub:
             raise ValueError("push_to_hub is not supported by ContinualRun yet; upload output_dir when it has finished")
         if self.args.load_best_model_at_end:
@@ -152,7 +154,8 @@ class ContinualRun:
         """Optimizer steps of a task, as the Trainer counts them."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        batches = math.ceil(examples / (self.args.train_batch_size * self.args.world_size))
+        batches = examples / (self.args.train_batch_size * self.args.world_size)
+        batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
@@ -175,7 +178,20 @@ class ContinualRun:
     # ---- the sequence ---------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Train all tasks that are not finished yet; returns the content of metrics.json."""
+        """Train all tasks that are not finished yet; returns the content of metrics.json.
+
+        Raises:
+            RuntimeError: an earlier call on this object was interrupted.
+        """
+        stages = self._stage_sizes()
+        if isinstance(self.model, PeftModel):
+            written = (self.output_dir / MANIFEST).is_file() and read_manifest(self.output_dir).tasks
+            if not written or len(written) < len(stages):
+                raise RuntimeError(
+                    "training was interrupted and this model holds an adapter in the making: make a new ContinualRun "
+                    "with a fresh base model, it continues from output_dir"
+                )
+            return self._write_metrics()
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -185,7 +201,6 @@ class ContinualRun:
         if not self.matrix:
             self.matrix = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]]
             self._write_metrics()
-        stages = self._stage_sizes()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
         for index, (name, _) in enumerate(progress, start=done):
             progress.set_postfix_str(name)
@@ -208,11 +223,11 @@ class ContinualRun:
             if isinstance(task, TextTask):
                 for row in task.eval_dataset or ():
                     self.encoder.prompt_ids(task, row[task.text_column])
-                if self.encoder.truncated[task.name]:
+                if cut := self.encoder.truncated[task.name]:
                     logger.warning(
-                        "task %s: %d texts were cut to fit max_length=%d",
-                        task.name, self.encoder.truncated[task.name], self.encoder.max_length,
-                    )  # fmt: skip
+                        "task %s: %d texts were cut to fit max_length=%d", task.name, cut, self.encoder.max_length
+                    )
+        self.truncated = Counter(self.encoder.truncated)  # evaluations go on counting
         return sets if self.method.mode != "joint" else [concatenate_datasets(sets)]
 
     def _restore(self) -> int:
@@ -221,13 +236,17 @@ class ContinualRun:
             self.matrix = read_matrix(self.output_dir)[:1]
             return 0
         self.manifest = read_manifest(self.output_dir)
-        if PartialState().is_main_process:
-            remove_unlisted(self.output_dir, self.manifest)
         tasks = self.manifest.tasks
         self.matrix = read_matrix(self.output_dir)[: len(tasks) + 1]
-        self.info = [json.loads((self.output_dir / task["folder"] / "task.json").read_text()) for task in tasks]
+        if len(self.matrix) != len(tasks) + 1:
+            raise ValueError(
+                f"{self.output_dir / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put the file "
+                "back, or use another output_dir"
+            )
         for task in tasks:
             verify(self.output_dir, task)
+            info = json.loads((self.output_dir / task["folder"] / "task.json").read_text())
+            self.info.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
         self.model = attach(self.model, self.output_dir, tasks if self.manifest.additive else tasks[-1:])
         state = self.output_dir / tasks[-1]["folder"] / STRATEGIES
         if state.is_file():
@@ -268,24 +287,24 @@ class ContinualRun:
         folder = f"task_{index:03d}"
         checkpoints = self.output_dir / "checkpoints" / folder
         trainer = self._trainer(checkpoints, index, train_dataset=train_set)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        output = trainer.train(resume_from_checkpoint=last)
+        # The newest that is complete: trainer_state.json is written last.
+        saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+        last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
+        output = trainer.train(resume_from_checkpoint=last and str(last))
         for strategy in self.strategies:
             strategy.on_task_end(self.model, "default")
         finish_adapter(self.model, "default", folder)
-        if self.method.mode != "sequential":
-            merge_finished(self.model, [folder])
+        merge_finished(self.model, [folder])
         self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]
         task = self.tasks[index] if self.method.mode != "joint" else None
         self.info.append(
             {
-                "index": index,
                 "name": name,
+                "index": index,
                 "density": density(self.model, folder),
                 "steps": output.global_step,
-                "train_loss": output.training_loss,
                 "train_examples": len(train_set),
-                "truncated": self.encoder.truncated[name],
+                "truncated": self.truncated[name] if task else self.truncated.total(),
                 "source": task.source if task else "",
                 "labels": task.labels if isinstance(task, TextTask) else None,
                 "instruction": task.instruction if isinstance(task, TextTask) else None,
@@ -299,7 +318,7 @@ class ContinualRun:
         )
         if PartialState().is_main_process:
             self._commit(name, folder)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            shutil.rmtree(checkpoints.parent, ignore_errors=True)
         PartialState().wait_for_everyone()
 
     def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:

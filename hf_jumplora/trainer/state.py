@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import metrics as formulas
-from ..stack.manifest import write_json
+from ..stack.manifest import MANIFEST, write_json
 
 
 RUN = "run.json"
@@ -13,19 +13,23 @@ METRICS = "metrics.json"
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write run.json, or compare it with the one that is there.
+    """Write run.json, or compare it with the one that is there. A run that trained nothing yet may change its settings.
 
     Raises:
-        ValueError: the folder holds a run with other settings; the message says which differ and how.
+        ValueError: the folder holds work of a run with other settings; the message says which differ and how.
     """
     path = folder / RUN
     settings = json.loads(json.dumps(settings, default=str))
-    if not path.is_file():
-        write_json(path, settings)
+    if not (folder / MANIFEST).is_file() and not any(folder.glob("checkpoints/*/checkpoint-*")):
+        if not path.is_file() or path.read_text() != json.dumps(settings, indent=2) + "\n":
+            (folder / METRICS).unlink(missing_ok=True)
+            write_json(path, settings)
         return
+    if not path.is_file():
+        raise ValueError(f"{folder} holds a stack but no {RUN}: it cannot be continued here; use another output_dir")
     try:
         before = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
     differ = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"

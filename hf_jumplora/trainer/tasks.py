@@ -42,8 +42,10 @@ class Task:
             raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
 
     def fingerprint(self) -> str:
-        """Tells whether a restarted run sees the same task: sizes and, where rows can be read, their content."""
-        digest = hashlib.sha256(f"{self.name}:{len(self.train_dataset)}".encode())
+        """Tells whether a restarted run sees the same task: options, size and, where rows can be read, their content."""
+        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source"}
+        options = {key: value for key, value in vars(self).items() if key not in skip}
+        digest = hashlib.sha256(json.dumps([options, len(self.train_dataset)], sort_keys=True).encode())
         for part in (self.train_dataset, self.eval_dataset):
             if isinstance(part, list):
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode())

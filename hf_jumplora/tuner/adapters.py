@@ -157,7 +157,6 @@ def _rename(model: Any, old: str, new: str) -> None:
         if isinstance(layer, JumpLoraLayer):
             layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
             layer.merged_adapters = [new if n == old else n for n in layer.merged_adapters]
-            layer._past_sum = None
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper) and old in layer._adapters:
             layer._adapters = layer._adapters - {old} | {new}

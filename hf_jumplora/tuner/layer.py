@@ -59,7 +59,9 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         self._past_sum: tuple[tuple, tuple] | None = None
 
     def update_layer(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float, gate: JumpGate | None) -> None:
-        """Add an adapter. Raises ValueError when `r` is larger than the layer."""
+        """Add an adapter. Raises ValueError when `r` is larger than the layer, or not positive."""
+        if r < 1:
+            raise ValueError(f"r = {r} of layer {self.layer_name} must be a positive integer (see `rank_pattern`)")
         if r > min(self.in_features, self.out_features):
             raise ValueError(
                 f"r = {r} is larger than layer {self.layer_name} ({self.out_features} x {self.in_features}): lower r, "
@@ -72,6 +74,8 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(self.jumplora_B[adapter], std=1 / r)
         if gate is not None:
             self.jumplora_gate[adapter] = gate
+            if config.threshold_update != "learned":  # the schedule sets it, no optimizer may move it
+                self.frozen_peft_weight_names[adapter] = ("jumplora_gate",)
         self.jumplora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.configs[adapter] = config
         self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r

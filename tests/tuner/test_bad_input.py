@@ -39,6 +39,11 @@ def test_rank_larger_than_the_layer(tiny_llama):
         get_peft_model(tiny_llama(), JumpLoraConfig(r=17, target_modules=["v_proj"]))
 
 
+def test_rank_zero_in_the_pattern(tiny_llama):
+    with pytest.raises(ValueError, match=r"r = 0 of layer .*q_proj"):
+        get_peft_model(tiny_llama(), JumpLoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 0}))
+
+
 def test_target_that_matches_nothing_lists_near_names(tiny_llama):
     with pytest.raises(ValueError, match=r"q_pro.*Near names: .*q_proj"):
         get_peft_model(tiny_llama(), JumpLoraConfig(r=4, target_modules=["q_pro"]))

@@ -198,6 +198,19 @@ def test_native_finish(base_folder, ids, tmp_path):
     assert torch.equal(loaded(ids).logits, plain(ids).logits)
 
 
+def test_native_load_of_a_child_names_its_parent(gated, add_task, base_folder, tmp_path):
+    """transformers does not tell where a config came from, so parents cannot be found: no child without its parents."""
+    model = gated(AutoModelForCausalLM.from_pretrained(base_folder))
+    finish_adapter(model, "default", "task_000")
+    add_task(model, ["task_000"])
+    finish_adapter(model, "default", "task_001")
+    model.save_pretrained(tmp_path / "stack")
+    with pytest.raises(ValueError, match="parent adapter 'task_000' is not in the model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stack" / "task_001")
+    with pytest.raises(ValueError, match="parent adapter 'task_000' is not in the model"):
+        AutoModelForCausalLM.from_pretrained(base_folder).load_adapter(str(tmp_path / "stack" / "task_001"))
+
+
 # ---- several adapters --------------------------------------------------------------------------------------------
 
 

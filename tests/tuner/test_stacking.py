@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from hf_jumplora.tuner import JumpLoraConfig, density, finish_adapter, named_layers, set_mix
@@ -207,6 +207,7 @@ def test_hard_isolation_has_no_collision(gated, add_task, ids):
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
         assert same(before, [layer.support(f"task_{k:03d}") for layer in layers(model)])
     for layer in layers(model):
+        assert not layer.free
         supports = [layer.support(f"task_{k:03d}") for k in range(3)]
         assert all(s.any() for s in supports)
         assert sum(s.int() for s in supports).max() == 1
@@ -308,6 +309,19 @@ def test_same_name_used_again(gated, add_task, ids):
     finish_adapter(model)
     torch.testing.assert_close(model(ids).logits, other, rtol=0, atol=1e-6)
     assert (other - expected).abs().max() > 1e-3
+
+
+def test_other_weights_for_a_finished_adapter(stack, ids):
+    """The sum of finished updates follows when the weights of one are loaded again."""
+    model = stack()
+    before = model(ids).logits
+    state = get_peft_model_state_dict(model, adapter_name="task_000")
+    state = {k: v * 2 if k.endswith("jumplora_A") else v for k, v in state.items()}
+    set_peft_model_state_dict(model, state, adapter_name="task_000")
+    found = model(ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-6)
+    assert (found - before).abs().max() > 1e-3
 
 
 def test_first_forward_under_autocast(stack, ids):
