@@ -1,6 +1,7 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tu
     Raises:
         SystemExit: an unknown option or key, or a value that cannot be (the message names it).
     """
+    # PEFT asks every transformers model for a property that transformers 5 has renamed: nothing a user can act on.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(classes)  # type: ignore[arg-type]
     if "--config" in argv:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .sparse import unpack_bits
+
 
 _INFINITY = 0x7F800000  # its bits; those of NaN are larger
 
@@ -43,10 +45,16 @@ def kth_magnitude(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float
     return torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
 
 
-def update_blocks(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int = 1024):
-    """Row blocks of D = B A, one after the other, for layers given as (A [r, in], B [out, r])."""
-    for A, B in factors:
+def update_blocks(factors: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], rows: int = 1024):
+    """Row blocks of D = B A, one after the other, for layers given as (A [r, in], B [out, r], free).
+
+    free: packed bits of the entries the layer may use, or None for all; the others are zero in the blocks.
+    """
+    for A, B, free in factors:
         for start in range(0, B.shape[0], rows):
             with torch.autocast(A.device.type, enabled=False):
                 block = B[start : start + rows].detach() @ A.detach()
+            if free is not None:
+                width = A.shape[1]
+                block *= unpack_bits(free, start * width, (start + block.shape[0]) * width).view_as(block)
             yield block

@@ -69,14 +69,15 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
     """Set tau of every gate to the exact quantile of |D| over its layers.
 
     `density` is the fraction of entries kept; None keeps as many as A and B have parameters, which is the published
-    start (for the global scope the published code takes the next larger entry, keeping one less).
+    start (for the global scope the published code takes the next larger entry, keeping one less). Entries closed by
+    hard isolation are not kept, and count as entries.
     """
     config = adapter_config(model, adapter)
     for gate, layers in gate_groups(model, adapter):
         total = _entries(layers)
-        factors = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for layer in layers]
+        factors = [layer.factors(adapter) for layer in layers]
         if density is None:
-            kept = sum(A.numel() + B.numel() for A, B in factors) - (config.threshold_scope == "global")
+            kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
         else:
             kept = round(density * total)
         k = min(max(1, total - kept), total)
@@ -84,8 +85,8 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
         if tau == 0:
             raise ValueError(
                 f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "
-                "are exactly zero. The adapter has not been trained (learning rate 0?), or density is above what its "
-                "rank can fill"
+                "are exactly zero or closed. Either it has not been trained (learning rate 0?), or isolation='hard' leaves "
+                "fewer entries free than it shall keep: lower initial_density or target_density"
             )
         with torch.no_grad():
             gate.log_tau.fill_(tau).log_()
@@ -104,8 +105,7 @@ def density(model: nn.Module, adapter: str) -> float:
             kept += int(layer.support(adapter).sum())
         else:
             tau = layer.gate(adapter).log_tau.detach().exp()
-            factors = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter])]
-            kept += int(sum((block.abs() > tau).sum() for block in update_blocks(factors)))
+            kept += int(sum((block.abs() > tau).sum() for block in update_blocks([layer.factors(adapter)])))
     return kept / total
 
 

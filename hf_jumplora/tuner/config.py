@@ -50,7 +50,9 @@ class JumpLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict | None = field(
         default=None, metadata={"help": "Token embeddings to train (set by TRL when a chat template adds tokens)."}
     )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "The base weight is stored [in, out] (Conv1D)."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "The base weight is stored [in, out]; found out by itself (Conv1D)."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)."})
     init_weights: bool = field(
         default=True, metadata={"help": "True: A Kaiming uniform, B zero. False: B random too (for tests)."}

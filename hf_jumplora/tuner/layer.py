@@ -139,6 +139,10 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
                         order.append(ancestor)
         return order
 
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(A [r, in], B [out, r], packed bits of the entries it may use or None)."""
+        return self.jumplora_A[adapter], self.jumplora_B[adapter], self.free.get(adapter)
+
     def product(self, adapter: str) -> torch.Tensor:
         """D = B A without gradient: [out, in], float32 under autocast too."""
         A, B = self.jumplora_A[adapter].detach(), self.jumplora_B[adapter].detach()

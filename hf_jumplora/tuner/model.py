@@ -127,6 +127,11 @@ class JumpLoraModel(BaseTuner):
         r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), name), peft_config.r)
         alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        base = target.get_base_layer() if isinstance(target, JumpLoraLayer) else target
+        if peft_config.fan_in_fan_out and isinstance(base, nn.Linear):
+            raise ValueError(
+                f"fan_in_fan_out=True, but {name} is an nn.Linear, whose weight is [out, in]: leave it out"
+            )
         gate = None
         if peft_config.gate:
             gate = self._gates.setdefault(gate_key(name, peft_config.threshold_scope), JumpGate())

@@ -77,6 +77,6 @@ def test_not_finite(value, k):
 def test_update_blocks_are_the_products(relative_error, rows):
     g = torch.Generator().manual_seed(0)
     factors = [(torch.randn(2, 5, generator=g), torch.randn(9, 2, generator=g, requires_grad=True)) for _ in range(2)]
-    blocks = list(update_blocks(factors, rows))
+    blocks = list(update_blocks([(A, B, None) for A, B in factors], rows))
     assert all(b.shape[0] <= rows and not b.requires_grad for b in blocks)
     assert relative_error(torch.cat(blocks), torch.cat([B @ A for A, B in factors])) <= 1e-6

@@ -173,3 +173,25 @@ def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_err
     for name, layer in layers.items():
         merged = layer.base_layer.weight + layer.update("default")
         assert relative_error(merged, expected[f"merged.{name}.weight"]) <= 1e-4
+
+
+def test_hard_isolation_counts_what_it_keeps(gated):
+    """Closed entries are not kept, so the density asked for is the one of the finished support."""
+    from hf_jumplora.tuner import finish_adapter
+
+    model = gated()
+    set_threshold(model, "default", 0.3)
+    set_mix(model, "default", 1.0)
+    finish_adapter(model, "default", "task_000")
+    config = JumpLoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_weights=False, isolation="hard", parent_adapters=["task_000"]
+    )
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    set_threshold(model, "default", 0.1)
+    entries = sum(layer.in_features * layer.out_features for _, layer in named_layers(model))
+    assert abs(density(model, "default") - 0.1) <= 1 / entries
+    set_mix(model, "default", 1.0)
+    before = density(model, "default")
+    finish_adapter(model, "default", "task_001")
+    assert density(model, "task_001") == before

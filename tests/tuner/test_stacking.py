@@ -200,7 +200,7 @@ def test_hard_isolation_has_no_collision(gated, add_task, ids):
     model = gated(density=0.3)
     finish_adapter(model, "default", "task_000")
     for k in (1, 2):
-        add_task(model, [f"task_{k - 1:03d}"], density=0.5, isolation="hard", seed=1 + k)
+        add_task(model, [f"task_{k - 1:03d}"], density=0.3, isolation="hard", seed=1 + k)
         before = [layer.support("default") for layer in layers(model)]
         expected = model(ids).logits
         finish_adapter(model, "default", f"task_{k:03d}")
@@ -214,6 +214,13 @@ def test_hard_isolation_has_no_collision(gated, add_task, ids):
         # Without the limit they would collide: the test above is not empty.
         D = layer.product("task_001")
         assert ((D.abs() >= D[supports[1]].abs().min()) & supports[0]).any()
+
+
+def test_hard_isolation_without_room(gated, add_task):
+    model = gated(density=0.6)
+    finish_adapter(model, "default", "task_000")
+    with pytest.raises(ValueError, match="leaves fewer entries free"):
+        add_task(model, ["task_000"], density=0.5, isolation="hard")
 
 
 def test_hard_isolation_masks_the_gradient(gated, add_task):
