@@ -3,19 +3,21 @@
 Everything here is made by code from word lists: it is **synthetic**, small and easy on purpose. It shows in minutes
 on a CPU what forgetting looks like and whether a method reduces it; accuracies on it say nothing about real data.
 
-All four tasks read the *same kind of sentence* and ask for something else in it, each with label words of its own::
+A sentence names two of four things (and a time). Each task asks for one of the four, with label words of its own::
 
-    In the harbour, the gloomy sparrow ate some honey.
+    "Around noon we met a gloomy sparrow."
 
     animals  which class the animal belongs to         bird | fish | insect | mammal
     places   what kind of place it is                  town | nature | water | home
-    moods    how the animal feels                      glad | angry | sad | afraid
+    moods    which feeling it is                       glad | angry | sad | afraid
     foods    what kind of food it is                   fruit | vegetable | sweet | grain
 
-So a model that is tuned on one question learns to look at one word, and tuning it on the next question makes it look
-elsewhere. ``demo_corpus`` is the text for pre-training a tiny model from scratch (``tiny_llama.py``): such sentences,
-statements about the words ("The sparrow is a bird.") and questions in the same prompt format with *other* questions;
-no text in it asks one of the four tasks' questions.
+Tasks share their sentences' templates and words: the sentence above can stand in ``animals`` and in ``moods``. A model
+that was tuned to look at one word of it forgets that when the next task makes it look at the other.
+
+``demo_corpus`` is the text for pre-training a tiny model from scratch (``tiny_llama.py``): sentences, statements about
+words ("The word sparrow stands for bird, like owl and eagle.") and, in the tasks' prompt format, questions about other
+things (times, tools, colours, vehicles). It teaches which class a word has, but asks none of the tasks' questions.
 
     python recipes/demo_stream.py FOLDER [--seed 0]
 """
@@ -79,7 +81,6 @@ WORLD: dict[str, dict[str, list[str]]] = {
         "air": ["plane", "glider", "balloon", "helicopter"],
     },
 }
-TASK_ATTRIBUTES = ("animal", "place", "mood", "food")
 
 # task name -> (attribute it asks for, instruction)
 TASKS: dict[str, tuple[str, str]] = {
@@ -89,7 +90,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "foods": ("food", "Decide which sort of meal it is."),
 }
 
-# every sentence of a task names two of the four attributes: the one that is asked for and one of the others
+# every sentence names two of the tasks' four attributes; a task uses those that name what it asks for
 SENTENCES = [
     "At {time} the {animal} stayed in the {place}.",
     "We saw the {animal} at the {place} around {time}.",
@@ -177,7 +178,7 @@ def demo_examples(task: str, split: str, size: int, seed: int = 0) -> list[dict[
 
 
 def write_demo_stream(folder: str | Path, seed: int = 0, train_size: int = 1280, test_size: int = 100) -> Path:
-    """Write the four tasks below ``folder`` and return the path of ``stream.yaml``."""
+    """Write the four tasks below ``folder`` and return the path of ``stream.yaml``; no test sentence is in train."""
     folder = Path(folder)
     lines = ["# synthetic, see demo_stream.py", "name: demo", "tasks:"]
     for task, (attribute, instruction) in TASKS.items():

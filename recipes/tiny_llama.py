@@ -1,4 +1,4 @@
-"""Make a tokenizer and a small Llama from any list of texts, pre-trained on the spot, in about a minute on a laptop's CPU.
+"""Make a tokenizer and a small Llama from any list of texts, pre-trained on the spot in about a minute on a CPU.
 
 For demonstrations and tests that need a *pre-trained* causal language model but no download. The result is an ordinary
 Hugging Face folder::
@@ -7,7 +7,8 @@ Hugging Face folder::
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
 
-The model knows nothing beyond ``texts``: use it to try out a training method, not to judge one.
+The model knows nothing beyond ``texts``: use it to try out a training method, not to judge one. On a machine whose
+cores are busy with something else, ``torch.set_num_threads(1)`` beforehand is much faster than two waiting threads.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) ->
 def packed_batches(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], batch_size: int, seq_len: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Endless batches [batch_size, seq_len]: the texts in a new random order each epoch, end to end, cut into blocks."""
+    """Endless batches [batch_size, seq_len]: the texts end to end, in a new random order each epoch, cut in blocks."""
     documents = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(texts)["input_ids"]]
     generator = torch.Generator().manual_seed(seed)
     size = batch_size * seq_len

@@ -30,7 +30,7 @@ def gated_linear_fused(
     """As [`blocked.gated_linear_blocked`], and like it folds the update into float32 base weights alone.
 
     Raises:
-        RuntimeError: triton is missing, or there is neither a GPU nor Triton's interpreter.
+        RuntimeError: triton is missing, or there is neither a GPU nor Triton's interpreter. ValueError: float64.
     """
     import jumplora_kernels
 
@@ -39,6 +39,8 @@ def gated_linear_fused(
             "backend='triton' needs triton and a GPU (or TRITON_INTERPRET=1 before triton is imported): "
             "pip install 'hf-jumplora[triton]', or use backend='blocked'"
         )
+    if torch.float64 in (x.dtype, A.dtype):
+        raise ValueError("backend='triton' has no float64: use backend='blocked'")
     rows = x.reshape(-1, x.shape[-1])
     folded = weight if weight is not None and weight.dtype == A.dtype else None
     y = _Fused.apply(rows, folded, A, B, log_tau, mix, scaling, bandwidth, threshold_grad, free)

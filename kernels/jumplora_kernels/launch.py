@@ -19,8 +19,8 @@ TILES: dict[tuple[str, int], dict[str, int]] = {
     ("forward", 4): {"BT": 64, "BO": 64, "BI": 16, "num_warps": 8, "num_stages": 2},
     ("grad_x", 2): {"BT": 128, "BO": 32, "BI": 64, "num_warps": 8, "num_stages": 3},
     ("grad_x", 4): {"BT": 64, "BO": 16, "BI": 128, "num_warps": 8, "num_stages": 2},
-    ("grad_params", 2): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
-    ("grad_params", 4): {"BT": 64, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
+    ("grad_params", 2): {"BT": 32, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
+    ("grad_params", 4): {"BT": 32, "BO": 64, "BI": 64, "num_warps": 8, "num_stages": 2},
 }
 
 # Triton decides at decoration, so this and not the environment says how the kernels of this module run.
