@@ -32,7 +32,9 @@ class MethodArguments:
     r: int = field(default=8, metadata={"help": "Rank of each task's update."})
     lora_alpha: float = field(default=32, metadata={"help": "scaling = lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "Names of the layers to adapt."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers to adapt, or all-linear."}
+    )
     threshold_scope: str = field(default="global", metadata={"help": "'global', 'block' or 'layer'."})
     threshold_update: str = field(default="learned", metadata={"help": "'learned', 'density' or 'frozen'."})
     initial_density: float | None = field(default=None, metadata={"help": "Entries kept at the threshold's start."})
@@ -56,7 +58,8 @@ class MethodArguments:
             ]
             names += ["isolation"]
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return JumpLoraConfig(target_modules=self.target_modules or default_targets, **options)
+        targets = self.target_modules or default_targets
+        return JumpLoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **options)
 
     def strategies(self) -> list[Strategy] | None:
         """None for the method's own strategies with their own weights.
@@ -89,7 +92,12 @@ def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tu
         del argv[position : position + 2]
         if not path.is_file():
             parser.error(f"--config {path}: no such file")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"{path} is not valid YAML: {error}")
+        if not isinstance(values, dict):
+            parser.error(f"{path}: expected keys and values, found {type(values).__name__}")
         known = {action.dest for action in parser._actions}
         for key in values:
             if key not in known:

@@ -61,7 +61,7 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
 
 def main() -> None:
     argv = sys.argv[1:]
-    if not {"--config", "--model_name_or_path", "--stream"} & set(argv):
+    if not any(a.split("=")[0] in ("--config", "--model_name_or_path", "--stream") for a in argv):
         argv = ["--config", str(HERE / "configs" / "demo.yaml"), *argv]
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, method, args = parse_recipe(classes, argv)

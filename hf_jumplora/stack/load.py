@@ -16,7 +16,7 @@ from .manifest import Manifest, check_base, file_sha256, read_manifest, stack_su
 
 def load_stack(
     path: str | os.PathLike,
-    base_model: str | nn.Module | None = None,
+    base_model: str | os.PathLike | nn.Module | None = None,
     tasks: list[str] | slice | None = None,
     revision: str | None = None,
     merge: bool = False,
@@ -49,14 +49,20 @@ def load_stack(
     if base_model is None:
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
-    if isinstance(base_model, str):
+    if isinstance(base_model, (str, os.PathLike)):
         architecture = getattr(transformers, manifest.base_model["architecture"], None)
-        if architecture is None or not base_model:
+        known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+        if not known or not base_model:
             raise ValueError(
                 f"{folder}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
                 "pass the model itself as base_model="
             )
-        base_model = architecture.from_pretrained(base_model, **model_kwargs)
+        try:
+            base_model = architecture.from_pretrained(base_model, **model_kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: its base model {base_model} cannot be loaded; pass base_model= ({error})"
+            ) from error
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, str(folder))
     model = attach(base_model, folder, chosen)
@@ -109,6 +115,8 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
         return manifest.tasks[-1:]
     if tasks is None:
         return manifest.tasks
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}; for one task use tasks=[{tasks!r}]")
     if isinstance(tasks, slice):
         chosen = manifest.tasks[tasks]
     else:

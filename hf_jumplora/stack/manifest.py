@@ -17,6 +17,7 @@ from ..tuner import named_layers
 FORMAT_VERSION = 1
 MANIFEST = "stack.json"
 FOLDER = re.compile(r"task_\d{3,}")
+_NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 
 
 @dataclass
@@ -58,11 +59,17 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
                 f"{path} has format version {data['format_version']}, this hf_jumplora reads {FORMAT_VERSION}"
             )
         manifest = Manifest(**data)
+        base = manifest.base_model
+        if not {"name_or_path", "revision", "architecture"} <= set(base) or not isinstance(base["layers"], dict):
+            raise ValueError(f"{path}: the description of the base model is not complete")
         for task in manifest.tasks:
             # Content from the Hub is data: no file outside of the task's own folder can be named.
             if not FOLDER.fullmatch(task["folder"]) or any("/" in f or "\\" in f or ".." in f for f in task["files"]):
                 raise ValueError(f"{path} names a folder or file that is not a task's: {task['folder']!r}")
-            if not all(isinstance(task[key], str) for key in ("name", "support_sha256")):
+            if (
+                not all(isinstance(task[key], str) for key in ("name", "support_sha256"))
+                or not set(task["files"]) >= _NEEDED
+            ):
                 raise ValueError(f"{path}: the entry of {task['folder']} is not complete")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
@@ -104,8 +111,9 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     """What identifies the base of a PeftModel."""
     base = model.get_base_model()  # type: ignore[operator]
     config = getattr(base, "config", None)
+    name = getattr(base, "name_or_path", None) or getattr(config, "name_or_path", "") or ""
     return {
-        "name_or_path": getattr(base, "name_or_path", None) or getattr(config, "name_or_path", "") or "",
+        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(base).__name__,
         "layers": layer_shapes(model),

@@ -76,15 +76,14 @@ def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: li
         hidden["last_hidden_state"] = hidden["last_hidden_state"].repeat_interleave(n, 0)
         logits = model(encoder_outputs=hidden, attention_mask=mask.repeat_interleave(n, 0), labels=targets).logits
     else:
-        forward = getattr(model, "get_base_model", lambda: model)().forward
-        takes_positions = "position_ids" in inspect.signature(forward).parameters
+        known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
 
-        def positions(values):  # models without learned or rotary positions work them out from the mask
-            return {"position_ids": values} if takes_positions else {}
+        def options(positions, **more):
+            """What not every model takes: positions (else worked out from the mask), logits of the last token alone."""
+            return {key: value for key, value in {"position_ids": positions, **more}.items() if key in known}
 
-        first = model(
-            input_ids=ids, attention_mask=mask, use_cache=True, **positions((mask.cumsum(1) - 1).clamp_min(0))
-        )
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        first = model(input_ids=ids, attention_mask=mask, use_cache=True, **options(positions, logits_to_keep=1))
         cache = first.past_key_values
         cache.batch_repeat_interleave(n)
         last = first.logits[:, -1:].repeat_interleave(n, 0)
@@ -94,7 +93,7 @@ def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: li
             steps = torch.arange(inputs.shape[1], device=ids.device)
             full_mask = torch.cat([mask.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
             where = mask.sum(1).repeat_interleave(n)[:, None] + steps
-            rest = model(input_ids=inputs, attention_mask=full_mask, past_key_values=cache, **positions(where))
+            rest = model(input_ids=inputs, attention_mask=full_mask, past_key_values=cache, **options(where))
             logits = torch.cat([last, rest.logits], 1)
     log_p = logits.float().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     scores = (log_p * (targets != -100)).sum(1).view(len(prompts), n)

@@ -76,6 +76,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         self.add_callback(_StrategyCallback(self))
 
     # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
+    @torch.compiler.disable  # it reads numbers of tensors: one break after the model's graph instead of many in it
     def _add_penalty(self, model, args, kwargs, output):
         if not model.training:
             return output
@@ -103,7 +104,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         self._penalty = None
         handle = model.register_forward_hook(self._take_penalty)
         try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+            result = super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
         finally:
             handle.remove()
         if self._penalty is None:

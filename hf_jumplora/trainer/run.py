@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import metrics as formulas
 from ..hub.card import stack_card, task_card
 from ..methods import get_method
 from ..report import table, write_report
@@ -41,7 +40,7 @@ from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task
 from .mixin import ContinualTrainer
-from .state import METRICS, check_settings, derive, read_matrix
+from .state import METRICS, check_settings, derive, overlaps, read_matrix
 from .tasks import Encoder, Task, TextTask, collate
 
 
@@ -139,6 +138,13 @@ class ContinualRun:
             raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
         if self._text_tasks() and self.processing_class is None:
             raise ValueError("text tasks need processing_class (the tokenizer)")
+        if self._text_tasks() and self.processing_class.eos_token_id is None:
+            raise ValueError(
+                "text tasks need a tokenizer with an end-of-sequence token (eos_token): it ends the answers"
+            )
+        # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
+        get_peft_model(self.model, copy.deepcopy(self.config)).unload()
+        del self.model.peft_config
         if self.config.gate:
             for stage in self._stage_sizes():
                 try:
@@ -164,9 +170,6 @@ class ContinualRun:
         config = self.config.to_dict()
         skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
         settings = {f"adapter.{key}": value for key, value in config.items() if key not in skip}
-        for key in ("target_modules", "exclude_modules"):
-            value = settings[f"adapter.{key}"]
-            settings[f"adapter.{key}"] = sorted(value) if isinstance(value, set) else value
         settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
         settings["method"] = self.method_name
         settings["strategies"] = [repr(strategy) for strategy in self.strategies]
@@ -199,6 +202,10 @@ class ContinualRun:
         train_sets = self._encode()
         done = self._restore()
         if not self.matrix:
+            # The Trainer puts the model on its device when training starts; the zero-shot row comes before.
+            placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+            if not (placed or self.args.deepspeed_plugin or self.args.fsdp):
+                self.model.to(self.args.device)
             self.matrix = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]]
             self._write_metrics()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
@@ -240,7 +247,7 @@ class ContinualRun:
         self.matrix = read_matrix(self.output_dir)[: len(tasks) + 1]
         if len(self.matrix) != len(tasks) + 1:
             raise ValueError(
-                f"{self.output_dir / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put the file "
+                f"{self.output_dir / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put it "
                 "back, or use another output_dir"
             )
         for task in tasks:
@@ -290,7 +297,7 @@ class ContinualRun:
         # The newest that is complete: trainer_state.json is written last.
         saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
         last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
-        output = trainer.train(resume_from_checkpoint=last and str(last))
+        output = trainer.train(resume_from_checkpoint=str(last) if last else None)
         for strategy in self.strategies:
             strategy.on_task_end(self.model, "default")
         finish_adapter(self.model, "default", folder)
@@ -313,7 +320,7 @@ class ContinualRun:
                 * self.args.world_size
                 * self.args.gradient_accumulation_steps,
                 "seconds": round(time.perf_counter() - start, 1),
-                **self._overlaps(folder),
+                **(overlaps(self.model, index) if self.config.gate else {}),
             }
         )
         if PartialState().is_main_process:
@@ -339,11 +346,8 @@ class ContinualRun:
             if index >= limit or task.eval_dataset is None:
                 row.append(None)
             elif isinstance(task, TextTask):
-                row.append(
-                    evaluate_task(
-                        self.model, self.encoder, task, self.args.eval_mode, self.args.per_device_eval_batch_size
-                    )
-                )
+                mode = getattr(self.args, "eval_mode", "generate")
+                row.append(evaluate_task(self.model, self.encoder, task, mode, self.args.per_device_eval_batch_size))
             else:
                 trainer = self._trainer(
                     self.output_dir / "checkpoints",
@@ -358,25 +362,6 @@ class ContinualRun:
                     )
                 row.append(float(scores[f"eval_{task.metric}"]))
         return row
-
-    def _overlaps(self, folder: str) -> dict[str, list[float]]:
-        """Collision rate and overlap of a finished task's support with each earlier one's."""
-        if not self.config.gate:
-            return {}
-        earlier = [f"task_{k:03d}" for k in range(int(folder[5:]))]
-        shared, sizes, entries = dict.fromkeys(earlier, 0), dict.fromkeys([*earlier, folder], 0), 0
-        for _, layer in named_layers(self.model, folder):
-            mine = layer.support(folder)
-            sizes[folder] += int(mine.sum())
-            entries += mine.numel()
-            for other in earlier:
-                theirs = layer.support(other)
-                sizes[other] += int(theirs.sum())
-                shared[other] += int((mine & theirs).sum())
-        return {
-            "collision": [formulas.collision_rate(shared[o], entries) for o in earlier],
-            "overlap": [formulas.overlap(shared[o], sizes[o], sizes[folder]) for o in earlier],
-        }
 
     def _commit(self, name: str, folder: str) -> None:
         """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import metrics as formulas
 from ..stack.manifest import MANIFEST, write_json
+from ..tuner import named_layers
 
 
 RUN = "run.json"
@@ -76,3 +79,20 @@ def derive(matrix: list[list[float | None]], tasks: list[str], continual: bool) 
                 result["forward_transfer_gem"] = formulas.forward_transfer_gem(a, zero_shot)  # type: ignore[arg-type]
     result["formulas"] = {name: text for name, text in formulas.FORMULAS.items() if name in result}
     return result
+
+
+def overlaps(model: nn.Module, index: int) -> dict[str, list[float]]:
+    """Collision rate and overlap of the support of finished task number `index` with each earlier one's."""
+    names = [f"task_{k:03d}" for k in range(index + 1)]
+    shared, sizes, entries = [0] * index, [0] * (index + 1), 0
+    for _, layer in named_layers(model, names[index]):
+        supports = [layer.support(name) for name in names]
+        entries += supports[index].numel()
+        for k, support in enumerate(supports):
+            sizes[k] += int(support.sum())
+        for k in range(index):
+            shared[k] += int((supports[k] & supports[index]).sum())
+    return {
+        "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
+        "overlap": [formulas.overlap(shared[k], sizes[k], sizes[index]) for k in range(index)],
+    }

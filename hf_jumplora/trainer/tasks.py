@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -42,7 +43,7 @@ class Task:
             raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
 
     def fingerprint(self) -> str:
-        """Tells whether a restarted run sees the same task: options, size and, where rows can be read, their content."""
+        """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
         skip = {"train_dataset", "eval_dataset", "compute_metrics", "source"}
         options = {key: value for key, value in vars(self).items() if key not in skip}
         digest = hashlib.sha256(json.dumps([options, len(self.train_dataset)], sort_keys=True).encode())
@@ -73,6 +74,8 @@ class TextTask(Task):
         where = f"task {self.name!r}"
         if not self.labels:
             raise ValueError(f"{where} has no labels")
+        if not all(isinstance(label, str) and label.strip() for label in self.labels):
+            raise ValueError(f"{where}: labels must be strings that are not empty, got {self.labels}")
         if len(set(map(fold, self.labels))) != len(self.labels):
             raise ValueError(f"{where}: two labels are the same but for case or spaces: {self.labels}")
         if "{text}" not in self.prompt:
@@ -188,67 +191,78 @@ _TASK_KEYS = {
 _STREAM_KEYS = {"name", "prompt", "catalogue", "tasks", "max_train", "max_eval"}
 
 
-def load_tasks(stream: str | Path, data_dir: str | Path | None = None, **limits: int | None) -> list[TextTask]:
+def load_tasks(
+    stream: str | Path, data_dir: str | Path | None = None, max_train: int | None = None, max_eval: int | None = None
+) -> list[TextTask]:
     """Read a stream of text tasks from a YAML file (docs/streams.md describes every key).
 
     `tasks` holds the tasks, or names from the file that `catalogue` points to. Each task's rows come from `folder`
     (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`), from `train_file` and `eval_file`
-    (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a `data_dir`, tasks that name a folder are
+    (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a `data_dir`, tasks of a folder are
     read from there and the Hub is not asked.
 
     Args:
-        limits: `max_train`, `max_eval`: at most so many rows a task (the first ones); overrides the file.
+        max_train, max_eval: at most so many rows a task (the first ones); overrides the file.
 
     Raises:
         ValueError: a malformed file (line and key are named), a missing column, an unknown label.
         FileNotFoundError: a file or folder that the stream names does not exist.
     """
-    path = Path(stream)
-    data = _read_yaml(path)
-    _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
-    if not isinstance(data["tasks"], list) or not data["tasks"]:
-        raise ValueError(f"{path}: 'tasks' must be a list of tasks")
-    described = path.parent / data["catalogue"] if "catalogue" in data else path
-    entries = [(_entry_line(path, number), entry) for number, entry in enumerate(data["tasks"])]
+    path, given = Path(stream), {"max_train": max_train, "max_eval": max_eval}
+    _check_keys({key: value for key, value in given.items() if value is not None}, set(given), set(), "load_tasks")
+    data, entries = _read_stream(path)
+    described = path
     if "catalogue" in data:
-        listed = _read_yaml(described)["tasks"]
-        catalogue = {entry["name"]: (_entry_line(described, n), entry) for n, entry in enumerate(listed)}
-        for line, name in entries:
-            if name not in catalogue:
-                raise ValueError(f"{path}, line {line}: {described} has no task {name!r}, only {', '.join(catalogue)}")
-        entries = [catalogue[name] for _, name in entries]
+        described, wanted = path.parent / data["catalogue"], entries
+        _, listed = _read_stream(described)
+        for where, entry in listed:
+            _check_keys(entry, _TASK_KEYS, {"name"}, where)
+        catalogue = {entry["name"]: (where, entry) for where, entry in listed}
+        for where, name in wanted:
+            if not isinstance(name, str) or name not in catalogue:
+                raise ValueError(f"{where}: {described} has no task {name!r}, only {', '.join(catalogue)}")
+        entries = [catalogue[name] for _, name in wanted]
     tasks = []
-    for line, entry in entries:
-        where = f"{described}, line {line}"
+    for where, entry in entries:
         _check_keys(entry, _TASK_KEYS, {"name"}, where)
-        limit = {key: limits.get(key) or entry.get(key) or data.get(key) for key in ("max_train", "max_eval")}
-        tasks.append(_read_task(entry, data.get("prompt", PROMPT), described, data_dir, limit, where))
+        limits = {key: given[key] or entry.get(key) or data.get(key) for key in given}
+        tasks.append(_read_task(entry, data.get("prompt", PROMPT), described, data_dir, limits, where))
     return tasks
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """The content of a stream file, and (file and line, entry) of each of its tasks."""
     if not path.is_file():
         raise FileNotFoundError(f"stream file {path} does not exist")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        data, root = yaml.safe_load(text), yaml.compose(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
+    nodes = next(value.value for key, value in root.value if key.value == "tasks")
+    return data, [(f"{path}, line {n.start_mark.line + 1}", e) for n, e in zip(nodes, data["tasks"], strict=True)]
 
 
 def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected keys and values, found {type(entry).__name__}")
-    for key in entry:
+        raise ValueError(f"{where}: expected keys and values, found {type(entry).__name__} {entry!r}")
+    for key, value in entry.items():
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+        if key == "tasks":
+            fits, wanted = isinstance(value, list) and bool(value), "a list of tasks"
+        elif key in ("max_train", "max_eval"):
+            fits, wanted = type(value) is int and value > 0, "a number above 0"
+        elif key in ("labels", "skip_labels"):
+            fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            wanted = "a list of strings (in YAML, quote yes, no and numbers)"
+        else:
+            fits, wanted = isinstance(value, str), "a string"
+        if not fits:
+            raise ValueError(f"{where}: {key!r} must be {wanted}, found {value!r}")
     for key in required - set(entry):
         raise ValueError(f"{where}: key {key!r} is missing")
-
-
-def _entry_line(path: Path, number: int) -> int:
-    root = yaml.compose(path.read_text(encoding="utf-8"))
-    tasks = next(value for key, value in root.value if key.value == "tasks")
-    return tasks.value[number].start_mark.line + 1
 
 
 def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str) -> TextTask:
@@ -259,8 +273,10 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         folder = Path(data_dir or stream.parent) / entry["folder"]
         splits = {"train": folder / "train.json", "eval": folder / "test.json"}
         rows = {split: read_rows(file) for split, file in splits.items()}
-        own = folder / "labels.json"
-        labels, source = json.loads(own.read_text()) if own.is_file() else labels, str(entry["folder"])
+        own, source = folder / "labels.json", str(entry["folder"])
+        if own.is_file():
+            labels = _read_json(own)
+            _check_keys({"labels": labels}, {"labels"}, set(), str(own))
     elif "train_file" in entry:
         files = {"train": entry["train_file"], "eval": entry.get("eval_file")}
         root = Path(data_dir or stream.parent)
@@ -295,7 +311,8 @@ def _text_row(row: dict, text: str, label: str, where: str) -> dict[str, str]:
     columns = re.findall(r"\{(\w+)\}", text)
     for column in [*(columns or [text]), label]:
         if row.get(column) is None:
-            raise ValueError(f"{where}: no column {column!r}, only {', '.join(sorted(row))}")
+            problem = "is empty" if column in row else "does not exist"
+            raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
     value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])
     return {"sentence": value, "label": str(row[label])}
 
@@ -322,23 +339,54 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if kind == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    if kind not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: cannot read {kind!r}; use .json, .jsonl, .csv or .parquet")
-    content = path.read_text(encoding="utf-8")
-    try:
-        if kind == ".json":
-            rows = json.loads(content)
-        else:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if kind not in _READERS:
+        raise ValueError(f"{path}: cannot read {kind!r}; use {', '.join(_READERS)}")
+    rows = _READERS[kind](path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects")
     return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def _read_json(path: Path, first_line: int = 1, text: str | None = None) -> Any:
+    try:
+        return json.loads(_read_text(path) if text is None else text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    # Lines end with a line feed alone: JSON strings may hold the other characters that str.splitlines() splits at.
+    lines = enumerate(_read_text(path).split("\n"), 1)
+    return [_read_json(path, number, line) for number, line in lines if line.strip()]
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    rows, reader = [], csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more fields than columns")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+_READERS = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -132,4 +132,5 @@ class JumpLoraConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        # Sets in order: a saved config, and with it its sha256, must not depend on the process's hash seed.
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}

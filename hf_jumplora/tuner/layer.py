@@ -339,3 +339,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "jumplora." + super().__repr__()
+
+
+class Linear(JumpLoraLayer):
+    """The layer that is placed: `target_modules="all-linear"` finds wrapped layers by "Linear" in their class's name."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import JumpLoraConfig
 from .gate import JumpGate
-from .layer import JumpLoraLayer
+from .layer import JumpLoraLayer, Linear
 
 
 ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
@@ -138,7 +138,7 @@ class JumpLoraModel(BaseTuner):
         if isinstance(target, JumpLoraLayer):
             target.update_layer(adapter_name, peft_config, r, alpha, gate)
             return
-        layer = JumpLoraLayer(target, name, **get_quantization_kwargs(self))
+        layer = Linear(target, name, **get_quantization_kwargs(self))
         layer._active_adapter = list(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, r, alpha, gate)
         self._replace_module(parent, target_name, layer, target)

@@ -102,7 +102,8 @@ def test_leaving_a_task_out_removes_exactly_its_update(left_out, toy_run, toy_ba
 
 def test_hard_isolation_never_collides(toy_base, tmp_path):
     """Supports on disk are disjoint, and what the report prints is exactly 0."""
-    run = toy.make_run(toy_base, tmp_path, adapter={"isolation": "hard", "initial_density": 0.1})
+    options = {"isolation": "hard", "threshold_update": "density", "target_density": 0.1}
+    run = toy.make_run(toy_base, tmp_path, adapter=options)
     result = run.train()
     for index, info in enumerate(result["trained"]):
         assert info["collision"] == [0.0] * index
@@ -379,7 +380,7 @@ def test_folders_of_the_user_stay(toy_run, toy_base, tmp_path):
         ({"stream": toy.tasks(1, train=8)}, r"task 'size': 2 optimizer steps are too few .*gate_start=0\.2"),
         ({"adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save trains whole weights"),
         ({"adapter": {"parent_adapters": ["task_000"]}}, "parent_adapters and support are set by the run"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model_at_end"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model"),
         ({"push_to_hub": True}, "push_to_hub is not supported"),
         ({"eval_mode": "guess"}, r"eval_mode is one of .*got 'guess'"),
         ({"eval_tasks": "none"}, "eval_tasks is one of"),
@@ -432,7 +433,9 @@ def test_too_long_instruction_before_training(toy_base, tmp_path):
     """Found while encoding, before the first step of the first task."""
     stream = toy.tasks(2)
     stream[1].instruction = "light " * 40
-    with pytest.raises(ValueError, match=r"task 'light': instruction, options and answer take \d+ tokens, max_length is 32"):
+    with pytest.raises(
+        ValueError, match=r"task 'light': instruction, options and answer take \d+ tokens, max_length is 32"
+    ):
         toy.make_run(toy_base, tmp_path, stream=stream).train()
     assert not (tmp_path / "stack.json").exists()
 

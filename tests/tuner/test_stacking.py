@@ -422,3 +422,11 @@ def test_safe_merge(stack):
     with pytest.raises(ValueError, match=r"v_proj.*task_001.*not finite"):
         model.merge_adapter(safe_merge=True)
     assert same(weights(model)[1:], original[1:])
+
+
+def test_all_linear_finds_the_same_layers_for_every_task(gated):
+    model = gated(target_modules="all-linear")
+    finish_adapter(model, "default", "task_000")
+    model.add_adapter("default", JumpLoraConfig(target_modules="all-linear", parent_adapters=["task_000"]))
+    assert model.peft_config["default"].target_modules == model.peft_config["task_000"].target_modules
+    assert all({"default", "task_000"} <= set(layer.configs) for _, layer in named_layers(model))

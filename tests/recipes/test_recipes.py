@@ -1,0 +1,304 @@
+"""The scripts a user copies: their command lines, the streams that are shipped, and a whole run of each kind."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+import yaml
+
+from hf_jumplora import ContinualTrainingArguments, load_stack
+from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.strategies import Ella
+from hf_jumplora.trainer.tasks import _read_stream
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- command lines -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    model_name_or_path: str | None = None
+
+
+CLASSES = (Model, StreamArguments, MethodArguments, ContinualTrainingArguments)
+
+
+def parse(*argv):
+    return parse_recipe(CLASSES, list(argv))
+
+
+def config(folder, text):
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_config_and_options(tmp_path):
+    """The file gives the defaults, the line wins; lists, booleans, numbers and None arrive as such."""
+    text = "target_modules: [q_proj, v_proj]\nr: 4\nlearning_rate: 1.0e-3\nbf16: false\nisolation: hard\ndata_dir:\n"
+    line = ["--r", "16", "--max_steps", "7", "--output_dir", "out", "--use_cpu", "True"]
+    _, stream, method, args = parse("--config", config(tmp_path, text), *line)
+    assert (method.r, method.target_modules, method.isolation) == (16, ["q_proj", "v_proj"], "hard")
+    assert (args.learning_rate, args.max_steps, args.bf16, args.output_dir) == (1e-3, 7, False, "out")
+    assert stream.data_dir is None
+    _, _, method, _ = parse("--config", config(tmp_path, text), *line, "--target_modules", "k_proj")
+    assert method.target_modules == ["k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("lerning_rate: 1", [], r"c.yaml: unknown key 'lerning_rate'"),
+        ("r: [1, 2]", [], "not used by the HfArgumentParser: ['2']"),
+        ("r: many", [], "argument --r: invalid int value: 'many'"),
+        ("r: 4", ["--lerning_rate", "1"], "not used by the HfArgumentParser: ['--lerning_rate', '1']"),
+        ("eval_mode: guess", [], "argument --eval_mode"),
+        ("max_length: 2", [], "max_length = 2 leaves no room"),
+        ("- r", [], "c.yaml: expected keys and values"),
+        ("r: [", [], "c.yaml is not valid YAML"),
+    ],
+)
+def test_bad_command_line(text, line, message, tmp_path, capsys):
+    """Ends with usage and a message that names the key or option."""
+    with pytest.raises(SystemExit):
+        parse("--config", config(tmp_path, text), "--use_cpu", "True", *line)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [(["--config"], "needs a YAML file"), (["--config", "x"], "no such file")]
+)
+def test_bad_config_option(line, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*line)
+    assert message in capsys.readouterr().err
+
+
+def test_method_arguments():
+    """Options of the gate reach gated methods only, so that one line serves a comparison; ELLA's weight where it means
+    something."""
+    options = {"isolation": "hard", "threshold_update": "density", "target_density": 0.1}
+    gated = MethodArguments("jumplora", **options).adapter_config(["q"])
+    assert (gated.isolation, gated.target_density, gated.target_modules) == ("hard", 0.1, {"q"})
+    assert MethodArguments("inclora", **options).adapter_config().isolation == "none"
+    assert MethodArguments("ella").strategies() is None
+    assert MethodArguments("jumplora-ella", ella_weight=5.0).strategies() == [Ella(5.0)]
+    with pytest.raises(ValueError, match="ella_weight has no meaning for method 'jumplora'"):
+        MethodArguments("jumplora", ella_weight=5.0).strategies()
+    with pytest.raises(ValueError, match="unknown method 'lora'"):
+        MethodArguments("lora").adapter_config()
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_parse(path):
+    """Every key is an option of the recipe, and a stream that is named is there."""
+    module = recipe("t5_cl" if "t5" in path.stem else "llama2_cl")
+    classes = (module.ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
+    _, stream, method, args = parse_recipe(classes, ["--config", str(path), "--bf16", "False", "--use_cpu", "True"])
+    assert method.adapter_config().r == 8
+    assert args.learning_rate == 1e-3
+    assert stream.stream is None or (RECIPES.parent / stream.stream).is_file()
+    if path.stem in ("llama2_7b", "t5_large"):  # the published batch
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+
+
+ORDERS = {  # arXiv 2310.14152, table 9
+    1: "dbpedia amazon yahoo agnews",
+    2: "dbpedia amazon agnews yahoo",
+    3: "yahoo amazon agnews dbpedia",
+    4: "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst-2 dbpedia agnews multirc yahoo",
+    5: "multirc boolqa wic mnli cb copa qqp rte imdb sst-2 dbpedia agnews yelp amazon yahoo",
+    6: "yelp amazon mnli cb copa qqp rte imdb sst-2 dbpedia agnews yahoo multirc boolqa wic",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_streams(order):
+    """The published orders, of tasks that the catalogue describes."""
+    data, entries = _read_stream(RECIPES / "streams" / f"order{order}.yaml")
+    names = [entry for _, entry in entries]
+    same = {name.lower().replace("-", ""): name for name in names}
+    assert [name.lower() for name in same] == [name.replace("-", "") for name in ORDERS[order].split()]
+    _, listed = _read_stream(RECIPES / "streams" / data["catalogue"])
+    assert set(names) <= {entry["name"] for _, entry in listed}
+
+
+def test_catalogue_is_complete():
+    """Fifteen tasks, each with a place in the folder layout, a Hub id, an instruction and labels that are strings."""
+    tasks = yaml.safe_load((RECIPES / "streams" / "benchmark.yaml").read_text())["tasks"]
+    assert len({task["name"] for task in tasks}) == len(tasks) == 15
+    for task in tasks:
+        assert {"folder", "dataset", "instruction", "labels"} <= set(task), task["name"]
+        assert all(isinstance(label, str) for label in task["labels"])
+
+
+# ---- encoder_cl --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The folder of a random two-layer BERT with the toy tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=96, max_position_embeddings=64, initializer_range=0.3, **sizes))
+    model.save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_label_embedding_classifier(bert):
+    """The classifier is the labels' own embeddings: a label as text is its own best answer, among the task's labels."""
+    from transformers import AutoModel
+
+    encoder_cl = recipe("encoder_cl")
+    labels = ["tiny", "huge slow", "dark", "pale"]
+    batch = toy.tokenizer()(labels, padding=True, return_tensors="pt")
+    encoder = AutoModel.from_pretrained(bert).eval()
+    with torch.no_grad():
+        embeddings = encoder_cl.embed(encoder, batch.input_ids, batch.attention_mask)
+        alone = encoder_cl.embed(encoder, batch.input_ids[:1, :1], torch.ones(1, 1))
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(embeddings[:1], alone)  # padding does not count
+    candidates = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    model = encoder_cl.LabelEmbeddingClassifier(encoder, embeddings, candidates, 20.0).eval()
+    task = torch.tensor([0, 0, 1, 1])
+    output = model(batch.input_ids, batch.attention_mask, task, labels=torch.arange(4))
+    assert output.logits.argmax(-1).tolist() == [0, 1, 2, 3]
+    assert torch.isinf(output.logits[0, 2:]).all()
+    torch.testing.assert_close(output.logits[0, 0], torch.tensor(20.0))
+    assert torch.isfinite(output.loss)
+
+
+def write_stream(folder):
+    """The toy tasks in the folder layout."""
+    lines = ["tasks:"]
+    for task in toy.tasks(2):
+        (folder / task.name).mkdir(parents=True)
+        for name, rows in (("train", task.train_dataset), ("test", task.eval_dataset), ("labels", task.labels)):
+            (folder / task.name / f"{name}.json").write_text(json.dumps(rows))
+        lines += [f"- name: {task.name}", f"  folder: {task.name}", f"  instruction: {task.instruction}"]
+    (folder / "stream.yaml").write_text("\n".join(lines))
+    return str(folder / "stream.yaml")
+
+
+COMMON = [
+    "--report_to",
+    "none",
+    "--use_cpu",
+    "True",
+    "--save_strategy",
+    "no",
+    "--learning_rate",
+    "1e-2",
+    "--per_device_train_batch_size",
+    "4",
+    "--disable_tqdm",
+    "True",
+    "--logging_steps",
+    "2",
+]
+
+
+@pytest.mark.parametrize("method", ["jumplora", "mtl"])
+def test_encoder_cl(method, bert, tmp_path, monkeypatch, capsys):
+    """Its main on a tiny BERT: the whole run, its table and its stack (over a module that is no transformers class)."""
+    encoder_cl = recipe("encoder_cl")
+    line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", str(bert), "--method", method]
+    monkeypatch.setattr(sys, "argv", ["encoder_cl.py", *line, "--output_dir", str(tmp_path / "out"), *COMMON])
+    encoder_cl.main()
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(result["matrix"]) == (2 if method == "mtl" else 3)
+    assert f"{method}: accuracy in %" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"pass the model itself as base_model="):
+        load_stack(tmp_path / "out")
+
+
+# ---- as a user starts them ---------------------------------------------------------------------------------------
+
+
+def command(name, *arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / f"{name}.py"), *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, timeout=400, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_t5_cl(toy_t5, tmp_path, monkeypatch, capsys):
+    """A seq2seq run from its command line."""
+    t5_cl = recipe("t5_cl")
+    line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", toy_t5, *COMMON]
+    monkeypatch.setattr(sys, "argv", ["t5_cl.py", *line, "--output_dir", str(tmp_path / "out")])
+    t5_cl.main()
+    assert "jumplora: accuracy in %" in capsys.readouterr().out
+    assert len(load_stack(tmp_path / "out").peft_config) == 2
+
+
+@pytest.mark.slow
+def test_llama2_cl_with_everything_made_on_the_spot(tmp_path):
+    """No model, no data: pre-trains, trains two methods on the four generated tasks, compares them; a second start is
+    done at once."""
+    line = ["--tiny_steps", 3, "--max_train", 160, "--max_eval", 8, "--compare", "seqlora", "--output_dir", "out"]
+    line += ["--use_cpu", "True", "--disable_tqdm", "True"]
+    output = command("llama2_cl", *line, cwd=tmp_path)
+    assert "all methods, in %" in output
+    matrix = json.loads((tmp_path / "out" / "jumplora" / "metrics.json").read_text())["matrix"]
+    assert (len(matrix), len(matrix[0])) == (5, 4)
+    model = load_stack(tmp_path / "out" / "jumplora")
+    assert len(model.peft_config) == 4
+    before = (tmp_path / "out" / "seqlora" / "stack.json").read_bytes()
+    again = command("llama2_cl", *line, cwd=tmp_path)
+    assert again[again.index("all methods") :] == output[output.index("all methods") :]
+    assert (tmp_path / "out" / "seqlora" / "stack.json").read_bytes() == before
+
+
+def test_llama2_cl_with_own_model_and_stream(toy_base, tmp_path, monkeypatch, capsys):
+    """In this process: the options that replace the embedded model and stream."""
+    llama2_cl = recipe("llama2_cl")
+    line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", toy_base, "--eval_mode", "score"]
+    line += ["--output_dir", str(tmp_path / "out"), "--method", "jumplora-ella", "--ella_weight", "100", *COMMON]
+    monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
+    llama2_cl.main()
+    assert "jumplora-ella: accuracy in %" in capsys.readouterr().out
+    assert len(load_stack(tmp_path / "out").peft_config) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--stream", "STREAM"], "--stream needs --model_name_or_path"),
+        (["--stream", "STREAM", "--tiny_from_text", "True", "--model_name_or_path", "x"], "makes the model itself"),
+    ],
+    ids=["no-model", "two-models"],
+)
+def test_llama2_cl_options_that_do_not_fit(line, message, tmp_path, monkeypatch):
+    llama2_cl = recipe("llama2_cl")
+    stream = write_stream(tmp_path / "data")
+    line = [stream if word == "STREAM" else word for word in line]
+    monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line, "--output_dir", str(tmp_path / "out"), *COMMON])
+    with pytest.raises(SystemExit, match=message):
+        llama2_cl.main()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,143 @@
+"""What the layout of the package promises: the direction of imports, small modules, a light import, docstrings."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_jumplora
+
+
+ROOT = Path(hf_jumplora.__file__).parents[1]
+PACKAGE = ROOT / "hf_jumplora"
+MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+# part -> the parts of ours it may import. Later ones build on earlier ones; `metrics` stands alone.
+ORDER = ["kernels", "ops", "tuner", "stack", "strategies", "methods", "trainer", "cli"]
+ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
+ALLOWED["metrics"] = {"metrics"}
+ALLOWED["report"] = {"report", "stack", "metrics"}
+ALLOWED["hub"] = {"hub", "report", "stack", "metrics"}
+ALLOWED["trainer"] |= {"metrics", "report", "hub"}
+ALLOWED["cli"] |= {"metrics", "report", "hub"}
+
+
+def part_of(path: Path) -> str:
+    if "kernels" in path.relative_to(ROOT).parts[:1]:
+        return "kernels"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path):
+    """(part, line) of every import of ours, inside functions too."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [base] if node.module else [[*base, alias.name] for alias in node.names]
+        for name in names:
+            if name[0] == "jumplora_kernels" or name[:2] == ["kernels", "jumplora_kernels"]:
+                yield "kernels", node.lineno
+            elif name[0] == "hf_jumplora" and len(name) > 1:
+                yield name[1], node.lineno
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    part = part_of(path)
+    if part == "__init__":  # the package itself: tuner at once, the rest when it is first used
+        return
+    wrong = [f"{path}:{line} imports {other}" for other, line in imported_parts(path) if other not in ALLOWED[part]]
+    assert not wrong
+
+
+def test_the_rule_sees_imports():
+    """The check above would find something."""
+    assert {"ops", "tuner"} <= {part for part, _ in imported_parts(PACKAGE / "tuner" / "layer.py")}
+    assert {"stack", "hub", "report"} <= {part for part, _ in imported_parts(PACKAGE / "trainer" / "run.py")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+
+
+def run(code: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, **options
+    )
+
+
+BLOCK = """
+import sys
+for name in {names}:
+    sys.modules[name] = None  # any import of it raises ImportError
+"""
+
+
+def test_imports_without_the_extras():
+    """Without TRL, Triton, DeepSpeed, bitsandbytes and matplotlib everything but ContinualSFTTrainer is there."""
+    names = ["trl", "triton", "deepspeed", "matplotlib", "bitsandbytes"]
+    code = BLOCK.format(names=names) + (
+        "import hf_jumplora\n"
+        "for name in set(hf_jumplora.__all__) - {'ContinualSFTTrainer'}: getattr(hf_jumplora, name)\n"
+        "try:\n    hf_jumplora.ContinualSFTTrainer\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pip install 'hf-jumplora[trl]'" in done.stdout
+
+
+def test_import_is_light():
+    """`import hf_jumplora` registers the method and loads neither trainers nor data sets nor plots."""
+    code = (
+        "import sys, hf_jumplora\nfrom peft import mapping\nassert 'JUMPLORA' in mapping.PEFT_TYPE_TO_CONFIG_MAPPING\n"
+        "heavy = {'trl', 'datasets', 'pandas', 'matplotlib', 'transformers.trainer', 'hf_jumplora.trainer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", hf_jumplora.__all__)
+def test_public_names_are_documented(name):
+    """With a docstring of their own, not one that dataclass or Trainer made."""
+    if name == "ContinualSFTTrainer":
+        pytest.importorskip("trl")
+    value = getattr(hf_jumplora, name)
+    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert own
+    assert not own.startswith(f"{name}(")
+    assert len(own.split()) > 5
+
+
+def test_public_methods_are_documented():
+    for name in ("ContinualRun", "GateCallback", "TextTask", "Task"):
+        for method, value in vars(getattr(hf_jumplora, name)).items():
+            if not method.startswith(("_", "on_")) and inspect.isfunction(value):
+                assert value.__doc__, f"{name}.{method}"
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'ContinualTrainr'"):
+        hf_jumplora.ContinualTrainr  # noqa: B018
+
+
+def test_declared_names_exist():
+    """`__all__` of every part of the package."""
+    for path in PACKAGE.glob("*/__init__.py"):
+        module = importlib.import_module(f"hf_jumplora.{path.parent.name}")
+        for name in getattr(module, "__all__", ()):
+            assert getattr(module, name) is not None

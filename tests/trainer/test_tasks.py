@@ -1,0 +1,362 @@
+"""From rows to token ids, and from files to tasks: what is asked for is read, everything else is named and refused."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import toy
+
+from hf_jumplora import Task, TextTask, load_tasks
+from hf_jumplora.trainer.tasks import PROMPT, Encoder, collate, pad_rows, read_rows
+
+
+def task(text="the cat", **options):
+    rows = [{"sentence": text, "label": "tiny"}]
+    return TextTask(
+        "a", rows, **{"labels": ["tiny", "very huge"], "instruction": "size", "prompt": toy.PROMPT, **options}
+    )
+
+
+def words(encoder, ids):
+    return encoder.tokenizer.convert_ids_to_tokens(ids)
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_default_prompt_is_the_published_one():
+    shown = task(prompt=PROMPT).render(" the cat\n")
+    assert shown == "Task Instruction: size\nOptions: tiny | very huge\nText: the cat\nAnswer:"
+
+
+@pytest.mark.parametrize("text", ["{options}", "{}", "{0}", "{text}", "{instruction!r}", "a } b { c", "\\1 \\g<0> $1"])
+def test_braces_in_a_text_mean_nothing(text):
+    """Nor do the signs of regular expressions; in an instruction neither."""
+    assert task(instruction="{text}").render(text) == f"{{text}} tiny | very huge : {text} ="
+
+
+@pytest.mark.parametrize("seq2seq", [False, True], ids=["causal", "seq2seq"])
+def test_loss_is_on_the_answer_alone(seq2seq):
+    encoder = Encoder(toy.tokenizer(), 32, seq2seq)
+    (row,) = encoder.train_rows(task())
+    prompt = ["size", "tiny", "|", "very", "huge", ":", "the", "cat", "="]
+    scored = [i for i in row["labels"] if i != -100]
+    assert words(encoder, scored)[0] == "tiny"
+    if seq2seq:
+        assert words(encoder, row["input_ids"]) == prompt
+        assert row["labels"] == scored
+    else:
+        assert words(encoder, row["input_ids"]) == [*prompt, "tiny", "</s>"]
+        assert row["labels"] == [-100] * len(prompt) + scored
+        assert words(encoder, scored) == ["tiny", "</s>"]
+
+
+@pytest.mark.parametrize("seq2seq", [False, True], ids=["causal", "seq2seq"])
+@pytest.mark.parametrize("max_length", [11, 13, 20, 40])
+def test_only_the_text_is_cut(seq2seq, max_length):
+    """From its end, as little as needed, so that the longest answer still fits; and it is counted."""
+    encoder = Encoder(toy.tokenizer(), max_length, seq2seq)
+    text = "cat dog elk fox gnu hen ant bee cat dog elk fox gnu hen ant bee"
+    ids = words(encoder, encoder.prompt_ids(task(), text))
+    start, end = ["size", "tiny", "|", "very", "huge", ":"], ["="]
+    room = max_length - (0 if seq2seq else 3)  # "very huge </s>"
+    kept = min(16, room - len(start) - len(end))
+    assert ids == start + text.split()[:kept] + end
+    assert encoder.truncated["a"] == (kept < 16)
+
+
+def test_instruction_that_does_not_fit():
+    encoder = Encoder(toy.tokenizer(), 9, False)
+    with pytest.raises(ValueError, match=r"task 'a': instruction, options and answer take 10 tokens, max_length is 9"):
+        encoder.prompt_ids(task(), "the cat")
+
+
+def test_truncation_with_a_subword_tokenizer():
+    """Decoding the kept pieces and encoding the prompt again may change their number: it must still fit."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+    from tiny_llama import train_tokenizer
+
+    tokenizer = train_tokenizer(["the cat sat on the mat and ate the apple, naïve café 漢字 \U0001f600"] * 3, 300, 512)
+    text = "the naïve \U0001f600 cat 漢字 sat," * 20
+    example = task(text, prompt=PROMPT)
+    for max_length in range(90, 130, 3):
+        encoder = Encoder(tokenizer, max_length, False)
+        ids = encoder.prompt_ids(example, text)
+        room = max_length - max(len(encoder.answer_ids(label)) for label in example.labels)
+        assert room - 6 <= len(ids) <= room  # a whole character may go
+        shown = tokenizer.decode(ids, skip_special_tokens=True)
+        assert shown.startswith("Task Instruction: size\nOptions: tiny | very huge\nText: the na")
+        assert shown.endswith("\nAnswer:")
+
+
+def test_batches():
+    """Padded on the right with the pad token, which the mask hides and no loss counts."""
+    batch = collate(toy.tokenizer(), False)(
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert pad_rows([[1], [2, 3]], 9, "left").tolist() == [[9, 1], [2, 3]]
+
+
+# ---- tasks that cannot be ----------------------------------------------------------------------------------------
+
+ROW = {"sentence": "x", "label": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "../up"}, "task name '../up'"),
+        ({"name": "a b"}, "task name 'a b'"),
+        ({"name": ""}, "task name ''"),
+        ({"name": ".hidden"}, "task name"),
+        ({"name": "a\n"}, "task name"),
+        ({"train_dataset": []}, "task 'a' has no training example"),
+        ({"train_dataset": None}, "task 'a' has no training example"),
+        ({"eval_dataset": []}, "task 'a' has an empty eval set"),
+        ({"labels": []}, "task 'a' has no labels"),
+        ({"labels": [True, False]}, "labels must be strings"),
+        ({"labels": ["tiny", " "]}, "labels must be strings that are not empty"),
+        ({"labels": ["tiny", "Tiny "]}, "two labels are the same but for case or spaces"),
+        ({"prompt": "no place"}, r"a place for '\{text\}'"),
+        ({"train_dataset": [ROW, {"sentence": "x"}]}, r"train row 1: no string in column 'label', only \['sentence'\]"),
+        ({"train_dataset": [{"sentence": 3, "label": "tiny"}]}, "train row 0: no string in column 'sentence'"),
+        ({"train_dataset": [ROW, {**ROW, "label": "big"}]}, r"train row 1: label 'big' is not among \['tiny'"),
+        ({"eval_dataset": [{**ROW, "label": "Tiny"}]}, "eval row 0: label 'Tiny' is not among"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(f"{k}={v}"[:30] for k, v in value.items()),
+)  # fmt: skip
+def test_task_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextTask(**{"name": "a", "train_dataset": [ROW], "labels": ["tiny", "huge"], **options})
+
+
+@pytest.mark.parametrize("name", ["agnews", "20ng", "a.b-c_d", "A"])
+def test_names_that_are_fine(name):
+    assert Task(name, [1]).name == name
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+ROWS = [{"sentence": f"text {i}", "label": "yes" if i % 2 else "no"} for i in range(6)]
+
+
+def stream(folder, text, name="stream.yaml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{v}"' for v in row.values()) for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_folder_layout(tmp_path):
+    """{train,test,labels}.json below data_dir, or below the stream's own folder; the file's labels win."""
+    for root in (tmp_path, tmp_path / "elsewhere"):
+        folder = root / "TC" / "a"
+        write(folder / "train.json", ROWS)
+        write(folder / "test.json", ROWS[:2])
+        (folder / "labels.json").write_text(json.dumps(["no", "yes", root.name[:4]]))
+    path = stream(tmp_path, "tasks:\n- name: a\n  folder: TC/a\n  labels: [x]\n  instruction: Say it.\n")
+    (found,) = load_tasks(path)
+    assert (found.name, found.instruction, found.source) == ("a", "Say it.", "TC/a")
+    assert found.train_dataset == ROWS
+    assert found.eval_dataset == ROWS[:2]
+    assert found.labels[:2] == ["no", "yes"]
+    assert load_tasks(path, data_dir=tmp_path / "elsewhere")[0].labels[2] == "else"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_file_formats(suffix, tmp_path):
+    """With own column names, a text made of two columns, labels from the rows, limits from three places."""
+    rows = [{"title": f"T{i}", "body": f"b{{{i}}}, \u2028 ü", "class": "ja" if i % 2 else "nein"} for i in range(6)]
+    write(tmp_path / f"d{suffix}", rows)
+    text = (
+        f'max_train: 5\nprompt: "{{text}} ?"\ntasks:\n- name: a\n  train_file: d{suffix}\n  eval_file: d{suffix}\n'
+        f'  text: "{{title}}: {{body}}"\n  label: class\n  max_eval: 3\n'
+    )
+    (found,) = load_tasks(stream(tmp_path, text))
+    assert found.train_dataset[1] == {"sentence": "T1: b{1}, \u2028 ü", "label": "ja"}
+    assert (len(found.train_dataset), len(found.eval_dataset)) == (5, 3)
+    assert found.labels == ["ja", "nein"]
+    assert found.render("x") == "x ?"
+    (few,) = load_tasks(tmp_path / "stream.yaml", max_train=2, max_eval=1)
+    assert (len(few.train_dataset), len(few.eval_dataset)) == (2, 1)
+
+
+def test_byte_order_mark(tmp_path):
+    """As Excel writes it: no part of the first column's name."""
+    (tmp_path / "d.csv").write_bytes(b'\xef\xbb\xbfsentence,label\r\nx,yes\r\n"a, b\nc",no\r\n')
+    assert read_rows(tmp_path / "d.csv") == [{"sentence": "x", "label": "yes"}, {"sentence": "a, b\nc", "label": "no"}]
+    (tmp_path / "d.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    assert read_rows(tmp_path / "d.json") == ROWS
+
+
+def test_catalogue(tmp_path):
+    """Tasks by name, in the order asked for; paths are relative to the catalogue."""
+    for name in ("a", "b"):
+        write(tmp_path / "data" / f"{name}.json", ROWS)
+    entries = "".join(f"- name: {n}\n  train_file: {n}.json\n" for n in ("a", "b"))
+    stream(tmp_path / "data", f"tasks:\n{entries}", "all.yaml")
+    path = stream(tmp_path, "catalogue: data/all.yaml\ntasks: [b, a]\n")
+    assert [found.name for found in load_tasks(path)] == ["b", "a"]
+    path = stream(tmp_path, "catalogue: data/all.yaml\ntasks:\n- b\n- c\n")
+    with pytest.raises(ValueError, match=r"stream\.yaml, line 4: .*all\.yaml has no task 'c', only a, b"):
+        load_tasks(path)
+
+
+def test_skipped_labels(tmp_path):
+    write(tmp_path / "d.json", [*ROWS, {"sentence": "?", "label": "-"}])
+    path = stream(tmp_path, 'tasks:\n- {name: a, train_file: d.json, labels: ["yes", "no"], skip_labels: ["-"]}\n')
+    assert load_tasks(path)[0].train_dataset == ROWS
+
+
+def test_no_file_is_written(tmp_path, monkeypatch):
+    """Reading leaves no cache behind, neither beside the data nor in the home folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    data = tmp_path / "data"
+    write(data / "d.parquet", ROWS)
+    load_tasks(stream(data, "tasks:\n- {name: a, train_file: d.parquet}\n"))
+    assert {p.name for p in tmp_path.rglob("*")} == {"home", "data", "d.parquet", "stream.yaml"}
+
+
+ONE = "tasks:\n- name: a\n  train_file: d.json\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [", r"(?s)stream\.yaml is not valid YAML: .*line 1"),
+        ("- a\n- b\n", r"stream\.yaml: expected keys and values, found list"),
+        ("", r"stream\.yaml: expected keys and values, found NoneType"),
+        ("name: x\n", "key 'tasks' is missing"),
+        ("tasks: []\n", "'tasks' must be a list of tasks"),
+        ("tasks: a\n", "'tasks' must be a list of tasks"),
+        ("task: 1\n" + ONE, "unknown key 'task'; known: catalogue, max_eval"),
+        ("# c\n" + ONE + "- 7\n", r"stream\.yaml, line 5: expected keys and values, found int 7"),
+        ("\n\n" + ONE + "  lables: [x]\n", r"stream\.yaml, line 4: unknown key 'lables'; known: .*labels"),
+        ("tasks:\n- train_file: d.json\n", "line 2: key 'name' is missing"),
+        ("tasks:\n- name: 20\n  train_file: d.json\n", "line 2: 'name' must be a string, found 20"),
+        ("tasks:\n- name: a\n", "line 2: needs 'folder', 'train_file' or 'dataset'"),
+        ("tasks:\n- name: a/b\n  train_file: d.json\n", "line 2: task name 'a/b'"),
+        (ONE + "  labels: [yes, no]\n", r"'labels' must be a list of strings .*quote yes.*found \[True, False\]"),
+        (ONE + "  labels: yes\n", "'labels' must be a list"),
+        (ONE + '  labels: ["yes"]\n', r"line 2: task 'a', train row 0: label 'no' is not among \['yes'\]"),
+        (ONE + "  max_train: 0\n", "'max_train' must be a number above 0, found 0"),
+        (ONE + "  max_train: -3\n", "'max_train' must be a number above 0"),
+        (ONE + "  max_eval: many\n", "'max_eval' must be a number above 0, found 'many'"),
+        ("max_train: yes\n" + ONE, "'max_train' must be a number above 0, found True"),
+        (ONE + "  text: body\n", r"line 2, train row 0: column 'body' does not exist; there are label, sentence"),
+        (ONE + '  text: "{sentence} {title}"\n', "column 'title' does not exist"),
+        (ONE + "  label: class\n", "column 'class' does not exist"),
+        (ONE + "  instruction: 3\n", "'instruction' must be a string, found 3"),
+        (ONE + '  skip_labels: ["yes", "no"]\n', "line 2: task 'a' has no training example"),
+        ("prompt: Answer\n" + ONE, r"a place for '\{text\}'"),
+        ("catalogue: d.yaml\ntasks: [a]\n", r"stream file .*d\.yaml does not exist"),
+        ("catalogue: stream.yaml\ntasks: [a]\n", r"line 2: expected keys and values, found str 'a'"),
+        (ONE.replace("d.json", "e.json"), r"data file .*e\.json does not exist"),
+        (ONE.replace("d.json", "d.txt"), r"d\.txt: cannot read '\.txt'; use \.json"),
+        ("tasks:\n- name: a\n  folder: nowhere\n", r"data file .*nowhere/train\.json does not exist"),
+    ],
+    ids=lambda value: value.encode("unicode_escape").decode()[:40].replace(" ", "_"),
+)
+def test_malformed_stream(text, message, tmp_path):
+    """The file, its line and the key are named."""
+    write(tmp_path / "d.json", ROWS)
+    (tmp_path / "d.txt").write_text("x")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_tasks(stream(tmp_path, text))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limits_of_the_call(limit, tmp_path):
+    write(tmp_path / "d.json", ROWS)
+    with pytest.raises(ValueError, match=f"'max_eval' must be a number above 0, found {limit}"):
+        load_tasks(stream(tmp_path, ONE), max_eval=limit)
+    with pytest.raises(TypeError, match="max_rows"):
+        load_tasks(tmp_path / "stream.yaml", max_rows=3)
+
+
+def test_missing_stream(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"stream file .*none\.yaml does not exist"):
+        load_tasks(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", b'[\n {"sentence": "x",}\n]', r"d\.json, line 2, column \d+: not valid JSON"),
+        ("d.json", b'{"sentence": "x"}', r"d\.json: expected a list of objects"),
+        ("d.json", b"[1, 2]", r"d\.json: expected a list of objects"),
+        (
+            "d.jsonl",
+            b'{"sentence": "x", "label": "y"}\n\n{"sentence"\n',
+            r"d\.jsonl, line 3, column 12: not valid JSON",
+        ),
+        ("d.jsonl", b"[]\n", "expected a list of objects"),
+        ("d.csv", b"sentence,label\nx,y\nx,y,z\n", r"d\.csv, line 3: more fields than columns"),
+        ("d.csv", b"sentence,label\nx\n", r"train row 0: column 'label' is empty; there are label, sentence"),
+        ("d.csv", b"sentence,label\n\xff\xfe,y\n", r"d\.csv is not UTF-8"),
+        ("d.parquet", b"PAR1 and then nothing", r"d\.parquet cannot be read"),
+        ("d.parquet", b"", r"d\.parquet cannot be read"),
+        ("d.json", b"[]", "task 'a' has no training example"),
+        ("d.csv", b"", "task 'a' has no training example"),
+    ],
+    ids=lambda value: str(value)[:24].replace(" ", "_"),
+)
+def test_damaged_data(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    path = stream(tmp_path, f"tasks:\n- name: a\n  train_file: {name}\n")
+    with pytest.raises(ValueError, match=message):
+        load_tasks(path)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1, 2]", "[true]", "[", '"yes"'])
+def test_damaged_labels_file(content, tmp_path):
+    write(tmp_path / "a" / "train.json", ROWS)
+    write(tmp_path / "a" / "test.json", ROWS)
+    (tmp_path / "a" / "labels.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a/labels\.json"):
+        load_tasks(stream(tmp_path, "tasks:\n- name: a\n  folder: a\n"))
+
+
+def test_hub_rows(tmp_path, monkeypatch):
+    """Class numbers become the stream's labels; the limit takes rows of a fixed shuffle (many sets are sorted)."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["w", "s"])})
+    data = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [i // 10 for i in range(20)]}, features)
+    asked = []
+    monkeypatch.setattr(
+        "hf_jumplora.trainer.tasks.load_dataset",
+        lambda name, config, split: asked.append((name, config, split)) or data,
+    )
+    entry = "- {name: a, folder: TC/a, dataset: org/a, config: c, text: text, eval_split: validation, max_train: 8%s}\n"
+    (own,) = load_tasks(stream(tmp_path, "tasks:\n" + entry % ""))
+    assert asked == [("org/a", "c", "train"), ("org/a", "c", "validation")]
+    assert own.labels == ["s", "w"]
+    assert len(own.train_dataset) == 8
+    assert {row["label"] for row in own.train_dataset} == {"w", "s"}
+    (named,) = load_tasks(stream(tmp_path, "tasks:\n" + entry % ", labels: [World, Sports]"))
+    assert named.labels == ["World", "Sports"]
+    assert [row["label"] for row in named.train_dataset] == [
+        {"w": "World", "s": "Sports"}[row["label"]] for row in own.train_dataset
+    ]
