@@ -144,7 +144,6 @@ class ContinualRun:
             )
         # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
         get_peft_model(self.model, copy.deepcopy(self.config)).unload()
-        del self.model.peft_config
         if self.config.gate:
             for stage in self._stage_sizes():
                 try:

@@ -85,8 +85,8 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
         if tau == 0:
             raise ValueError(
                 f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "
-                "are exactly zero or closed. Either it has not been trained (learning rate 0?), or isolation='hard' leaves "
-                "fewer entries free than it shall keep: lower initial_density or target_density"
+                "are exactly zero or closed. Either it has not been trained (learning rate 0?), or isolation='hard' "
+                "leaves fewer entries free than it shall keep: lower initial_density or target_density"
             )
         with torch.no_grad():
             gate.log_tau.fill_(tau).log_()

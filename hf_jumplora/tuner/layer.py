@@ -342,4 +342,4 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
 
 
 class Linear(JumpLoraLayer):
-    """The layer that is placed: `target_modules="all-linear"` finds wrapped layers by "Linear" in their class's name."""
+    """The class that is placed: `target_modules="all-linear"` finds wrapped layers by "Linear" in its name."""

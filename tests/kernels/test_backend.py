@@ -1,4 +1,4 @@
-"""`gated_linear(backend="triton")` against the specification, in a process of its own (the interpreter is chosen there)."""
+"""`gated_linear(backend="triton")` against the specification; the interpreter is chosen in a process of its own."""
 
 import os
 import subprocess
@@ -50,8 +50,8 @@ def test_without_a_gpu_the_error_says_what_to_do():
     script = """
 import torch
 from hf_jumplora.ops import gated_linear
-t = torch.zeros(1)
-gated_linear(torch.zeros(2, 3), None, None, torch.zeros(1, 3), torch.zeros(4, 1), t, scaling=1.0, mix=0.5, backend="triton")
+x, A, B, log_tau = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(4, 1), torch.zeros(1)
+gated_linear(x, None, None, A, B, log_tau, scaling=1.0, mix=0.5, backend="triton")
 """
     result = run(script, "0")
     assert result.returncode != 0

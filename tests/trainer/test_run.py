@@ -412,11 +412,10 @@ def test_known_method_message():
 def test_adapter_that_does_not_fit(adapter, message, toy_base, tmp_path):
     config = JumpLoraConfig(**{"target_modules": ["q_proj"], **adapter})
     arguments = toy.arguments(tmp_path)
-    run = ContinualRun(
-        toy.load_base(toy_base), toy.tasks(1), "jumplora", arguments, toy.tokenizer(), adapter_config=config
-    )
     with pytest.raises(ValueError, match=message):
-        run.train()
+        ContinualRun(
+            toy.load_base(toy_base), toy.tasks(1), "jumplora", arguments, toy.tokenizer(), adapter_config=config
+        )
 
 
 def test_text_tasks_need_a_tokenizer(toy_base, tmp_path):
