@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-# A CPU build of torch. Plain `pip install torch` would bring several GB of CUDA; on a machine with a GPU use TORCH=torch
+# What pip installs before anything else; TORCH="torch==X+cpu" (or an index of yours in pip's config) picks another build.
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 

@@ -1,5 +1,6 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
+import dataclasses
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -72,6 +73,18 @@ class MethodArguments:
         if Ella not in get_method(self.method).strategies:
             raise ValueError(f"ella_weight has no meaning for method {self.method!r}; use 'ella' or 'jumplora-ella'")
         return [Ella(self.ella_weight)]
+
+    def plans(self, compare: list[str]) -> dict[str, tuple[JumpLoraConfig, list[Strategy] | None]]:
+        """{method: (adapter config, strategies)} of this method and of others to compare it with.
+
+        Options that only some of the methods have are those methods' alone.
+        """
+        plans = {self.method: (self.adapter_config(), self.strategies())}
+        for name in compare:
+            weight = self.ella_weight if Ella in get_method(name).strategies else None
+            other = dataclasses.replace(self, method=name, ella_weight=weight)
+            plans[name] = (other.adapter_config(), other.strategies())
+        return plans
 
 
 def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:

@@ -75,6 +75,8 @@ def accuracy(prediction) -> dict[str, float]:
 def main() -> None:
     parsed = parse_recipe((EncoderArguments, StreamArguments, MethodArguments, ContinualTrainingArguments))
     encoder_args, stream, method, args = parsed
+    if stream.stream is None:
+        raise SystemExit("--stream is missing: a file of recipes/streams, or your own (docs/streams.md)")
     name = encoder_args.model_name_or_path or default_model()
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
 
@@ -85,8 +87,12 @@ def main() -> None:
         batch = tokenizer(labels, padding=True, return_tensors="pt")
         label_embeddings = embed(encoder.eval(), batch.input_ids, batch.attention_mask)
 
-    def rows(task_id: int, examples: list[dict]) -> Dataset:
-        encoded = tokenizer([row["sentence"].strip() for row in examples], truncation=True, max_length=args.max_length)
+    max_length = min(args.max_length, encoder.config.max_position_embeddings)
+
+    def rows(task_id: int, examples: list[dict] | None) -> Dataset | None:
+        if examples is None:
+            return None
+        encoded = tokenizer([row["sentence"].strip() for row in examples], truncation=True, max_length=max_length)
         answers = [labels.index(row["label"]) for row in examples]
         return Dataset.from_dict({**encoded, "labels": answers, "task_id": [task_id] * len(examples)})
 

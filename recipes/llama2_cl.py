@@ -65,18 +65,16 @@ def main() -> None:
         argv = ["--config", str(HERE / "configs" / "demo.yaml"), *argv]
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, method, args = parse_recipe(classes, argv)
+    plans = method.plans(model_args.compare)  # before anything is built: a wrong option shows now
     name, tasks = model_and_stream(model_args, stream)
     tokenizer = AutoTokenizer.from_pretrained(name)
 
     results, folder = {}, Path(args.output_dir)
-    for which in [method.method, *model_args.compare]:
-        method.method = which
+    for which, (config, strategies) in plans.items():
         if model_args.compare:
             args.output_dir = str(folder / which)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
-        run = ContinualRun(
-            model, tasks, which, args, tokenizer, adapter_config=method.adapter_config(), strategies=method.strategies()
-        )
+        run = ContinualRun(model, tasks, which, args, tokenizer, adapter_config=config, strategies=strategies)
         results[which] = run.train()
     if model_args.compare:
         print(comparison(results))

@@ -75,9 +75,9 @@ def log_tau_grad(tau_sum, tau: float, bandwidth: float, numel: int, mean: bool, 
     return (tau_sum * scale).reshape(like.shape).to(like.dtype)
 
 
-def _folded(weight: torch.Tensor | None, A: torch.Tensor) -> torch.Tensor | None:
+def _folded(weight: torch.Tensor | None, A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The base weight where it is folded into the update's blocks, None where its product is one of its own."""
-    return weight if weight is not None and weight.dtype == A.dtype else None
+    return weight if weight is not None and weight.dtype == A.dtype == dtype else None
 
 
 def _effective_rows(E, folded: torch.Tensor | None, start: int, scaling: float, dtype: torch.dtype) -> torch.Tensor:
@@ -99,8 +99,8 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         if f == 0 and free is None:
             update = (x.to(A.dtype) @ A.T @ B.T).mul_(scaling)
-            return (update if weight is None else F.linear(x, weight, bias) + update).to(x.dtype)
-        folded = _folded(weight, A)
+            return (update if weight is None else F.linear(x, weight.to(x.dtype), bias) + update).to(x.dtype)
+        folded = _folded(weight, A, x.dtype)
         y = x.new_empty(x.shape[0], out_features)
         for start, stop in row_blocks(out_features, in_features):
             E = gate_block(update_block(A, B, start, stop), tau, f, _free_rows(free, start, stop, in_features))
@@ -108,7 +108,7 @@ def _forward(
             torch.mm(x, rows.T, out=y[:, start:stop])
         if folded is not None:
             return y if bias is None else y.add_(bias)
-        return y if weight is None else y.add_(F.linear(x, weight, bias))
+        return y if weight is None else y.add_(F.linear(x, weight.to(x.dtype), bias))
 
 
 @_forward.register_fake
@@ -132,11 +132,11 @@ def _gradients(
             if needs_x:
                 grad_x = (g_B @ A).mul_(scaling).to(x.dtype)
                 if weight is not None:
-                    grad_x.addmm_(grad_y, weight)
+                    grad_x.addmm_(grad_y, weight.to(x.dtype))
             return grad_x, scaling * g_B.T @ x_wide, scaling * g.T @ (x_wide @ A.T), torch.zeros_like(log_tau)
-        folded = _folded(weight, A)
+        folded = _folded(weight, A, x.dtype)
         if needs_x and weight is not None and folded is None:
-            grad_x.addmm_(grad_y, weight)
+            grad_x.addmm_(grad_y, weight.to(x.dtype))
         grad_A, grad_B, tau_sum = torch.zeros_like(A), torch.empty_like(B), A.new_zeros(())
         for start, stop in row_blocks(out_features, in_features):
             D, g = update_block(A, B, start, stop), grad_y[:, start:stop]

@@ -67,12 +67,13 @@ def gated_linear(
         raise ValueError(f"mix is between 0 and 1, got {mix}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), *(t if t is None else t.to(dtype) for t in (weight, bias))
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     options = {"scaling": scaling, "bandwidth": bandwidth, "threshold_grad": threshold_grad}
     if backend == "naive":
         if free is not None and free.dim() == 1:
             free = unpack_bits(free, 0, B.shape[0] * A.shape[1]).view(B.shape[0], A.shape[1])
         with torch.autocast(x.device.type, enabled=False):  # D and its support stay in the dtype of A and B
+            weight = weight if weight is None else weight.to(x.dtype)
             return gated_linear_naive(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
     if backend not in (None, "blocked", "triton"):
         raise ValueError(f"backend is None, 'naive', 'blocked' or 'triton', got {backend!r}")

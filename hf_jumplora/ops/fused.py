@@ -42,10 +42,10 @@ def gated_linear_fused(
     if torch.float64 in (x.dtype, A.dtype):
         raise ValueError("backend='triton' has no float64: use backend='blocked'")
     rows = x.reshape(-1, x.shape[-1])
-    folded = weight if weight is not None and weight.dtype == A.dtype else None
+    folded = weight if weight is not None and weight.dtype == A.dtype == x.dtype else None
     y = _Fused.apply(rows, folded, A, B, log_tau, mix, scaling, bandwidth, threshold_grad, free)
     if weight is not None and folded is None:
-        y = y + F.linear(rows, weight, bias)
+        y = y + F.linear(rows, weight.to(rows.dtype), bias)
     elif bias is not None:
         y = y + bias
     return y.view(*x.shape[:-1], y.shape[-1])

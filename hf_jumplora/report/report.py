@@ -94,7 +94,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> None:
                 info["steps"],
                 info["train_examples"],
                 info["effective_batch"],
-                info["truncated"],
+                "-" if info["truncated"] is None else info["truncated"],
                 f"{info['density']:.2%}",
             ]
             cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import nn
@@ -41,7 +42,13 @@ def load_stack(
         FileNotFoundError: no stack there. ValueError: an unknown task, a damaged file or another base model; the
         message names the file or layer, what was expected and what was found.
     """
-    folder = Path(path) if os.path.isdir(path) else Path(snapshot_download(str(path), revision=revision))
+    if os.path.isdir(path):
+        folder = Path(path)
+    else:
+        try:
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=["stack.json", "task_*/*"]))
+        except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"{path} is no folder, and no repository that can be reached ({error})") from error
     manifest = read_manifest(folder)
     chosen = _choose(manifest, tasks, folder)
     for task in chosen:

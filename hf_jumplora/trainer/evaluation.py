@@ -20,6 +20,8 @@ def evaluate_task(
     (the label with the largest log-likelihood given the prompt, end of sequence included). With several processes each
     takes a share of the rows; every row counts once.
     """
+    if mode == "score":  # the cache of a prompt is repeated for each label: so many sequences at once, not prompts
+        batch_size = max(1, batch_size // len(task.labels))
     predict = {"generate": generate_answers, "score": score_labels}[mode]
     was_training = model.training
     model.eval()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -101,7 +102,9 @@ class ContinualRun:
         self.output_dir = Path(str(self.args.output_dir))
         self._check_options()
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.encoder = Encoder(processing_class, getattr(self.args, "max_length", 512), self.seq2seq)
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        max_length = min(getattr(self.args, "max_length", 512), context or sys.maxsize)
+        self.encoder = Encoder(processing_class, max_length, self.seq2seq)
         self.data_collator = data_collator
         if data_collator is None and self._text_tasks():
             self.data_collator = collate(processing_class, self.seq2seq)
@@ -310,7 +313,7 @@ class ContinualRun:
                 "density": density(self.model, folder),
                 "steps": output.global_step,
                 "train_examples": len(train_set),
-                "truncated": self.truncated[name] if task else self.truncated.total(),
+                "truncated": self.truncated[name] if isinstance(task, TextTask) else None,
                 "source": task.source if task else "",
                 "labels": task.labels if isinstance(task, TextTask) else None,
                 "instruction": task.instruction if isinstance(task, TextTask) else None,

@@ -292,9 +292,9 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
     else:
         raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
     for split in rows:
-        part = rows[split][: limits[f"max_{split}"]]
-        rows[split] = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(part)]
-        rows[split] = [row for row in rows[split] if row["label"] not in entry.get("skip_labels", ())]
+        part = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(rows[split])]
+        part = [row for row in part if row["label"] not in entry.get("skip_labels", ())]
+        rows[split] = part[: limits[f"max_{split}"]]
     if labels is None:
         labels = sorted({row["label"] for row in rows["train"]})
     try:

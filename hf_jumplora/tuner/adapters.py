@@ -117,6 +117,7 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     An adapter without a gate is only renamed.
 
     Raises:
+        FloatingPointError: a weight is not finite.
         ValueError: the ramp of the gate has not arrived at 1, or the name is taken or not a possible one.
     """
     config = adapter_config(model, adapter)
@@ -129,6 +130,12 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
             raise ValueError(
                 f"the gate of adapter {adapter!r} stands at f = {gate.mix.item():g}; a task is finished when its ramp "
                 "has arrived at 1 (train on to gate_end)"
+            )
+    for layer_name, layer in named_layers(model, adapter):
+        if not all(torch.isfinite(t).all() for t in (layer.jumplora_A[adapter], layer.jumplora_B[adapter])):
+            raise FloatingPointError(
+                f"adapter {adapter!r}, layer {layer_name} holds weights that are not finite: training has diverged in "
+                "its last step. Lower the learning rate; finished tasks are safe"
             )
     if config.gate:
         config.support = {layer_name: layer.finish(adapter) for layer_name, layer in named_layers(model, adapter)}

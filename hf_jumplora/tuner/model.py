@@ -99,6 +99,7 @@ class JumpLoraModel(BaseTuner):
                     f"parent adapter {parent!r} is not in the model: add or load it first, or load the whole stack "
                     "with hf_jumplora.load_stack(...) or PeftModel.from_pretrained(base_model, stack, subfolder=...)"
                 )
+            check_adapter_name(model, parent)  # from a file: a name, never a path
             path, subfolder, hub = (config.origin[k] for k in ("path", "subfolder", "kwargs"))
             if subfolder is None:
                 path, beside = os.path.join(os.path.dirname(os.path.abspath(path)), parent), None
