@@ -368,3 +368,21 @@ def test_effective_update_is_the_function_behind_the_layer():
     E = effective_update(c["A"], c["B"], c["log_tau"], mix=0.3, free=c["free"])
     y = gated_linear(torch.eye(16), None, None, c["A"], c["B"], c["log_tau"], scaling=1.0, mix=0.3, free=c["free"])
     assert torch.allclose(y.T, E, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_autocast_keeps_no_copy_of_the_weight(mix):
+    weight, kept = torch.randn(64, 48), []
+    A, B, log_tau = torch.randn(4, 48, requires_grad=True), torch.randn(64, 4), torch.zeros(1)
+
+    def pack(tensor):
+        if tensor.numel() == weight.numel():
+            kept.append(tensor.data_ptr() == weight.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        y = gated_linear(torch.randn(3, 48), weight, None, A, B, log_tau, scaling=1.0, mix=mix)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert kept == [True]
+    assert A.grad.isfinite().all()

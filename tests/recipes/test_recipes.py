@@ -302,3 +302,16 @@ def test_llama2_cl_options_that_do_not_fit(line, message, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match=message):
         llama2_cl.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_plans_are_checked_before_anything_is_built():
+    from hf_jumplora.cli import MethodArguments
+
+    plans = MethodArguments(method="jumplora-ella", ella_weight=5.0).plans(["inclora", "ella"])
+    assert list(plans) == ["jumplora-ella", "inclora", "ella"]
+    assert [plans[name][1] and plans[name][1][0].weight for name in plans] == [5.0, None, 5.0]
+    assert [plans[name][0].gate for name in plans] == [True, True, True]  # the method's own prescription comes on top
+    with pytest.raises(ValueError, match="unknown method 'typo'"):
+        MethodArguments().plans(["typo"])
+    with pytest.raises(ValueError, match="target_density"):
+        MethodArguments(threshold_update="density", target_density=7).plans([])

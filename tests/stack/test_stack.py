@@ -409,3 +409,8 @@ def test_full_disk_at_every_write(toy_base, tmp_path, monkeypatch):
     assert failures > 8  # config, weights, task.json, cards, metrics, report, manifest: each opened and moved
     assert torch.equal(logits(load_stack(tmp_path / "out")), expected)
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_a_path_that_is_nowhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        load_stack(tmp_path / "nowhere")

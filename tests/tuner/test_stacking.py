@@ -430,3 +430,11 @@ def test_all_linear_finds_the_same_layers_for_every_task(gated):
     model.add_adapter("default", JumpLoraConfig(target_modules="all-linear", parent_adapters=["task_000"]))
     assert model.peft_config["default"].target_modules == model.peft_config["task_000"].target_modules
     assert all({"default", "task_000"} <= set(layer.configs) for _, layer in named_layers(model))
+
+
+def test_weights_that_are_not_finite_are_not_a_task(gated):
+    model = gated()
+    layers(model)[0].jumplora_B["default"].data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"q_proj holds weights that are not finite"):
+        finish_adapter(model, "default", "task_000")
+    assert "task_000" not in model.peft_config
