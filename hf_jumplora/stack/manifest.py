@@ -24,7 +24,7 @@ _NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 class Manifest:
     """The content of stack.json.
 
-    base_model: name_or_path, revision, architecture and layers {name: [out, in]} of the adapted layers.
+    base_model: name_or_path, revision, architecture, a few weights (probe), layers {name: [out, in]} that are adapted.
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}.
@@ -117,7 +117,17 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(base).__name__,
         "layers": layer_shapes(model),
+        "probe": weight_probe(base, layer_shapes(model)),
     }
+
+
+def weight_probe(base: nn.Module, adapted) -> list[float]:
+    """Sixteen values of the first weight that no adapter touches: they tell two bases of the same shape apart."""
+    for name, weight in base.named_parameters():
+        if weight.dim() > 1 and weight.is_floating_point() and not any(name.startswith(f"{a}.") for a in adapted):
+            values = weight.detach().flatten()
+            return values[:: max(1, values.numel() // 16)][:16].tolist()
+    return []
 
 
 def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
@@ -135,6 +145,10 @@ def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
         found = _features(modules[name]) if name in modules else None
         if found != shape:
             raise ValueError(f"{where}: layer {name} should be [out, in] = {shape}, this base model has {found}")
+    probe = expected.get("probe", [])
+    near = 1e-2 * max(map(abs, probe), default=0)  # a base in bf16 is the same base
+    if any(abs(a - b) > near for a, b in zip(probe, weight_probe(base, expected["layers"]), strict=False)):
+        raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
 
 
 def _features(module: nn.Module) -> list[int | None]:

@@ -29,6 +29,7 @@ from ..stack.load import attach, merge_finished, verify
 from ..stack.manifest import (
     MANIFEST,
     Manifest,
+    check_base,
     describe_base,
     library_versions,
     read_manifest,
@@ -245,6 +246,7 @@ class ContinualRun:
             self.matrix = read_matrix(self.output_dir)[:1]
             return 0
         self.manifest = read_manifest(self.output_dir)
+        check_base(self.manifest, self.model, str(self.output_dir))
         tasks = self.manifest.tasks
         self.matrix = read_matrix(self.output_dir)[: len(tasks) + 1]
         if len(self.matrix) != len(tasks) + 1:

@@ -414,3 +414,21 @@ def test_full_disk_at_every_write(toy_base, tmp_path, monkeypatch):
 def test_a_path_that_is_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         load_stack(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["in-bf16", "other-weights"])
+def test_a_base_of_the_same_shape(other):
+    """The same base in bf16 is the same base; another one of the same shape is not."""
+    from hf_jumplora.stack.manifest import Manifest, check_base, weight_probe
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8))
+    described = {"name_or_path": "b", "revision": None, "architecture": "Sequential", "layers": {"1": [8, 8]}}
+    manifest = Manifest({**described, "probe": weight_probe(base, ["1"])}, "jumplora", True)
+    assert len(manifest.base_model["probe"]) == 16
+    if not other:
+        check_base(manifest, base.to(torch.bfloat16), "here")
+        return
+    torch.nn.init.normal_(base[0].weight)
+    with pytest.raises(ValueError, match="this base has other weights"):
+        check_base(manifest, base, "here")
