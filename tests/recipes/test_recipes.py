@@ -114,9 +114,9 @@ def test_shipped_configs_parse(path):
     classes = (module.ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     _, stream, method, args = parse_recipe(classes, ["--config", str(path), "--bf16", "False", "--use_cpu", "True"])
     assert method.adapter_config().r == 8
-    assert args.learning_rate == 1e-3
     assert stream.stream is None or (RECIPES.parent / stream.stream).is_file()
-    if path.stem in ("llama2_7b", "t5_large"):  # the published batch
+    if path.stem in ("llama2_7b", "t5_large"):  # as published
+        assert args.learning_rate == 1e-3
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
 
 
