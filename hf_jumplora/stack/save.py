@@ -10,10 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from ..tuner.adapters import adapter_config
-from .manifest import file_sha256, stack_support_sha256, write_atomic, write_json, write_manifest
-
-
-__all__ = ["save_task", "write_manifest"]
+from .manifest import file_sha256, stack_support_sha256, write_atomic, write_json
 
 
 STRATEGIES = "strategies.safetensors"

@@ -35,8 +35,9 @@ from ..stack.manifest import (
     read_manifest,
     write_atomic,
     write_json,
+    write_manifest,
 )
-from ..stack.save import STRATEGIES, save_task, write_manifest
+from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_steps
 from .arguments import ContinualTrainingArguments
@@ -344,6 +345,10 @@ class ContinualRun:
 
     def evaluate(self, seen: int | None = None) -> list[float | None]:
         """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen")."""
+        if self.manifest is None and (self.output_dir / MANIFEST).is_file():
+            raise RuntimeError(
+                f"{self.output_dir} holds finished tasks that are not in this model yet: call train() first, it loads them"
+            )
         limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
         row: list[float | None] = []
         for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):

@@ -543,3 +543,17 @@ def test_base_weights_are_not_changed_for_good(toy_base, tmp_path):
 
 def test_default_trainer_class():
     assert ContinualRun.__init__.__kwdefaults__["trainer_cls"] is ContinualTrainer
+
+
+def test_evaluating_before_the_finished_tasks_are_loaded(toy_base, tmp_path):
+    """It would score the bare base model."""
+
+    def run():
+        return ContinualRun(toy.load_base(toy_base), toy.tasks(1), "inclora", toy.arguments(tmp_path), toy.tokenizer())
+
+    matrix = run().train()["matrix"]
+    again = run()
+    with pytest.raises(RuntimeError, match="call train\\(\\) first"):
+        again.evaluate()
+    again.train()
+    assert again.evaluate() == matrix[-1]
