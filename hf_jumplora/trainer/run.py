@@ -346,9 +346,7 @@ class ContinualRun:
     def evaluate(self, seen: int | None = None) -> list[float | None]:
         """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen")."""
         if self.manifest is None and (self.output_dir / MANIFEST).is_file():
-            raise RuntimeError(
-                f"{self.output_dir} holds finished tasks that are not in this model yet: call train() first, it loads them"
-            )
+            raise RuntimeError(f"{self.output_dir} holds finished tasks: call train() first, it loads them")
         limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
         row: list[float | None] = []
         for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):
