@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, Task, load_tasks
-from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
-from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.report import comparison
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
-from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 
 
 @dataclass

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import sys
 import time
@@ -39,23 +38,16 @@ from ..stack.manifest import (
 )
 from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
-from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers, ramp_steps
+from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task
 from .mixin import ContinualTrainer
+from .preflight import check_run, run_settings, stage_sizes
 from .state import METRICS, check_settings, derive, overlaps, read_matrix
 from .tasks import Encoder, Task, TextTask, collate
 
 
 logger = logging.getLogger(__name__)
-
-_RESULT_SETTINGS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
-    "dataloader_drop_last", "train_sampling_strategy", "world_size", "gate_learning_rate", "max_length", "eval_mode",
-    "eval_tasks",
-)  # fmt: skip
 
 
 class ContinualRun:
@@ -102,7 +94,7 @@ class ContinualRun:
         self.config = dataclasses.replace(adapter_config or JumpLoraConfig(), **self.method.adapter)
         self.strategies = [make() for make in self.method.strategies] if strategies is None else list(strategies)
         self.output_dir = Path(str(self.args.output_dir))
-        self._check_options()
+        check_run(self)
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         max_length = min(getattr(self.args, "max_length", 512), context or sys.maxsize)
@@ -115,72 +107,8 @@ class ContinualRun:
         self.info: list[dict[str, Any]] = []
         self.truncated: Counter[str] = Counter()
 
-    # ---- checks ---------------------------------------------------------------------------------------------------
-
     def _text_tasks(self) -> list[TextTask]:
         return [task for task in self.tasks if isinstance(task, TextTask)]
-
-    def _check_options(self) -> None:
-        if not self.tasks:
-            raise ValueError("a run needs at least one task")
-        names = [task.name for task in self.tasks]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"two tasks are called {sorted(twice)[0]!r}; give each its own name")
-        if isinstance(self.model, PeftModel):
-            raise ValueError("ContinualRun takes the base model and makes the adapters itself; this is a PeftModel")
-        for option in ("modules_to_save", "trainable_token_indices"):
-            if getattr(self.config, option):
-                raise ValueError(
-                    f"{option} trains whole weights that replace each other from task to task, so they cannot be part "
-                    "of an additive stack; adapt these layers through target_modules, or freeze them"
-                )
-        if self.config.parent_adapters or self.config.support:
-            raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
-        if self.args.push_to_hub:
-            raise ValueError("push_to_hub is not supported by ContinualRun yet; upload output_dir when it has finished")
-        if self.args.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
-        if self._text_tasks() and self.processing_class is None:
-            raise ValueError("text tasks need processing_class (the tokenizer)")
-        if self._text_tasks() and self.processing_class.eos_token_id is None:
-            raise ValueError(
-                "text tasks need a tokenizer with an end-of-sequence token (eos_token): it ends the answers"
-            )
-        # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
-        get_peft_model(self.model, copy.deepcopy(self.config)).unload()
-        if self.config.gate:
-            for stage in self._stage_sizes():
-                try:
-                    ramp_steps(self._planned_steps(stage[1]), self.config)
-                except ValueError as error:
-                    raise ValueError(f"task {stage[0]!r}: {error}") from error
-
-    def _stage_sizes(self) -> list[tuple[str, int]]:
-        sizes = [(task.name, len(task.train_dataset)) for task in self.tasks]
-        return sizes if self.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
-
-    def _planned_steps(self, examples: int) -> int:
-        """Optimizer steps of a task, as the Trainer counts them."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        batches = examples / (self.args.train_batch_size * self.args.world_size)
-        batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
-        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        return math.ceil(self.args.num_train_epochs * per_epoch)
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a restarted run to continue."""
-        config = self.config.to_dict()
-        skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
-        settings = {f"adapter.{key}": value for key, value in config.items() if key not in skip}
-        settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
-        settings["method"] = self.method_name
-        settings["strategies"] = [repr(strategy) for strategy in self.strategies]
-        settings["base_model"] = getattr(self.model, "name_or_path", "")
-        for number, task in enumerate(self.tasks):
-            settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
-        return settings
 
     # ---- the sequence ---------------------------------------------------------------------------------------------
 
@@ -190,7 +118,7 @@ class ContinualRun:
         Raises:
             RuntimeError: an earlier call on this object was interrupted.
         """
-        stages = self._stage_sizes()
+        stages = stage_sizes(self)
         if isinstance(self.model, PeftModel):
             written = (self.output_dir / MANIFEST).is_file() and read_manifest(self.output_dir).tasks
             if not written or len(written) < len(stages):
@@ -202,7 +130,7 @@ class ContinualRun:
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                check_settings(self.output_dir, self._settings())
+                check_settings(self.output_dir, run_settings(self))
         train_sets = self._encode()
         done = self._restore()
         if not self.matrix:

@@ -14,7 +14,7 @@ import toy
 import yaml
 
 from hf_jumplora import ContinualTrainingArguments, load_stack
-from hf_jumplora.cli import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
 from hf_jumplora.trainer.tasks import _read_stream
 
@@ -305,7 +305,7 @@ def test_llama2_cl_options_that_do_not_fit(line, message, tmp_path, monkeypatch)
 
 
 def test_plans_are_checked_before_anything_is_built():
-    from hf_jumplora.cli import MethodArguments
+    from hf_jumplora.options import MethodArguments
 
     plans = MethodArguments(method="jumplora-ella", ella_weight=5.0).plans(["inclora", "ella"])
     assert list(plans) == ["jumplora-ella", "inclora", "ella"]
