@@ -116,3 +116,12 @@ def toy_run(toy_base, tmp_path_factory):
     run = toy.make_run(toy_base, tmp_path_factory.mktemp("toy_run"))
     run.train()
     return run
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the Hub with no repository in it (see hub/stand_in.py)."""
+    from hub.stand_in import StandInHub
+
+    with StandInHub() as hub:
+        yield hub
