@@ -1,0 +1,36 @@
+"""`hf-jumplora`: look at stacks of adapters and operate on them. Each command is a module in `commands/`."""
+
+import argparse
+import importlib
+import sys
+
+from . import __version__
+
+
+# command -> its line in --help; the module of the chosen one alone is imported
+COMMANDS = {
+    "inspect": "what a stack holds: tasks, densities, overlaps, sizes",
+    "verify": "check every file of a stack against its sha256",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 after an error, which is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="hf-jumplora", description="Operate on stacks of JumpLoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"hf-jumplora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"{__package__}.commands.{name}")
+            command.description = module.__doc__
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        module.run(args)
+    except (ValueError, OSError) as error:
+        print(f"hf-jumplora: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
