@@ -40,7 +40,8 @@ def update_block(A: torch.Tensor, B: torch.Tensor, start: int, stop: int) -> tor
     return torch.mm(B[start:stop], A, out=workspace("D", (stop - start, A.shape[1]), A))
 
 
-def _free_rows(free: torch.Tensor | None, start: int, stop: int, width: int):
+def free_block(free: torch.Tensor | None, start: int, stop: int, width: int) -> torch.Tensor | None:
+    """Rows start..stop of packed bits of a matrix of `width` columns: bool, or None for no limit."""
     return None if free is None else unpack_bits(free, start * width, stop * width).view(stop - start, width)
 
 
@@ -103,7 +104,7 @@ def _forward(
         folded = _folded(weight, A, x.dtype)
         y = x.new_empty(x.shape[0], out_features)
         for start, stop in row_blocks(out_features, in_features):
-            E = gate_block(update_block(A, B, start, stop), tau, f, _free_rows(free, start, stop, in_features))
+            E = gate_block(update_block(A, B, start, stop), tau, f, free_block(free, start, stop, in_features))
             rows = _effective_rows(E, folded, start, scaling, x.dtype)
             torch.mm(x, rows.T, out=y[:, start:stop])
         if folded is not None:
@@ -140,7 +141,7 @@ def _gradients(
         grad_A, grad_B, tau_sum = torch.zeros_like(A), torch.empty_like(B), A.new_zeros(())
         for start, stop in row_blocks(out_features, in_features):
             D, g = update_block(A, B, start, stop), grad_y[:, start:stop]
-            free_rows = _free_rows(free, start, stop, in_features)
+            free_rows = free_block(free, start, stop, in_features)
             if needs_x:
                 E = gate_block(D, tau, f, free_rows)
                 grad_x.addmm_(g, _effective_rows(E, folded, start, scaling, x.dtype))

@@ -1,31 +1,32 @@
-"""ELLA's penalty on one layer in row blocks: the closed-form gradient is taken in the forward pass."""
+"""Penalties on the entries of one layer's update: the closed-form gradient is taken in the forward pass, in row blocks."""
 
 import torch
 
-from .blocked import gate_block, gate_block_backward, log_tau_grad, row_blocks, update_block, workspace
+from .blocked import free_block, gate_block, gate_block_backward, log_tau_grad, row_blocks, update_block, workspace
 
 
-class _OverlapPenalty(torch.autograd.Function):
+class _RowPenalty(torch.autograd.Function):
+    """Sum over row blocks of term(E, start, stop, grad_E), which returns the value and writes dvalue/dE to `grad_E`."""
+
     @staticmethod
-    def forward(ctx, A, B, log_tau, mix, past, scaling, bandwidth, mean):
+    def forward(ctx, A, B, log_tau, mix, free, bandwidth, mean, term):
+        out_features, in_features = B.shape[0], A.shape[1]
         f = 0.0 if log_tau is None else float(mix)
         tau = 0.0 if log_tau is None else log_tau.to(A.dtype).exp().item()
         total, tau_sum = A.new_zeros(()), A.new_zeros(())
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
         with torch.autocast(A.device.type, enabled=False):
-            for start, stop in row_blocks(*past.shape):
-                D = update_block(A, B, start, stop)
-                weighted = gate_block(D, tau, f, None).mul_(past[start:stop]).mul_(scaling)  # s E * W_past
-                total += torch.dot(weighted.view(-1), weighted.view(-1))
+            for start, stop in row_blocks(out_features, in_features):
+                D, free_rows = update_block(A, B, start, stop), free_block(free, start, stop, in_features)
                 grad_E = workspace("G", D.shape, D)
-                torch.mul(weighted, past[start:stop], out=grad_E).mul_(2 * scaling)
-                grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, None)
+                total += term(gate_block(D, tau, f, free_rows), start, stop, grad_E)
+                grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, free_rows)
                 tau_sum += block_sum
                 grad_A.addmm_(B[start:stop].T, grad_D)
                 torch.mm(grad_D, A.T, out=grad_B[start:stop])
         grad_log_tau = None
         if log_tau is not None:
-            grad_log_tau = log_tau_grad(tau_sum, tau, bandwidth, past.numel(), mean, log_tau)
+            grad_log_tau = log_tau_grad(tau_sum, tau, bandwidth, out_features * in_features, mean, log_tau)
         ctx.save_for_backward(grad_A, grad_B, grad_log_tau)
         return total
 
@@ -41,4 +42,24 @@ def overlap_penalty(A, B, log_tau, past, *, scaling, mix=0.0, bandwidth=1e-3, th
     Differentiable in A [r, in], B [out, r] and log_tau [1]; `log_tau=None` means an update without a gate (E = B A).
     past: [out, in], the sum of the earlier tasks' scaled updates. Nothing of size [out, in] is kept for the backward.
     """
-    return _OverlapPenalty.apply(A, B, log_tau, mix, past, scaling, bandwidth, threshold_grad == "mean")
+
+    def term(E, start, stop, grad_E):
+        E.mul_(past[start:stop])
+        torch.mul(E, past[start:stop], out=grad_E).mul_(2 * scaling**2)
+        return torch.dot(E.view(-1), E.view(-1)) * scaling**2
+
+    return _RowPenalty.apply(A, B, log_tau, mix, None, bandwidth, threshold_grad == "mean", term)
+
+
+def l1_penalty(A, B, log_tau, *, scaling, mix=0.0, bandwidth=1e-3, threshold_grad="mean", free=None) -> torch.Tensor:
+    """sum |scaling * E|, E as in [`gated_linear`]: a scalar; the subgradient at zero is zero.
+
+    Differentiable in A [r, in], B [out, r] and log_tau [1]; `log_tau=None` means an update without a gate (E = B A).
+    free: packed bits of the entries the update may use, or None. Nothing of size [out, in] is kept for the backward.
+    """
+
+    def term(E, start, stop, grad_E):
+        torch.sign(E, out=grad_E).mul_(abs(scaling))
+        return torch.dot(grad_E.view(-1), E.view(-1))
+
+    return _RowPenalty.apply(A, B, log_tau, mix, free, bandwidth, threshold_grad == "mean", term)

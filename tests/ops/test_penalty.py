@@ -5,7 +5,8 @@ import torch
 
 from hf_jumplora.ops import blocked
 from hf_jumplora.ops.naive import effective_update
-from hf_jumplora.ops.penalty import overlap_penalty
+from hf_jumplora.ops.penalty import l1_penalty, overlap_penalty
+from hf_jumplora.ops.sparse import pack_bits
 
 
 def factors(shape=(17, 33), rank=3, dtype=torch.float32, seed=0):
@@ -105,3 +106,30 @@ def test_under_compile(relative_error):
     penalty(leaf).backward()
     overlap_penalty(A.requires_grad_(), B, log_tau, past, scaling=4.0, mix=0.5).backward()
     assert relative_error(leaf.grad, A.grad) <= 1e-6
+
+
+# ---- sum |scaling * E| -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no-gate"])
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("with_free", [True, False], ids=["free", "all-free"])
+def test_l1_is_dense_autograd(monkeypatch, relative_error, gated, mix, with_free):
+    monkeypatch.setattr(blocked, "BLOCK_ENTRIES", 100)
+    tensors = factors((23, 41))
+    free = torch.rand(23, 41, generator=torch.Generator().manual_seed(1)) < 0.7 if with_free else torch.ones(23, 41) > 0
+    options = {"mix": mix, "bandwidth": tensors[2].exp().item(), "threshold_grad": "sum"}
+    results = []
+    for dense in (False, True):
+        A, B, log_tau = leaves = [(t.double() if dense else t.clone()).requires_grad_() for t in tensors[:3]]
+        if not dense:
+            packed = pack_bits(free) if with_free else None
+            value = l1_penalty(A, B, log_tau if gated else None, scaling=4.0, free=packed, **options)
+        else:
+            E = effective_update(A, B, log_tau, free=free, **options) if gated else (B @ A) * free
+            value = (4.0 * E).abs().sum()
+        (3.0 * value).backward()
+        results.append([value, *(leaf.grad for leaf in (leaves if gated else leaves[:2]))])
+    for found, expected, bound in zip(*results, (1e-6, 1e-6, 1e-6, 1e-4)[: len(results[0])], strict=True):
+        assert relative_error(found, expected) <= bound
+    assert not gated or (results[0][3] != 0) == (mix != 0)
