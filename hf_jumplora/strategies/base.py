@@ -1,9 +1,20 @@
-"""The four moments at which a method can act."""
+"""The moments at which a method can act."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+
+class Examples(Protocol):
+    """`examples(count)`: training examples of the task, ready for the model."""
+
+    def __call__(self, count: int, rows: Any = None) -> Iterator[dict[str, Any]]:
+        """Up to `count` examples, each a batch of one on the model's device; the same ones in every call.
+
+        rows: another data set (as the trainer takes it), or texts (str) for a causal model: then labels = input_ids.
+        """
 
 
 class Strategy:
@@ -12,27 +23,45 @@ class Strategy:
     Parameters must be read from the model by attribute inside `penalty` and never be kept: under DeepSpeed ZeRO-3 they
     are whole only inside the forward pass, which is where `penalty` is called.
 
+    Hooks must not draw from the global random numbers: a restarted task would see other ones.
     A restarted run compares the `repr` of its strategies: make a strategy with options a dataclass.
     """
 
     def __repr__(self) -> str:
         return type(self).__name__
 
-    def on_task_start(self, model: nn.Module, adapter: str) -> None:
+    def check(self, mode: str, config: Any) -> None:
+        """Before anything is trained. Raises ValueError if this strategy cannot work with adapters that follow one
+        another in this `mode` ("incremental", "sequential" or "joint") or have this config."""
+
+    def training_data(self, dataset: Any, index: int, earlier: list[Any]) -> Any:
+        """The data set task number `index` is trained on: `dataset` itself, or with more rows behind it.
+
+        earlier: the training sets of the tasks before, None where a task's data is not at hand.
+        """
+        return dataset
+
+    def on_task_start(self, model: nn.Module, adapter: str, examples: Examples) -> None:
         """Before the first step of a task; `adapter` is the one about to be trained, its parents are in the model."""
 
-    def penalty(self, model: nn.Module, inputs: dict[str, Any], adapter: str) -> torch.Tensor | None:
-        """A scalar added to the loss of each training step, or None. Never called in evaluation."""
+    def penalty(
+        self, model: nn.Module, inputs: dict[str, Any], adapter: str, output: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """A scalar added to the loss of each training step, or None. Never called in evaluation.
+
+        output: what the model returned for `inputs`, with its graph.
+        """
         return None
 
     def on_step_end(self, model: nn.Module, adapter: str) -> None:
         """After each optimizer step."""
 
-    def on_task_end(self, model: nn.Module, adapter: str) -> None:
+    def on_task_end(self, model: nn.Module, adapter: str, examples: Examples) -> None:
         """After the last step of a task, before the adapter is finished."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What must survive a restart and cannot be rebuilt from the adapter stack; saved as safetensors."""
+        """What must survive a restart and cannot be rebuilt from the adapter stack; saved as safetensors with the task
+        that has just ended."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ class Ella(Strategy):
         if self.weight < 0:
             raise ValueError(f"the weight of ELLA's penalty must not be negative, got {self.weight}")
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.past = {}
         for name, layer in named_layers(model, adapter):
             parents = layer.closure(layer.configs[adapter].parent_adapters)
@@ -34,7 +34,7 @@ class Ella(Strategy):
                 # Entries that hard isolation closes are no part of dW.
                 self.past[name] = past * layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
 
-    def penalty(self, model, inputs, adapter):
+    def penalty(self, model, inputs, adapter, output):
         if not self.past:
             return None
         total: torch.Tensor | float = 0.0

@@ -1,17 +1,19 @@
 """The training of one task: the gate's schedule as a callback, everything else as a mixin for any Trainer class."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..strategies import Strategy
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
-from ..tuner.adapters import adapter_config
+from ..tuner.adapters import adapter_config, can_continue
 
 
 class GateCallback(TrainerCallback):
@@ -80,7 +82,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def _add_penalty(self, model, args, kwargs, output):
         if not model.training:
             return output
-        terms = [t for t in (s.penalty(model, kwargs, self.adapter) for s in self.strategies) if t is not None]
+        terms = [s.penalty(model, kwargs, self.adapter, output) for s in self.strategies]
+        terms = [t for t in terms if t is not None]
         if terms:
             if not isinstance(output, dict):
                 raise ValueError("the model returned a tuple; penalties need return_dict=True")
@@ -97,6 +100,32 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             return super().train(*args, **kwargs)
         finally:
             handle.remove()
+
+    def examples(self, count: int, rows: Any = None, *, own: int | None = None) -> Iterator[dict[str, Any]]:
+        """Up to `count` training examples, each a batch of one on the model's device (see [`Examples`]).
+
+        own: only the first so many rows of the training set are the task's own (replayed ones stand behind them).
+
+        Raises:
+            ValueError: texts for a model that is not causal.
+        """
+        data = self.train_dataset if rows is None else rows
+        total = len(data) if own is None or rows is not None else min(own, len(data))
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.args.seed))[:count]
+        if len(data) and isinstance(data[0], str):
+            if not can_continue(self.model):
+                raise ValueError("texts serve causal models only: give rows as the trainer takes them, with labels")
+            length = getattr(self.args, "max_length", None) or 512
+            encoded = self.processing_class([data[i] for i in order.tolist()], truncation=True, max_length=length)
+            data = [{"input_ids": ids, "labels": list(ids)} for ids in encoded.input_ids]
+            order = torch.arange(len(data))
+        collate = self.data_collator
+        if isinstance(data, Dataset):
+            data = self._remove_unused_columns(data, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        for i in order.tolist():
+            yield self._prepare_inputs(collate([data[i]]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         # Taken from the wrapped model's output by a hook: with `return_outputs=True` TRL's trainers compute the outputs

@@ -40,6 +40,8 @@ def check_run(run: "ContinualRun") -> None:
             )
     if run.config.parent_adapters or run.config.support:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
+    for strategy in run.strategies:
+        strategy.check(run.method.mode, run.config)
     if run.args.push_to_hub:
         raise ValueError("push_to_hub is not supported by ContinualRun yet; upload output_dir when it has finished")
     if run.args.load_best_model_at_end:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -143,7 +144,7 @@ class ContinualRun:
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
         for index, (name, _) in enumerate(progress, start=done):
             progress.set_postfix_str(name)
-            self._train_task(index, name, train_sets[index])
+            self._train_task(index, name, train_sets)
         result = self._write_metrics()
         if PartialState().is_main_process:
             print(table(result, self.method_name))
@@ -219,20 +220,24 @@ class ContinualRun:
             self.model.set_adapter("default")
             merge_finished(self.model, finished)
 
-    def _train_task(self, index: int, name: str, train_set: Any) -> None:
+    def _train_task(self, index: int, name: str, train_sets: list[Any]) -> None:
         start = time.perf_counter()
         self._new_adapter(index)
+        train_set = mixed = train_sets[index]
         for strategy in self.strategies:
-            strategy.on_task_start(self.model, "default")
+            mixed = strategy.training_data(mixed, index, train_sets[:index])
         folder = f"task_{index:03d}"
         checkpoints = self.output_dir / "checkpoints" / folder
-        trainer = self._trainer(checkpoints, index, train_dataset=train_set)
+        trainer = self._trainer(checkpoints, index, train_dataset=mixed)
+        examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
+        for strategy in self.strategies:
+            strategy.on_task_start(self.model, "default", examples)
         # The newest that is complete: trainer_state.json is written last.
         saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
         last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
         for strategy in self.strategies:
-            strategy.on_task_end(self.model, "default")
+            strategy.on_task_end(self.model, "default", examples)
         finish_adapter(self.model, "default", folder)
         merge_finished(self.model, [folder])
         self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]

@@ -1,6 +1,16 @@
 """The PEFT tuner: config, gate, layer, model, and what a training loop does with an adapter."""
 
-from .adapters import density, finish_adapter, gate_groups, ramp, ramp_steps, set_mix, set_threshold
+from .adapters import (
+    can_continue,
+    density,
+    finish_adapter,
+    gate_groups,
+    ramp,
+    ramp_steps,
+    set_mix,
+    set_threshold,
+    without_adapter,
+)
 from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer
@@ -13,6 +23,7 @@ __all__ = [
     "JumpLoraConfig",
     "JumpLoraLayer",
     "JumpLoraModel",
+    "can_continue",
     "density",
     "finish_adapter",
     "gate_groups",
@@ -22,4 +33,5 @@ __all__ = [
     "register",
     "set_mix",
     "set_threshold",
+    "without_adapter",
 ]

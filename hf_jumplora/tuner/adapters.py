@@ -2,6 +2,8 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,33 @@ def adapter_config(model: nn.Module, adapter: str) -> JumpLoraConfig:
         return layer.configs[adapter]
     known = sorted({name for _, layer in named_layers(model) for name in layer.configs})
     raise ValueError(f"no JumpLoRA adapter {adapter!r} in this model; it holds {known or 'none'}")
+
+
+@contextmanager
+def without_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Inside, the model is the one before `adapter` was added: its parents alone, in evaluation mode, no gradient.
+
+    Merged parents stay merged, so this costs nothing but the forward pass it is for.
+    """
+    layers = [layer for _, layer in named_layers(model, adapter)]
+    active, training = [layer._active_adapter for layer in layers], model.training
+    for layer in layers:
+        layer._active_adapter = list(layer.configs[adapter].parent_adapters)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        for layer, names in zip(layers, active, strict=True):
+            layer._active_adapter = names
+
+
+def can_continue(model: Any) -> bool:
+    """Whether the model is causal: the logits of a position are those of the next token."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generates = hasattr(base, "can_generate") and base.can_generate()
+    return generates and not base.config.is_encoder_decoder
 
 
 def gate_groups(model: nn.Module, adapter: str) -> list[tuple[JumpGate, list[JumpLoraLayer]]]:

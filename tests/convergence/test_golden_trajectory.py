@@ -69,7 +69,7 @@ class Golden:
         settings, rows = self.settings, self.batches[task].flatten(0, 1)
         strategies = [Ella(self.run["ella_lambda"])] if self.run["ella_lambda"] else []
         for strategy in strategies:
-            strategy.on_task_start(self.model, "default")
+            strategy.on_task_start(self.model, "default", None)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, settings["lr"], tuple(settings["betas"]), settings["eps"], settings["weight_decay"]

@@ -22,18 +22,19 @@ class Diary(Strategy):
     calls: list = field(default_factory=list, repr=False)
     finished: torch.Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.calls.append(("start", adapter, int(self.finished)))
 
-    def penalty(self, model, inputs, adapter):
+    def penalty(self, model, inputs, adapter, output):
         assert "input_ids" in inputs
+        assert output.logits.requires_grad
         self.calls.append("penalty")
         return self.weight * torch.ones(())
 
     def on_step_end(self, model, adapter):
         self.calls.append("step")
 
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         self.finished += 1
         self.calls.append("end")
 
@@ -122,8 +123,8 @@ def test_ella_by_hand(gated, toy_base):
         set_threshold(model, "default", 0.3)
         set_mix(model, "default", 0.6)
     ella = Ella(7.0)
-    ella.on_task_start(model, "default")
-    penalty = ella.penalty(model, {}, "default")
+    ella.on_task_start(model, "default", None)
+    penalty = ella.penalty(model, {}, "default", {})
     expected = []
     for _, layer in named_layers(model):
         past = layer.update("task_000") + layer.update("task_001")

@@ -51,7 +51,7 @@ class Pull(Strategy):
     def __init__(self, weight=0.1):
         self.weight, self.calls = weight, 0
 
-    def penalty(self, model, inputs, adapter):
+    def penalty(self, model, inputs, adapter, output):
         self.calls += 1
         return self.weight * sum(layer.jumplora_A[adapter].square().sum() for _, layer in named_layers(model, adapter))
 
@@ -109,7 +109,7 @@ def test_penalty_under_gradient_accumulation(counted, toy_base, tmp_path):
     for size, steps in ((8, 1), (2, 4), (1, 8)):
         model = stacked(toy_base)
         ella = Ella(100.0)
-        ella.on_task_start(model, "default")
+        ella.on_task_start(model, "default", None)
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         dataset = rows(48, equal=not counted)
         _, note = train(model, tmp_path, [Pull(), ella], dataset=dataset, prepare=prepare, **options)
@@ -162,7 +162,7 @@ def test_ella_keeps_the_new_update_off_the_old(toy_base, tmp_path):
     for weight in (0.0, 3e4):
         model = stacked(toy_base, gate=False)
         ella = Ella(weight)
-        ella.on_task_start(model, "default")
+        ella.on_task_start(model, "default", None)
         train(model, tmp_path, [ella], max_steps=20)
         layers = [layer for _, layer in named_layers(model)]
         overlaps[weight] = sum(float((layer.update("default") * layer.update("task_000")).norm()) for layer in layers)
@@ -174,17 +174,17 @@ def test_ella_is_silent_under_hard_isolation(toy_base, tmp_path):
     """Entries of earlier tasks are closed: there is nothing that could overlap."""
     model = stacked(toy_base, isolation="hard")
     ella = Ella(1e4)
-    ella.on_task_start(model, "default")
+    ella.on_task_start(model, "default", None)
     for _, layer in named_layers(model):
         torch.nn.init.normal_(layer.jumplora_B["default"])
-    assert ella.penalty(model, {}, "default").item() == 0
+    assert ella.penalty(model, {}, "default", {}).item() == 0
 
 
 def test_ella_of_the_first_task_is_none(toy_base):
     model = get_peft_model(toy.load_base(toy_base), JumpLoraConfig(target_modules=["q_proj"], r=2))
     ella = Ella()
-    ella.on_task_start(model, "default")
-    assert ella.penalty(model, {}, "default") is None
+    ella.on_task_start(model, "default", None)
+    assert ella.penalty(model, {}, "default", {}) is None
 
 
 def test_negative_ella_weight():
@@ -199,7 +199,7 @@ def test_torch_compile_with_penalty(toy_base, tmp_path):
         model = stacked(toy_base)
         model.merge_adapter(["task_000"])  # as ContinualRun does
         ella = Ella(100.0)
-        ella.on_task_start(model, "default")
+        ella.on_task_start(model, "default", None)
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         _, note = train(model, tmp_path, [Pull(), ella], **options)
         found[compiled] = note, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -233,8 +233,8 @@ def test_nan_loss_stops(toy_base, tmp_path):
     """At the step where it happens, with the step's number and what to do."""
 
     class Diverges(Pull):
-        def penalty(self, model, inputs, adapter):
-            return super().penalty(model, inputs, adapter) * (float("inf") if self.calls == 4 else 1)
+        def penalty(self, model, inputs, adapter, output):
+            return super().penalty(model, inputs, adapter, output) * (float("inf") if self.calls == 4 else 1)
 
     with pytest.raises(FloatingPointError, match=r"the loss is inf after step 3 of 6.*Lower the learning rate"):
         train(stacked(toy_base), tmp_path, [Diverges()])

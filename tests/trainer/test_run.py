@@ -461,10 +461,10 @@ class _BadPenalty(Strategy):
     def __repr__(self):
         return "BadPenalty"
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.tasks += 1
 
-    def penalty(self, model, inputs, adapter):
+    def penalty(self, model, inputs, adapter, output):
         return torch.tensor(float("nan")) if self.tasks == 2 else None
 
 
