@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .strategies import Ella, Strategy
+from .strategies import Ella, Gorp, Migu, NullSpace, Slao, Strategy
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ METHODS: dict[str, Method] = {
     "jumplora": Method("incremental", {"gate": True}, paper="JumpLoRA (arXiv 2604.16171)"),
     "ella": Method("incremental", {"gate": False}, (Ella,), paper="ELLA (arXiv 2601.02232)"),
     "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),
+    "jumplora-hard": Method(
+        "incremental", {"gate": True, "isolation": "hard"}, paper="JumpLoRA, off the earlier tasks' entries (ours)"
+    ),
+    "migu": Method("incremental", {"gate": False}, (Migu,), paper="MIGU (arXiv 2406.17245)"),
+    "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP, its LoRA part (arXiv 2507.02503)"),
+    "nullspace": Method("incremental", {"gate": False}, (NullSpace,), paper="Brainstacks (arXiv 2604.01152)"),
+    "slao": Method("sequential", {"gate": False}, (Slao,), paper="SLAO (arXiv 2512.23017)"),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
 }
 

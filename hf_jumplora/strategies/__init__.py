@@ -2,6 +2,10 @@
 
 from .base import Strategy
 from .ella import Ella
+from .gorp import Gorp
+from .migu import Migu
+from .nullspace import NullSpace
+from .slao import Slao
 
 
-__all__ = ["Ella", "Strategy"]
+__all__ = ["Ella", "Gorp", "Migu", "NullSpace", "Slao", "Strategy"]

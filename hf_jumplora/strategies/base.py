@@ -53,6 +53,16 @@ class Strategy:
         """
         return None
 
+    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first step of a task, or of its rest after a restart: the optimizer, its state already loaded."""
+
+    def on_gradients(self, model: nn.Module, adapter: str) -> None:
+        """Once a step: gradients are summed over micro-batches and processes, not yet clipped; change them in place.
+
+        Under fp16 they carry the loss scale, so only linear changes are right. Not available under DeepSpeed and FSDP,
+        which keep pieces of gradients: a trainer refuses a strategy that overrides this hook there.
+        """
+
     def on_step_end(self, model: nn.Module, adapter: str) -> None:
         """After each optimizer step."""
 

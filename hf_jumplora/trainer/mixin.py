@@ -46,10 +46,14 @@ class GateCallback(TrainerCallback):
 
 
 class _StrategyCallback(TrainerCallback):
-    """Calls `on_step_end` of the strategies."""
+    """Calls `on_optimizer` and `on_step_end` of the strategies."""
 
     def __init__(self, trainer: "ContinualMixin"):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        for strategy in self.trainer.strategies:
+            strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.trainer.strategies:
@@ -66,6 +70,12 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
         self.strategies, self.adapter = list(strategies or ()), adapter
+        changes = [s for s in self.strategies if type(s).on_gradients is not Strategy.on_gradients]
+        if changes and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"strategy {changes[0]!r} changes gradients, which are not whole under DeepSpeed and FSDP: train it "
+                "with the whole model in each process (plain or DDP)"
+            )
         self._penalty: torch.Tensor | None = None
         self._penalty_sum, self._penalty_count = 0.0, 0
         # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
@@ -161,6 +171,10 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                 "has diverged and was stopped. Lower the learning rate or the strategies' weights. Finished tasks are "
                 "safe"
             )
+        if self.accelerator.sync_gradients:
+            with torch.no_grad():
+                for strategy in self.strategies:
+                    strategy.on_gradients(self.model, self.adapter)
         return loss
 
     def get_decay_parameter_names(self, model):
