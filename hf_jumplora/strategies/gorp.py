@@ -45,7 +45,7 @@ class Gorp(Strategy):
                 grad -= (S @ (S.T @ grad.to(S.dtype))).to(grad.dtype)
 
     @torch.no_grad()
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         assert self.optimizer is not None
         for key, factor, columns in self._factors(model, adapter):
             moment = columns(self.optimizer.state[factor]["exp_avg"]).float()

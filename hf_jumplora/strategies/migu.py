@@ -33,7 +33,7 @@ class Migu(Strategy):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"MIGU's threshold is a fraction of the rows in [0, 1), got {self.threshold}")
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.magnitude = {}
         if self.tasks:  # the first task has nothing to protect
             self.handles = [
@@ -61,7 +61,7 @@ class Migu(Strategy):
                     weight[adapter].grad *= (n > n.quantile(self.threshold))[:, None]
         self.magnitude = {}
 
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         for handle in self.handles:
             handle.remove()
         self.handles, self.tasks = [], self.tasks + 1

@@ -43,14 +43,18 @@ class NullSpace(Strategy):
         if self.directions < 1:
             raise ValueError(f"the null-space projection needs directions >= 1, got {self.directions}")
 
+    def check(self, mode, config):
+        if config.gate or mode != "incremental":
+            raise ValueError(
+                "the null-space projection is exact for dense updates on top of earlier ones only: use it with methods "
+                "that train one adapter a task without a gate ('nullspace', 'inclora')"
+            )
+
     @torch.no_grad()
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.bases = {}
         for name, layer in named_layers(model, adapter):
-            config = layer.configs[adapter]
-            if config.gate:
-                raise ValueError("the null-space projection is exact for dense updates only: use gate=False (no gate)")
-            parents = layer.closure(config.parent_adapters)
+            parents = layer.closure(layer.configs[adapter].parent_adapters)
             if not parents:
                 continue
             V = output_directions(layer.total_update(parents), self.directions)

@@ -23,12 +23,13 @@ class Slao(Strategy):
     trained: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     merged: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def check(self, mode, config):
+        if config.gate or mode != "sequential":
+            raise ValueError("SLAO trains one LoRA without a gate on and on; use it through method='slao'")
+
     @torch.no_grad()
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         for name, layer in named_layers(model, adapter):
-            config = layer.configs[adapter]
-            if config.gate or config.parent_adapters:
-                raise ValueError("SLAO keeps one LoRA without a gate; use it through method='slao'")
             if self.tasks:
                 A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
                 self.merged[name] = B.detach().clone()
@@ -37,7 +38,7 @@ class Slao(Strategy):
                 B.copy_(self.trained[name])
 
     @torch.no_grad()
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         self.tasks += 1
         for name, layer in named_layers(model, adapter):
             B = layer.jumplora_B[adapter]

@@ -8,7 +8,7 @@ import toy
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from hf_jumplora import ContinualTrainer, JumpLoraConfig, finish_adapter
+from hf_jumplora import ContinualRun, ContinualTrainer, JumpLoraConfig, finish_adapter
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies import Gorp, Migu, NullSpace, Slao, Strategy
 from hf_jumplora.strategies.nullspace import output_directions
@@ -32,7 +32,7 @@ class Watch(Strategy):
     def on_optimizer(self, optimizer):
         self.optimizer = optimizer
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         self.starts.append(factors(model, adapter))
 
     def on_gradients(self, model, adapter):
@@ -43,7 +43,7 @@ class Watch(Strategy):
                 A.grad.zero_()
                 B.grad.zero_()
 
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         self.ends.append(factors(model, adapter))
         self.moments = [
             tuple(self.optimizer.state[w[adapter]]["exp_avg"] for w in (layer.jumplora_A, layer.jumplora_B))
@@ -129,10 +129,10 @@ def test_migu_by_hand(toy_base, relative_error):
                 (args[0].detach().double(), out.detach().double())
             )
         )
-    migu.on_task_start(model, "default")
-    migu.on_task_end(model, "default")
+    migu.on_task_start(model, "default", None)
+    migu.on_task_end(model, "default", None)
     assert not migu.handles
-    migu.on_task_start(model, "default")
+    migu.on_task_start(model, "default", None)
     for ids in (IDS, IDS + 40):
         model(input_ids=ids, labels=ids).loss.backward()
     before = {
@@ -162,7 +162,7 @@ def test_gorp_by_hand(toy_base, relative_error):
     spaces = [None] * len(weights)
     for _ in range(2):
         optimizer = torch.optim.AdamW(weights, lr=1e-3)
-        gorp.on_task_start(model, "default")
+        gorp.on_task_start(model, "default", None)
         gorp.on_optimizer(optimizer)
         for _ in range(3):
             grads = [torch.randn_like(w) for w in weights]
@@ -181,7 +181,7 @@ def test_gorp_by_hand(toy_base, relative_error):
             count = next(c for c in (1, 2) if sigma[:c].square().sum() >= 0.6 * M.square().sum())
             new = U[:, :count]
             spaces[k] = new if spaces[k] is None else torch.cat([spaces[k], new], 1)
-        gorp.on_task_end(model, "default")
+        gorp.on_task_end(model, "default", None)
         for S, found in zip(spaces, gorp.spaces.values(), strict=True):
             assert relative_error(found.double() @ found.double().T, S @ S.T) < 1e-4
     assert len({S.shape[1] for S in spaces}) > 1  # sometimes one direction is enough
@@ -220,8 +220,8 @@ def test_gorp_keeps_moments_apart(toy_base, tmp_path):
     made = run(toy_base, tmp_path, "gorp", [watch, gorp])
     end = gorp.on_task_end
 
-    def remember(model, adapter):
-        end(model, adapter)
+    def remember(model, adapter, examples):
+        end(model, adapter, examples)
         first.update(first or gorp.spaces)
 
     gorp.on_task_end = remember
@@ -279,13 +279,13 @@ class _Order(Strategy):
         for part in self.all:
             part.on_optimizer(optimizer)
 
-    def on_task_start(self, model, adapter):
+    def on_task_start(self, model, adapter, examples):
         for part in self.all:
-            part.on_task_start(model, adapter)
+            part.on_task_start(model, adapter, examples)
 
-    def on_task_end(self, model, adapter):
+    def on_task_end(self, model, adapter, examples):
         for part in self.all:
-            part.on_task_end(model, adapter)
+            part.on_task_end(model, adapter, examples)
 
 
 def test_hard_isolation_by_name(toy_base, tmp_path):
@@ -329,11 +329,15 @@ def test_options_that_cannot_be():
 
 def test_combinations_that_cannot_be(toy_base, tmp_path):
     for strategy, method, message in (
-        (NullSpace(), "jumplora", "exact for dense updates only"),
+        (NullSpace(), "jumplora", "exact for dense updates on top"),
+        (NullSpace(), "seqlora", "exact for dense updates on top"),
         (Slao(), "jumplora", "method='slao'"),
         (Slao(), "inclora", "method='slao'"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(toy_base, tmp_path / f"{method}-{strategy!r}"[:24], method, [strategy]).train()
+            ContinualRun(
+                toy.load_base(toy_base), toy.tasks(2), method, toy.arguments(tmp_path), toy.tokenizer(),
+                adapter_config=JumpLoraConfig(r=2, target_modules=["q_proj"]), strategies=[strategy],
+            )  # fmt: skip
     with pytest.raises(ValueError, match="reads Adam's first moment, and this optimizer is SGD"):
         run(toy_base, tmp_path / "sgd", "gorp", optim="sgd").train()
