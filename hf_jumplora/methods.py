@@ -12,11 +12,12 @@ class Method:
     """One row of the table.
 
     mode: "incremental" trains a new adapter on top of the frozen earlier ones; "sequential" trains one adapter on and
-    on; "joint" trains one adapter on all tasks at once (the upper bound, not a continual method).
+    on; "separate" trains each task's adapter on the base model alone and evaluates each task with its own (the task id
+    is given: the oracle); "joint" trains one adapter on all tasks at once (the upper bound, not a continual method).
     adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
     """
 
-    mode: Literal["incremental", "sequential", "joint"]
+    mode: Literal["incremental", "sequential", "separate", "joint"]
     adapter: dict = field(default_factory=dict)
     strategies: tuple[Callable[[], Strategy], ...] = ()
     paper: str = ""
@@ -25,6 +26,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "seqlora": Method("sequential", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
     "inclora": Method("incremental", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
+    "perlora": Method("separate", {"gate": False}, paper="one LoRA a task, task id given: the oracle"),
     "jumplora": Method("incremental", {"gate": True}, paper="JumpLoRA (arXiv 2604.16171)"),
     "ella": Method("incremental", {"gate": False}, (Ella,), paper="ELLA (arXiv 2601.02232)"),
     "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),

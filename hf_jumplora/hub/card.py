@@ -34,6 +34,7 @@ def stack_card(manifest: Manifest, result: dict[str, Any]) -> str:
         architecture=manifest.base_model["architecture"],
         method=manifest.method,
         additive=manifest.additive,
+        separate=manifest.separate,
         tasks=manifest.task_names,
         first_folder=manifest.tasks[0]["folder"] if manifest.tasks else "task_000",
         trained=result["trained"],

@@ -76,15 +76,18 @@ def load_stack(
     return model.merge_and_unload() if merge else model
 
 
-def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]]) -> PeftModel:
-    """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active."""
+def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate: bool = False) -> PeftModel:
+    """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active.
+
+    separate: each on top of the base alone, and none merged.
+    """
     model: Any = base
     before: list[str] = []
     for task in tasks:
         config = JumpLoraConfig.from_pretrained(str(folder / task["folder"]))
         if stack_support_sha256(config.support) != task["support_sha256"]:
             raise ValueError(f"{folder / task['folder']}/adapter_config.json: its supports are not those of stack.json")
-        config.inference_mode, config.parent_adapters = True, list(before)
+        config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
         if isinstance(model, PeftModel):
             model.add_adapter(task["folder"], config)
         else:
@@ -99,7 +102,8 @@ def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]]) -> PeftMo
             )
         before.append(task["folder"])
     model.set_adapter(before[-1], inference_mode=True)
-    merge_finished(model, before)
+    if not separate:
+        merge_finished(model, before)
     return model.eval()
 
 
@@ -113,7 +117,13 @@ def merge_finished(model: PeftModel, adapters: list[str]) -> None:
 def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -> list[dict[str, Any]]:
     if not manifest.tasks:
         raise ValueError(f"{folder}: the stack has no finished task yet")
-    if not manifest.additive:
+    if manifest.separate:
+        if not isinstance(tasks, list) or len(tasks) != 1:
+            raise ValueError(
+                f"{folder} was trained by {manifest.method!r}: each task has a model of its own, so load one with "
+                f"tasks=[name]; it has {', '.join(manifest.task_names)}"
+            )
+    elif not manifest.additive:
         if tasks is not None:
             raise ValueError(
                 f"{folder} was trained by {manifest.method!r}: each of its folders holds the whole model after a task, "

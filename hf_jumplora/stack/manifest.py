@@ -26,7 +26,8 @@ class Manifest:
 
     base_model: name_or_path, revision, architecture, a few weights (probe), layers {name: [out, in]} that are adapted.
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
-    folder holds the whole model after that task (seqlora) and only one can be loaded.
+    folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
+    is a model of its own for its task (perlora): one is loaded, by name.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}.
     """
 
@@ -36,6 +37,7 @@ class Manifest:
     tasks: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    separate: bool = False
 
     @property
     def task_names(self) -> list[str]:

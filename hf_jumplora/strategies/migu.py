@@ -48,7 +48,7 @@ class Migu(Strategy):
         A = layer.jumplora_A[adapter]
         hidden = torch.nn.functional.linear(args[0].to(A.dtype), A)
         seen = [h.detach().abs().float().flatten(0, -2).mean(0) for h in (hidden, output)]
-        before = self.magnitude.get(layer.layer_name, [0, 0])
+        before = self.magnitude.get(layer.layer_name, [torch.zeros_like(n) for n in seen])
         self.magnitude[layer.layer_name] = [a + b for a, b in zip(before, seen, strict=True)]
 
     def on_gradients(self, model, adapter):

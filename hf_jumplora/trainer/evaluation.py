@@ -1,10 +1,13 @@
 """Accuracy of a text task: the greedy answer, or the label of highest likelihood."""
 
 import inspect
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import nn
 
 from .tasks import Encoder, TextTask, fold, pad_rows
@@ -41,6 +44,20 @@ def evaluate_task(
         ]
     model.train(was_training)
     return sum(dict(gather_object(hits)).values()) / len(rows)
+
+
+@contextmanager
+def own_adapter(model: Any, index: int):
+    """The model as task number `index` knows it: its own adapter alone, or the base model when it has none yet."""
+    name = f"task_{index:03d}"
+    if not isinstance(model, PeftModel):
+        yield
+    elif name in model.peft_config:
+        model.set_adapter(name, inference_mode=True)
+        yield
+    else:
+        with model.disable_adapter():
+            yield
 
 
 def _pad_token(tokenizer) -> int:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
 from .arguments import ContinualTrainingArguments
-from .evaluation import evaluate_task
+from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
 from .preflight import check_run, run_settings, stage_sizes
 from .state import METRICS, check_settings, derive, overlaps, read_matrix
@@ -188,7 +189,9 @@ class ContinualRun:
             verify(self.output_dir, task)
             info = json.loads((self.output_dir / task["folder"] / "task.json").read_text())
             self.info.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
-        self.model = attach(self.model, self.output_dir, tasks if self.manifest.additive else tasks[-1:])
+        separate = self.manifest.separate
+        tasks_now = tasks if self.manifest.additive or separate else tasks[-1:]
+        self.model = attach(self.model, self.output_dir, tasks_now, separate)
         state = self.output_dir / tasks[-1]["folder"] / STRATEGIES
         if state.is_file():
             saved = load_file(state)
@@ -214,6 +217,9 @@ class ContinualRun:
                     layer.jumplora_A["default"].copy_(layer.jumplora_A[finished[-1]])
                     layer.jumplora_B["default"].copy_(layer.jumplora_B[finished[-1]])
             self.model.delete_adapter(finished[-1])
+        elif self.method.mode == "separate":
+            self.model.add_adapter("default", config)
+            self.model.set_adapter("default")
         else:
             config.parent_adapters = finished
             self.model.add_adapter("default", config)
@@ -239,7 +245,8 @@ class ContinualRun:
         for strategy in self.strategies:
             strategy.on_task_end(self.model, "default", examples)
         finish_adapter(self.model, "default", folder)
-        merge_finished(self.model, [folder])
+        if self.method.mode != "separate":
+            merge_finished(self.model, [folder])
         self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]
         task = self.tasks[index] if self.method.mode != "joint" else None
         self.info.append(
@@ -277,7 +284,10 @@ class ContinualRun:
     # ---- what is known after a task -------------------------------------------------------------------------------
 
     def evaluate(self, seen: int | None = None) -> list[float | None]:
-        """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen")."""
+        """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen").
+
+        With method `perlora` each task is scored with its own adapter, one that has none yet with the base model.
+        """
         if self.manifest is None and (self.output_dir / MANIFEST).is_file():
             raise RuntimeError(f"{self.output_dir} holds finished tasks: call train() first, it loads them")
         limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
@@ -285,28 +295,29 @@ class ContinualRun:
         for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):
             if index >= limit or task.eval_dataset is None:
                 row.append(None)
-            elif isinstance(task, TextTask):
-                mode = getattr(self.args, "eval_mode", "generate")
-                row.append(evaluate_task(self.model, self.encoder, task, mode, self.args.per_device_eval_batch_size))
-            else:
-                trainer = self._trainer(
-                    self.output_dir / "checkpoints",
-                    0,
-                    eval_dataset=task.eval_dataset,
-                    compute_metrics=task.compute_metrics,
-                )
-                scores = trainer.evaluate()
-                if f"eval_{task.metric}" not in scores:
-                    raise ValueError(
-                        f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}"
-                    )
-                row.append(float(scores[f"eval_{task.metric}"]))
+                continue
+            with own_adapter(self.model, index) if self.method.mode == "separate" else nullcontext():
+                row.append(self._score(task))
         return row
+
+    def _score(self, task: Task) -> float:
+        """Of the model as it is."""
+        if isinstance(task, TextTask):
+            mode = getattr(self.args, "eval_mode", "generate")
+            return evaluate_task(self.model, self.encoder, task, mode, self.args.per_device_eval_batch_size)
+        folder = self.output_dir / "checkpoints"
+        options = {"eval_dataset": task.eval_dataset, "compute_metrics": task.compute_metrics}
+        scores = self._trainer(folder, 0, **options).evaluate()
+        if f"eval_{task.metric}" not in scores:
+            raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
+        return float(scores[f"eval_{task.metric}"])
 
     def _commit(self, name: str, folder: str) -> None:
         """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""
         if self.manifest is None:
-            self.manifest = Manifest(describe_base(self.model), self.method_name, self.method.mode != "sequential")
+            mode = self.method.mode
+            additive = mode not in ("sequential", "separate")
+            self.manifest = Manifest(describe_base(self.model), self.method_name, additive, separate=mode == "separate")
         self.manifest.versions = library_versions()
         states = {
             f"{n}.{key}": value

@@ -305,7 +305,7 @@ class _Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["migu", "gorp", "nullspace", "slao", "jumplora-hard"])
+@pytest.mark.parametrize("method", ["migu", "gorp", "nullspace", "slao", "jumplora-hard", "perlora"])
 def test_a_restart_gives_the_same_bits(method, toy_base, tmp_path):
     """Stopped inside of the second task, after a checkpoint; the third one needs what both have left."""
     options = {"tasks": 3, "save_strategy": "steps", "save_steps": 2}

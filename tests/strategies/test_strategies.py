@@ -141,7 +141,7 @@ def test_ella_by_hand(gated, toy_base):
 def test_methods_table():
     """Every row can be made, and says where it is from."""
     for name, method in METHODS.items():
-        assert method.mode in ("incremental", "sequential", "joint")
+        assert method.mode in ("incremental", "sequential", "separate", "joint")
         assert method.paper
         assert method.adapter["gate"] == ("jumplora" in name)
         assert any(isinstance(make(), Ella) for make in method.strategies) == ("ella" in name)
