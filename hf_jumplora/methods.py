@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .strategies import Ella, Gorp, Migu, NullSpace, Slao, Strategy
+from .strategies import Ella, Gorp, KFac, Migu, NullSpace, Slao, Strategy
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ METHODS: dict[str, Method] = {
     "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP, its LoRA part (arXiv 2507.02503)"),
     "nullspace": Method("incremental", {"gate": False}, (NullSpace,), paper="Brainstacks (arXiv 2604.01152)"),
     "slao": Method("sequential", {"gate": False}, (Slao,), paper="SLAO (arXiv 2512.23017)"),
+    "kfac": Method("incremental", {"gate": False}, (KFac,), paper="Kronecker-factored Laplace (arXiv 1805.07810)"),
+    "jumplora-kfac": Method("incremental", {"gate": True}, (KFac,), paper="arXiv 1805.07810 + JumpLoRA"),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
 }
 

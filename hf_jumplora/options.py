@@ -1,6 +1,8 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
+import contextlib
 import dataclasses
+import functools
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -43,6 +45,10 @@ class MethodArguments:
     gate_start: float = field(default=0.2, metadata={"help": "The gate's ramp starts at this fraction of the steps."})
     gate_end: float = field(default=0.8, metadata={"help": "... and ends at this one."})
     isolation: str = field(default="none", metadata={"help": "'hard': stay off the entries of all earlier tasks."})
+    strategy: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options of the method's strategies: NAME.OPTION=VALUE ..., for example kfac.weight=50."},
+    )
     ella_weight: float | None = field(default=None, metadata={"help": "Weight of ELLA's penalty (published: 3e4)."})
 
     def adapter_config(self, default_targets: list[str] | None = None) -> JumpLoraConfig:
@@ -63,16 +69,19 @@ class MethodArguments:
         return JumpLoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **options)
 
     def strategies(self) -> list[Strategy] | None:
-        """None for the method's own strategies with their own weights.
+        """None for the method's own strategies with their own options.
 
         Raises:
-            ValueError: `ella_weight` is given for a method without ELLA's penalty.
+            ValueError: an option is given that no strategy of the method has, or that cannot have this value.
         """
-        if self.ella_weight is None:
-            return None
-        if Ella not in get_method(self.method).strategies:
-            raise ValueError(f"ella_weight has no meaning for method {self.method!r}; use 'ella' or 'jumplora-ella'")
-        return [Ella(self.ella_weight)]
+        options = [*(self.strategy or ())]
+        if self.ella_weight is not None:
+            if Ella not in get_method(self.method).strategies:
+                raise ValueError(
+                    f"ella_weight has no meaning for method {self.method!r}; use 'ella' or 'jumplora-ella'"
+                )
+            options.append(f"ella.weight={self.ella_weight}")
+        return make_strategies(self.method, options) if options else None
 
     def plans(self, compare: list[str]) -> dict[str, tuple[JumpLoraConfig, list[Strategy] | None]]:
         """{method: (adapter config, strategies)} of this method and of others to compare it with.
@@ -81,10 +90,43 @@ class MethodArguments:
         """
         plans = {self.method: (self.adapter_config(), self.strategies())}
         for name in compare:
-            weight = self.ella_weight if Ella in get_method(name).strategies else None
-            other = dataclasses.replace(self, method=name, ella_weight=weight)
+            makes = get_method(name).strategies
+            weight = self.ella_weight if Ella in makes else None
+            options = [o for o in self.strategy or () if o.split(".")[0] in map(strategy_name, makes)]
+            other = dataclasses.replace(self, method=name, ella_weight=weight, strategy=options)
             plans[name] = (other.adapter_config(), other.strategies())
         return plans
+
+
+def strategy_name(make: Any) -> str:
+    """What a strategy is called in `--strategy`: its class's name in lower case."""
+    return (make.func if isinstance(make, functools.partial) else make).__name__.lower()
+
+
+def make_strategies(method: str, options: list[str]) -> list[Strategy]:
+    """The strategies of a method with options "name.option=value"; values are read as YAML (50, 0.5, per_task, true).
+
+    Raises:
+        ValueError: not of this form, a strategy the method does not have, an option the strategy does not have.
+    """
+    makes = {strategy_name(make): make for make in get_method(method).strategies}
+    given: dict[str, dict[str, Any]] = {name: {} for name in makes}
+    for option in options:
+        name, dot, rest = option.partition(".")
+        key, equals, value = rest.partition("=")
+        if not (dot and equals):
+            raise ValueError(f"strategy option {option!r}: write NAME.OPTION=VALUE, for example kfac.weight=50")
+        if name not in makes:
+            raise ValueError(f"strategy option {option!r}: method {method!r} has {', '.join(makes) or 'no strategies'}")
+        default: Any = makes[name]()
+        fields = [f.name for f in dataclasses.fields(default) if f.init]
+        if key not in fields:
+            raise ValueError(f"strategy option {option!r}: {name} has the options {', '.join(fields)}")
+        given[name][key] = yaml.safe_load(value)
+        if isinstance(given[name][key], str):  # YAML takes 3e4 for a string
+            with contextlib.suppress(ValueError):
+                given[name][key] = float(given[name][key])
+    return [make(**given[name]) for name, make in makes.items()]
 
 
 def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:

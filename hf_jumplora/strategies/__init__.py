@@ -3,9 +3,10 @@
 from .base import Strategy
 from .ella import Ella
 from .gorp import Gorp
+from .kfac import KFac
 from .migu import Migu
 from .nullspace import NullSpace
 from .slao import Slao
 
 
-__all__ = ["Ella", "Gorp", "Migu", "NullSpace", "Slao", "Strategy"]
+__all__ = ["Ella", "Gorp", "KFac", "Migu", "NullSpace", "Slao", "Strategy"]

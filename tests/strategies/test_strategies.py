@@ -10,7 +10,7 @@ from peft import get_peft_model
 from hf_jumplora import JumpLoraConfig, finish_adapter
 from hf_jumplora.methods import METHODS, get_method
 from hf_jumplora.stack import read_manifest
-from hf_jumplora.strategies import Ella, Strategy
+from hf_jumplora.strategies import Ella, KFac, Strategy
 from hf_jumplora.tuner import named_layers, set_mix, set_threshold
 
 
@@ -144,5 +144,6 @@ def test_methods_table():
         assert method.mode in ("incremental", "sequential", "separate", "joint")
         assert method.paper
         assert method.adapter["gate"] == ("jumplora" in name)
+        assert any(isinstance(make(), KFac) for make in method.strategies) == ("kfac" in name)
         assert any(isinstance(make(), Ella) for make in method.strategies) == ("ella" in name)
         assert get_method(name) is method

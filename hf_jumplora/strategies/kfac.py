@@ -1,0 +1,102 @@
+"""Kronecker-factored Laplace (arXiv 1805.07810): stay where the earlier tasks' answers do not depend on the weights."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..tuner import named_layers
+from .base import Strategy
+from .moments import kronecker_factors, layer_penalty
+
+
+@dataclass
+class KFac(Strategy):
+    """weight * sum over layers and earlier tasks of tr(G dW C dW^T) (Ritter et al., arXiv 1805.07810, eq. 9 and 10).
+
+    dW [out, in] is the new adapter's scaled update as it acts now (with a gate: the interpolated one, whose threshold
+    gets no gradient). C [in, in] and G [out, out] are the factors of the layer's Fisher matrix over `examples` training
+    examples at the end of each task: C = mean over tokens of x x^T, x the layer's input; G = mean over examples of the
+    sum over their tokens of g g^T, g the gradient of log p(label) at the layer's output, with a label drawn from the
+    model.
+
+    memory: "per_task" keeps both for every task (exact; grows by in^2 + out^2 floats a layer and task). "sum" keeps the
+    sum of G and the mean of C (the same where the tasks' C are alike; does not grow). A number k keeps the k largest
+    eigenvectors of that sum and mean: k * (in + out) floats a layer.
+    general: texts (causal models), or rows as the trainer takes them, of no task: the zeroth task, which keeps what the
+    base model knows. They count as data: give the same ones when a run is restarted.
+    """
+
+    weight: float = 10.0
+    memory: str | int = "per_task"
+    examples: int = 512
+    general: Any = field(default=None, repr=False)
+    tasks: int = field(default=0, init=False, repr=False)
+    G: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    C: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"the weight of the kfac penalty must not be negative, got {self.weight}")
+        if self.memory not in ("per_task", "sum") and not (isinstance(self.memory, int) and self.memory > 0):
+            raise ValueError(f"memory is 'per_task', 'sum' or a positive number of eigenvectors, got {self.memory!r}")
+        if self.examples < 1:
+            raise ValueError(f"examples must be positive, got {self.examples}")
+
+    def check(self, mode, config):
+        if mode != "incremental":
+            raise ValueError(
+                "kfac penalises the update of the new task's own adapter; with one adapter trained on "
+                "(mode 'sequential') that is the whole of all tasks: use an incremental method, such as kfac"
+            )
+
+    def on_task_start(self, model, adapter, examples):
+        if self.general is not None and not self.tasks:
+            self._remember(model, adapter, examples(self.examples, self.general))
+        for name, layer in named_layers(model, adapter):
+            if name in self.G:
+                self.G[name], self.C[name] = (
+                    t.to(layer.jumplora_A[adapter].device) for t in (self.G[name], self.C[name])
+                )
+
+    def on_task_end(self, model, adapter, examples):
+        self._remember(model, adapter, examples(self.examples))
+
+    def penalty(self, model, inputs, adapter, output):
+        if not self.tasks:
+            return None
+        roots = isinstance(self.memory, int)
+        terms = {name: list(zip(self.G[name], self.C[name], strict=True)) for name in self.G}
+        return self.weight * sum(
+            layer_penalty(layer, adapter, terms[name], roots) for name, layer in named_layers(model, adapter)
+        )
+
+    def _remember(self, model, adapter, examples) -> None:
+        G, C = kronecker_factors(model, adapter, examples, torch.Generator().manual_seed(self.tasks))
+        keep = self.tasks / (self.tasks + 1)
+        for name in G:
+            self.G[name] = self._join(self.G.get(name), G[name], 1.0, 1.0)
+            self.C[name] = self._join(self.C.get(name), C[name], keep, 1 - keep)
+        self.tasks += 1
+
+    def _join(self, old: torch.Tensor | None, new: torch.Tensor, keep: float, add: float) -> torch.Tensor:
+        """[tasks, d, d]; for "sum" [1, d, d], for k eigenvectors their roots [1, d, k]."""
+        if self.memory == "per_task":
+            return new[None] if old is None else torch.cat([old, new[None]])
+        if isinstance(self.memory, int):
+            if old is not None:
+                new = keep * old[0] @ old[0].T + add * new
+            values, vectors = torch.linalg.eigh(new)
+            k = min(self.memory, len(values))
+            return (vectors[:, -k:] * values[-k:].clamp_min(0).sqrt())[None]
+        return new[None] if old is None else keep * old + add * new[None]
+
+    def state_dict(self):
+        state = {f"G.{name}": value for name, value in self.G.items()} | {
+            f"C.{name}": value for name, value in self.C.items()
+        }
+        return {**state, "tasks": torch.tensor(self.tasks)}
+
+    def load_state_dict(self, state):
+        self.tasks = int(state["tasks"])
+        self.G, self.C = ({k[2:]: v for k, v in state.items() if k.startswith(part)} for part in ("G.", "C."))

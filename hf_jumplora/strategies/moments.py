@@ -1,0 +1,135 @@
+"""Second moments of the layers' inputs and output gradients over examples, and a penalty made of them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.quadratic import quadratic_penalty
+from ..tuner import can_continue, named_layers
+
+
+def layer_penalty(layer: Any, adapter: str, terms: list[tuple], roots: bool = False) -> torch.Tensor:
+    """[`quadratic_penalty`] of an adapter's update on one layer, as it acts now."""
+    A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
+    options: dict[str, Any] = {}
+    if adapter in layer.jumplora_gate:
+        gate = layer.gate(adapter)
+        options = {"log_tau": gate.log_tau, "mix": gate.mix}
+        if adapter in layer.free:
+            options["free"] = layer.mask_free(
+                adapter, torch.ones(B.shape[0], A.shape[1], dtype=torch.bool, device=A.device)
+            )
+    return quadratic_penalty(A, B, terms, scaling=layer.scaling[adapter], roots=roots, **options)
+
+
+def batches(examples: Iterable[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
+    """Examples of equal shape joined to batches of at most `size`: what padding would blur stays exact."""
+    waiting: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for example in examples:
+        if not all(isinstance(value, torch.Tensor) and value.ndim for value in example.values()):
+            yield example
+            continue
+        group = waiting[tuple((key, tuple(value.shape)) for key, value in example.items())]
+        group.append(example)
+        if len(group) == size:
+            yield _join(group)
+            group.clear()
+    for group in waiting.values():
+        if group:
+            yield _join(group)
+
+
+def _join(group: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.cat([example[key] for example in group]) for key in group[0]}
+
+
+def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, generator) -> torch.Tensor:
+    """Sum over the batch of log p(label), with labels drawn from the model itself, a scalar.
+
+    logits: [batch, classes], or [batch, tokens, vocabulary]: then one label is drawn for each answer token, which are
+    the positions that `inputs["labels"]` does not mask (-100), given the true answer before it.
+    """
+    if logits.ndim == 3:
+        labels = inputs["labels"]
+        if can_continue(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        logits = logits[labels != -100]
+    log_p = logits.float().log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+    return log_p.gather(-1, drawn).sum()
+
+
+def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], size: int = 32):
+    """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32."""
+    return _moments(model, adapter, examples, size, None)[1]
+
+
+def kronecker_factors(model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 32):
+    """{layer: G [out, out]}, {layer: C [in, in]}: the factors of the Fisher matrix (arXiv 1503.05671, 1805.07810).
+
+    C = mean over tokens of x x^T. G = mean over examples of the sum over their tokens of g g^T, with g the gradient of
+    log p(label) at the layer's output and the label drawn from the model.
+    """
+    return _moments(model, adapter, examples, size, generator)
+
+
+def _moments(model, adapter, examples, size, generator):
+    G: dict[str, torch.Tensor] = {}
+    C: dict[str, torch.Tensor] = {}
+    tokens: dict[str, int] = defaultdict(int)
+    count, mask = 0, None
+
+    def hook(name, layer, args, output):
+        x = args[0].detach()
+        keep = mask if mask is not None and mask.shape == x.shape[:-1] else None
+        rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep.bool()]
+        _add_square(C, name, rows)
+        tokens[name] += len(rows)
+        if generator is not None:
+            output.register_hook(lambda g: _add_square(G, name, g.reshape(-1, g.shape[-1])))
+
+    handles = [
+        layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
+        for name, layer in named_layers(model, adapter)
+    ]
+    try:
+        with _evaluation(model), torch.set_grad_enabled(generator is not None):
+            for inputs in batches(examples, size):
+                mask = inputs.get("attention_mask")
+                logits = model(**inputs)["logits"]
+                count += len(logits)
+                if generator is not None:
+                    # Of inputs alone: parameters keep their (empty) gradients.
+                    anchors = [p for p in model.parameters() if p.requires_grad]
+                    torch.autograd.grad(
+                        sampled_log_likelihood(model, inputs, logits, generator), anchors, allow_unused=True
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError("there is no example to take moments from")
+    return {name: g / count for name, g in G.items()}, {name: c / tokens[name] for name, c in C.items()}
+
+
+def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor) -> None:
+    rows = rows.float()
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        if name in sums:
+            sums[name].addmm_(rows.T, rows)
+        else:
+            sums[name] = rows.T @ rows
+
+
+@contextmanager
+def _evaluation(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

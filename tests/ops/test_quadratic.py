@@ -1,0 +1,49 @@
+"""tr(G E C E^T) against the dense formula in float64, value and gradients."""
+
+import pytest
+import torch
+
+from hf_jumplora.ops.quadratic import quadratic_penalty
+
+
+def psd(size, seed):
+    root = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return root @ root.T / size
+
+
+def dense(A, B, terms, scaling, log_tau, mix, free):
+    """The formula as it is written; the mask is a constant."""
+    D = B @ A
+    if log_tau is not None:
+        D = D * (1 - mix) + D * (D.abs() > log_tau.double().exp()) * mix
+        D = D if free is None else D * free
+    identity = torch.eye(len(B), dtype=torch.float64)
+    return sum(torch.trace((identity if G is None else G) @ D @ C @ D.T) for G, C in terms) * scaling**2
+
+
+@pytest.mark.parametrize(("out", "inside", "r"), [(7, 5, 2), (33, 70, 3), (1, 4, 1)])
+@pytest.mark.parametrize("gate", [None, 0.0, 0.6, 1.0])
+@pytest.mark.parametrize("kind", ["both", "input only", "roots"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_against_dense(out, inside, r, gate, kind, closed, relative_error):
+    torch.manual_seed(0)
+    A, B = torch.randn(r, inside, requires_grad=True), torch.randn(out, r, requires_grad=True)
+    terms = [(None if kind == "input only" else psd(out, k), psd(inside, k + 9)) for k in range(2)]
+    given = [tuple(None if t is None else t.float() for t in pair) for pair in terms]
+    if kind == "roots":
+        given = [
+            tuple(torch.linalg.cholesky(t + 1e-9 * t.trace() * torch.eye(len(t))).float() for t in p) for p in terms
+        ]
+    log_tau = None if gate is None else torch.tensor([-0.5], requires_grad=True)
+    free = torch.rand(out, inside) > 0.3 if closed and gate is not None else None
+    value = quadratic_penalty(
+        A, B, given, scaling=1.5, log_tau=log_tau, mix=gate or 0.0, free=free, roots=kind == "roots"
+    )
+    (3 * value).backward()
+    A64, B64 = A.detach().double().requires_grad_(), B.detach().double().requires_grad_()
+    expected = dense(A64, B64, terms, 1.5, log_tau, gate, free)
+    (3 * expected).backward()
+    assert relative_error(value, expected) < 1e-5
+    assert relative_error(A.grad, A64.grad) < 1e-5
+    assert relative_error(B.grad, B64.grad) < 1e-5
+    assert log_tau is None or log_tau.grad is None

@@ -1,0 +1,238 @@
+"""The Kronecker-factored penalty: its factors by definition, its gradient, what it prevents, what it remembers."""
+
+import pytest
+import torch
+import toy
+from peft import get_peft_model
+from torch import nn
+
+from hf_jumplora import JumpLoraConfig, finish_adapter
+from hf_jumplora.strategies import KFac
+from hf_jumplora.strategies.moments import batches, kronecker_factors
+from hf_jumplora.tuner import named_layers, set_mix, set_threshold
+
+
+def peft_model(base, targets=("q_proj", "v_proj"), **options):
+    torch.manual_seed(3)
+    config = JumpLoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_weights=False, **options)
+    return get_peft_model(base, config)
+
+
+def token_examples(seq2seq, count=7):
+    """Examples of several lengths, with an answer of one to three tokens at the end."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        ids = torch.randint(3, 30, (1, 6 + i % 3), generator=generator)
+        answer = torch.randint(3, 30, (1, 1 + i % 3), generator=generator)
+        labels = answer
+        if not seq2seq:
+            labels = ids.clone()
+            labels[:, : -answer.shape[1]] = -100
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class Classifier(nn.Module):
+    """Mean of token embeddings, two layers, logits of three classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.q_proj, self.v_proj = nn.Embedding(30, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.config = None
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        return {"logits": 2 * self.v_proj(torch.tanh(self.q_proj(self.embed(input_ids))).mean(1))}
+
+
+def by_definition(model, examples, shift):
+    """One example and one layer output at a time, in plain autograd; the label drawn is the likeliest."""
+    layers = dict(named_layers(model, "default"))
+    G = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
+    C = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
+    tokens, examples = dict.fromkeys(layers, 0), list(examples)
+    for example in examples:
+        kept, handles = {}, []
+        for name, layer in layers.items():
+
+            def hook(module, args, output, name=name, kept=kept):
+                kept[name] = (args[0].detach(), output)
+
+            handles.append(layer.register_forward_hook(hook))
+        logits = model(**example)["logits"]
+        for handle in handles:
+            handle.remove()
+        if logits.ndim == 3:
+            labels = example["labels"][:, 1:] if shift else example["labels"]
+            logits = (logits[:, :-1] if shift else logits)[labels != -100]
+        likelihood = logits.log_softmax(-1).max(-1).values.sum()
+        gradients = torch.autograd.grad(likelihood, [y for _, y in kept.values()], allow_unused=True)
+        for (name, (x, _)), g in zip(kept.items(), gradients, strict=True):
+            for token in x.reshape(-1, x.shape[-1]):
+                C[name] += torch.outer(token, token)
+                tokens[name] += 1
+            for token in g.reshape(-1, g.shape[-1]):
+                G[name] += torch.outer(token, token) / len(examples)
+    return G, {name: c / tokens[name] for name, c in C.items()}
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "classifier"])
+def test_factors_by_definition(kind, toy_base, toy_t5, relative_error, monkeypatch):
+    """Also: nothing of the model is changed, and neither gradients nor random numbers are touched."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    base = {
+        "causal": lambda: toy.load_base(toy_base),
+        "seq2seq": lambda: toy.load_base(toy_t5),
+        "classifier": Classifier,
+    }
+    model = peft_model(base[kind](), ("q", "v") if kind == "seq2seq" else ("q_proj", "v_proj"), gate=False).eval()
+    examples = list(token_examples(kind == "seq2seq"))
+    expected = by_definition(model, examples, kind == "causal")
+    state = torch.get_rng_state()
+    found = kronecker_factors(model.train(), "default", examples, torch.Generator(), size=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert theirs[name].abs().sum() > 0
+            assert relative_error(ours[name], theirs[name]) < 1e-5
+
+
+def test_labels_are_drawn_from_the_model():
+    """Over many draws G of one example is sum_c p(c) g_c g_c^T: the Fisher matrix, not the empirical one."""
+    model = peft_model(Classifier(), gate=False).eval()
+    example = next(token_examples(False))
+    example = {"input_ids": example["input_ids"], "attention_mask": example["attention_mask"]}
+    G, _ = kronecker_factors(model, "default", [example] * 20000, torch.Generator().manual_seed(0), size=1000)
+    p = model(**example)["logits"].softmax(-1)[0]
+    expected = torch.zeros(3, 3)
+    for c in range(3):
+        g = 2 * (torch.eye(3)[c] - p)  # of log p(c) at the last layer's output
+        expected += p[c] * torch.outer(g, g)
+    name = next(name for name in G if "v_proj" in name)
+    torch.testing.assert_close(G[name], expected, rtol=0.05, atol=0.02)
+
+
+def test_batches_of_equal_shape():
+    examples = list(token_examples(False, 8))
+    joined = list(batches(examples, 2))
+    assert sorted(len(b["input_ids"]) for b in joined) == [1, 1, 2, 2, 2]
+    assert sum(b["input_ids"].sum() for b in joined) == sum(e["input_ids"].sum() for e in examples)
+
+
+def stacked(base, gated, strategy, tasks=2):
+    """A model whose `tasks` tasks are remembered, and a new adapter on top."""
+    model = peft_model(base, gate=gated)
+    examples = lambda count, rows=None: token_examples(False, count)  # noqa: E731
+    for k in range(tasks):
+        if gated:
+            set_threshold(model, "default", 0.2)
+            set_mix(model, "default", 1.0)
+        strategy.on_task_start(model, "default", examples)
+        strategy.on_task_end(model, "default", lambda count, rows=None, k=k: examples(3 + 4 * k))
+        finish_adapter(model, "default", f"task_00{k}")
+        parents = [f"task_00{i}" for i in range(k + 1)]
+        torch.manual_seed(10 + k)
+        options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+        model.add_adapter("default", JumpLoraConfig(parent_adapters=parents, gate=gated, **options))
+        model.set_adapter("default")
+    if gated:
+        set_threshold(model, "default", 0.3)
+        set_mix(model, "default", 0.6)
+    strategy.on_task_start(model, "default", examples)
+    return model
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("memory", ["per_task", "sum", 5])
+def test_penalty_by_hand(gated, memory, toy_base, relative_error):
+    kfac, exact = KFac(7.0, memory), KFac(7.0)
+    model = stacked(toy.load_base(toy_base), gated, kfac)
+    stacked(toy.load_base(toy_base), gated, exact)
+    expected = 0.0
+    for name, layer in named_layers(model):
+        update, G, C = layer.update("default"), exact.G[name], exact.C[name]
+        assert G.shape[0] == 2
+        if memory != "per_task":
+            G, C = G.sum(0)[None], C.mean(0)[None]
+        if memory == 5:
+            G, C = (torch.linalg.svd(t[0]) for t in (G, C))
+            G, C = ((u[:, :5] * s[:5] @ v[:5])[None] for u, s, v in (G, C))
+        expected += sum(torch.trace(g @ update @ c @ update.T) for g, c in zip(G, C, strict=True))
+    penalty = kfac.penalty(model, {}, "default", {})
+    assert relative_error(penalty, 7 * expected) < (0.02 if memory == 5 else 1e-5)  # 5: cut after each task
+    penalty.backward()
+    for _, layer in named_layers(model):
+        assert layer.jumplora_A["default"].grad.abs().sum() > 0
+        assert not gated or layer.jumplora_gate["default"].log_tau.grad is None
+
+
+@pytest.mark.parametrize(("memory", "sizes"), [("per_task", (2, 32)), ("sum", (1, 32)), (5, (1, 5))])
+def test_memory(memory, sizes, toy_base):
+    """Its size, and that it survives a restart bit for bit."""
+    kfac, again = KFac(1.0, memory), KFac(1.0, memory)
+    model = stacked(toy.load_base(toy_base), False, kfac)
+    state = kfac.state_dict()
+    again.load_state_dict({key: value.clone() for key, value in state.items()})
+    again.on_task_start(model, "default", None)
+    assert torch.equal(kfac.penalty(model, {}, "default", {}), again.penalty(model, {}, "default", {}))
+    for name, layer in named_layers(model):
+        assert state[f"C.{name}"].shape == (sizes[0], layer.in_features, sizes[1])
+    kfac.on_task_end(model, "default", lambda count: token_examples(False, 3))
+    again.on_task_end(model, "default", lambda count: token_examples(False, 3))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in kfac.state_dict().items())
+
+
+def test_text_of_no_task_is_the_zeroth_task(toy_base, tmp_path):
+    """In the first task there is a penalty already, and only then are the texts used."""
+    kfac = KFac(1.0, general=["the very new cat", "ant : bee"])
+    run = toy.make_run(toy_base, tmp_path, "inclora", stream=toy.tasks(2))
+    run.strategies = [kfac]
+    run.train()
+    assert kfac.tasks == 3
+    with pytest.raises(ValueError, match="no example"):
+        KFac(general=[]).on_task_start(run.model, "task_001", lambda count, rows=None: iter(rows))
+
+
+@pytest.mark.parametrize("method", ["kfac", "jumplora-kfac"])
+def test_forgets_less(method, toy_base, tmp_path):
+    """The first task's answers move less in the second task than without the penalty; most of them are kept."""
+    change = {}
+    for weight in (0.0, 100.0):
+        run = toy.make_run(toy_base, tmp_path / str(weight), method, stream=toy.tasks(2), num_train_epochs=2)
+        run.strategies = [KFac(weight)]
+        rows = run.encoder.train_rows(run.tasks[0])
+        logits = []
+        evaluate = run.evaluate
+
+        def measured(seen=None, run=run, rows=rows, logits=logits, evaluate=evaluate):
+            with torch.no_grad():
+                answers = [run.model.eval()(torch.tensor([row["input_ids"]])).logits[0, -3] for row in rows]
+            logits.append(torch.stack(answers).log_softmax(-1))
+            return evaluate(seen)
+
+        run.evaluate = measured
+        run.train()
+        _, first, second = logits
+        change[weight] = (first.exp() * (first - second)).sum(-1).mean().item()  # KL
+    assert change[100.0] < 0.3 * change[0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weight": -1}, "must not be negative"),
+        ({"memory": "all"}, "memory is"),
+        ({"memory": 0}, "memory is"),
+        ({"examples": 0}, "examples must be positive"),
+    ],
+)
+def test_bad_values(options, words):
+    with pytest.raises(ValueError, match=words):
+        KFac(**options)
+
+
+def test_sequential_is_refused():
+    with pytest.raises(ValueError, match="use an incremental method"):
+        KFac().check("sequential", None)
