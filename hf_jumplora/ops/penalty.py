@@ -1,4 +1,4 @@
-"""Penalties on the entries of one layer's update: the closed-form gradient is taken in the forward pass, in row blocks."""
+"""Penalties on the entries of one layer's update, in row blocks: the forward pass takes the closed-form gradient."""
 
 import torch
 

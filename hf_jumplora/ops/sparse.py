@@ -5,6 +5,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 
 _RAW = 255  # first byte of a code: this value means "plain bitmap", any other is the Rice parameter
@@ -108,6 +109,17 @@ def _compressed(make, rows, columns, values, shape):
     with warnings.catch_warnings():  # "CSR support is in beta": two products with a dense matrix are all that is used
         warnings.filterwarnings("ignore", message="Sparse CS[RC] tensor support")
         return make(rows, columns, values, shape, check_invariants=False)
+
+
+def sampled_product(left: torch.Tensor, right: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(left @ right.T) at ascending flat indices [n], for left [rows, k] and right [columns, k] contiguous: [n]."""
+    rows = index // right.shape[0]
+    crow = F.pad(torch.bincount(rows, minlength=left.shape[0]).cumsum(0), (1, 0))
+    shape = (left.shape[0], right.shape[0])
+    pattern = _compressed(
+        torch.sparse_csr_tensor, crow, index - rows * right.shape[0], left.new_zeros(len(index)), shape
+    )
+    return torch.sparse.sampled_addmm(pattern, left.contiguous(), right.T).values()
 
 
 @torch.library.custom_op("hf_jumplora::sparse_linear", mutates_args=())
