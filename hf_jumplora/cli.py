@@ -11,6 +11,12 @@ from . import __version__
 COMMANDS = {
     "inspect": "what a stack holds: tasks, densities, overlaps, sizes",
     "verify": "check every file of a stack against its sha256",
+    "diff": "what differs between two stacks",
+    "subset": "write a stack of some of the tasks",
+    "remove": "write a stack without some of the tasks",
+    "reorder": "write a stack in another order, where order does not matter",
+    "merge": "write a plain model that holds the updates",
+    "export": "write a LoRA adapter or sparse values for other servers",
 }
 
 

@@ -1,20 +1,21 @@
-"""Check every file of a stack against the sha256 in stack.json, and stack.json against its own."""
+"""Check every file of a stack: stack.json against its own sha256, all others against those in stack.json."""
 
 import argparse
-from pathlib import Path
+import os
 
-from ..stack.load import verify
-from ..stack.manifest import read_manifest
+from ..stack.load import open_stack, verify_stack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora verify`."""
-    parser.add_argument("stack", help="folder of a stack")
+    parser.add_argument("stack", help="folder of a stack, or a repository on the Hub")
+    parser.add_argument("--revision", help="of the repository; tag task-002 is the stack after that task")
 
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError that names the first file which is missing or damaged."""
-    manifest = read_manifest(args.stack)
-    for task in manifest.tasks:
-        verify(Path(args.stack), task)
-    print(f"{args.stack}: {len(manifest.tasks)} tasks, every file is whole")
+    if os.path.isdir(args.stack):
+        manifest = verify_stack(args.stack)
+    else:
+        _, manifest, _ = open_stack(args.stack, revision=args.revision)
+    print(f"{args.stack}: {len(manifest.tasks)} tasks ({', '.join(manifest.task_names)}), every file is whole")

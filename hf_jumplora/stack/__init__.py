@@ -1,8 +1,28 @@
-"""Finished tasks on disk: the manifest, one folder a task, and loading them."""
+"""Finished tasks on disk: the manifest, one folder a task, loading them, and operating on whole stacks."""
 
-from .load import load_stack
+from .export import export_lora, export_sparse, read_sparse
+from .load import load_stack, verify_stack
 from .manifest import Manifest, read_manifest, write_manifest
+from .merge import merge_stack
+from .operations import diff, remove, reorder, subset
 from .save import save_task
+from .switch import switch_tasks
 
 
-__all__ = ["Manifest", "load_stack", "read_manifest", "save_task", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "diff",
+    "export_lora",
+    "export_sparse",
+    "load_stack",
+    "merge_stack",
+    "read_manifest",
+    "read_sparse",
+    "remove",
+    "reorder",
+    "save_task",
+    "subset",
+    "switch_tasks",
+    "verify_stack",
+    "write_manifest",
+]

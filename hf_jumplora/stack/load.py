@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from ..tuner import JumpLoraConfig, named_layers
-from .manifest import Manifest, check_base, file_sha256, read_manifest, stack_support_sha256
+from .manifest import MANIFEST, Manifest, check_base, file_sha256, read_manifest, stack_support_sha256
+from .save import STRATEGIES
 
 
 def load_stack(
@@ -26,7 +32,8 @@ def load_stack(
     """Load the tasks of a stack onto their base model.
 
     Args:
-        path: a folder or a Hub repository that holds `stack.json`.
+        path: a folder or a Hub repository that holds `stack.json`. Of a repository only the files of the chosen tasks
+            are downloaded; once they are in the cache, loading works offline.
         base_model: the base as a model, a folder or a Hub id; None takes the one named in the manifest.
         tasks: names, or a slice of the task list; None takes all. Each task's update is additive: leaving one out
             removes exactly its update.
@@ -42,17 +49,7 @@ def load_stack(
         FileNotFoundError: no stack there. ValueError: an unknown task, a damaged file or another base model; the
         message names the file or layer, what was expected and what was found.
     """
-    if os.path.isdir(path):
-        folder = Path(path)
-    else:
-        try:
-            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=["stack.json", "task_*/*"]))
-        except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-            raise FileNotFoundError(f"{path} is no folder, and no repository that can be reached ({error})") from error
-    manifest = read_manifest(folder)
-    chosen = _choose(manifest, tasks, folder)
-    for task in chosen:
-        verify(folder, task)
+    folder, manifest, chosen = open_stack(path, tasks, revision)
     if base_model is None:
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
@@ -73,7 +70,39 @@ def load_stack(
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, str(folder))
     model = attach(base_model, folder, chosen)
+    model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
     return model.merge_and_unload() if merge else model
+
+
+def open_stack(
+    path: str | os.PathLike, tasks: list[str] | slice | None = None, revision: str | None = None
+) -> tuple[Path, Manifest, list[dict[str, Any]]]:
+    """(folder, manifest, entries of the chosen tasks) of a folder or a Hub repository, verified.
+
+    Of a repository, stack.json and the files that loading needs of the chosen tasks are downloaded, all of one commit.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: as [`load_stack`].
+    """
+    if os.path.isdir(path):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
+        folder = Path(path)
+    else:
+        try:
+            folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision)).parent
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            at = f" at revision {revision!r}" if revision else ""
+            raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({error})") from error
+    manifest = read_manifest(folder)
+    chosen = _choose(manifest, tasks, folder)
+    on_hub = not os.path.isdir(path)
+    if on_hub:  # the folder's name in the cache is the commit: the tag may move meanwhile
+        needed = [f"{task['folder']}/{name}" for task in chosen for name in task["files"] if name != STRATEGIES]
+        snapshot_download(str(path), revision=folder.name, allow_patterns=needed)
+    for task in chosen:
+        verify(folder, task, skip=(STRATEGIES,) if on_hub else ())
+    return folder, manifest, chosen
 
 
 def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate: bool = False) -> PeftModel:
@@ -146,12 +175,32 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
     return chosen
 
 
-def verify(folder: Path, task: dict[str, Any]) -> None:
+def verify(folder: Path, task: dict[str, Any], skip: tuple[str, ...] = ()) -> None:
     """Raise ValueError, naming the file, unless every file of a task is there and has the sha256 of the manifest."""
     for name, expected in task["files"].items():
-        path = folder / task["folder"] / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; stack.json lists it")
-        found = file_sha256(path)
-        if found != expected:
-            raise ValueError(f"{path} is damaged: its sha256 is {found}, stack.json says {expected}")
+        if name not in skip:
+            path = folder / task["folder"] / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; stack.json lists it")
+            _check_sha256(path, expected)
+
+
+def verify_stack(folder: str | os.PathLike) -> Manifest:
+    """Check every file of a stack in a folder: stack.json, the tasks', and those beside stack.json that are there.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: a file is missing or damaged; the message names it.
+    """
+    manifest = read_manifest(folder)
+    for task in manifest.tasks:
+        verify(Path(folder), task)
+    for name, expected in manifest.files.items():
+        if (Path(folder) / name).is_file():
+            _check_sha256(Path(folder) / name, expected)
+    return manifest
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    found = file_sha256(path)
+    if found != expected:
+        raise ValueError(f"{path} is damaged: its sha256 is {found}, stack.json says {expected}")

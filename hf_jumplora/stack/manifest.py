@@ -14,9 +14,11 @@ from torch import nn
 from ..tuner import named_layers
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
 MANIFEST = "stack.json"
 FOLDER = re.compile(r"task_\d{3,}")
+TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "run.json")
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 _NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 
 
@@ -29,6 +31,9 @@ class Manifest:
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
     is a model of its own for its task (perlora): one is loaded, by name.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}.
+    files: {file: sha256} of the files beside stack.json; loading does not need them, `verify_stack` checks them.
+
+    In the file, a last key `sha256` is the hash of the file's bytes up to its own value: no byte can change unseen.
     """
 
     base_model: dict[str, Any]
@@ -36,6 +41,7 @@ class Manifest:
     additive: bool
     tasks: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     separate: bool = False
 
@@ -55,12 +61,19 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} holds no adapter stack")
     try:
-        data = json.loads(path.read_text())
-        if data["format_version"] != FORMAT_VERSION:
+        content = path.read_bytes()
+        data = json.loads(content)
+        if data["format_version"] not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"{path} has format version {data['format_version']}, this hf_jumplora reads {FORMAT_VERSION}"
+                f"{path} has format version {data['format_version']}, this hf_jumplora reads up to {FORMAT_VERSION}"
             )
+        if data["format_version"] > 1:
+            found, expected = _seal(content), data.pop("sha256")
+            if found != expected:
+                raise ValueError(f"{path} is damaged: its sha256 is {found}, it says itself {expected}")
         manifest = Manifest(**data)
+        if any("/" in name or "\\" in name or ".." in name for name in manifest.files):
+            raise ValueError(f"{path} names files that are not of this folder: {sorted(manifest.files)}")
         base = manifest.base_model
         if not {"name_or_path", "revision", "architecture"} <= set(base) or not isinstance(base["layers"], dict):
             raise ValueError(f"{path}: the description of the base model is not complete")
@@ -78,9 +91,19 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     return manifest
 
 
+def _seal(content: bytes) -> str | None:
+    """The sha256 that stack.json of these bytes must end with; None when it does not end as it should."""
+    end = _SEAL.search(content)
+    return hashlib.sha256(content[: end.start(1)]).hexdigest() if end else None
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -100,8 +123,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
-    """Write stack.json: the moment at which a task belongs to the stack."""
-    write_json(Path(folder) / MANIFEST, asdict(manifest))
+    """Write stack.json: the moment at which a task belongs to the stack. The files beside it are hashed as they are."""
+    folder = Path(folder)
+    manifest.format_version = FORMAT_VERSION
+    manifest.files = {name: file_sha256(folder / name) for name in TOP_FILES if (folder / name).is_file()}
+    text = json.dumps({**asdict(manifest), "sha256": "0" * 64}, indent=2)
+    head, tail = text[: -64 - 3], text[-3:] + "\n"  # the zeros' place
+    write_atomic(folder / MANIFEST, f"{head}{hashlib.sha256(head.encode()).hexdigest()}{tail}")
 
 
 def layer_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -123,13 +151,30 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def weight_probe(base: nn.Module, adapted) -> list[float]:
-    """Sixteen values of the first weight that no adapter touches: they tell two bases of the same shape apart."""
+def untouched_weight(base: nn.Module, adapted) -> str | None:
+    """Name of the first weight that no adapter touches."""
     for name, weight in base.named_parameters():
         if weight.dim() > 1 and weight.is_floating_point() and not any(name.startswith(f"{a}.") for a in adapted):
-            values = weight.detach().flatten()
-            return values[:: max(1, values.numel() // 16)][:16].tolist()
-    return []
+            return name
+    return None
+
+
+def probe_values(weight: torch.Tensor) -> list[float]:
+    """Sixteen values of a weight."""
+    values = weight.detach().flatten()
+    return values[:: max(1, values.numel() // 16)][:16].tolist()
+
+
+def weight_probe(base: nn.Module, adapted) -> list[float]:
+    """Sixteen values of the first weight that no adapter touches: they tell two bases of the same shape apart."""
+    name = untouched_weight(base, adapted)
+    return probe_values(base.get_parameter(name)) if name else []
+
+
+def probe_differs(expected: list[float], found: list[float]) -> bool:
+    """Whether two probes are of different models; the same base in bf16 is the same base."""
+    near = 1e-2 * max(map(abs, expected), default=0)
+    return any(abs(a - b) > near for a, b in zip(expected, found, strict=False))
 
 
 def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
@@ -142,15 +187,18 @@ def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
         raise ValueError(
             f"{where} was trained on revision {expected['revision']} of {expected['name_or_path']}; this is {revision}"
         )
+    check_shapes(manifest, base, where)
+    if probe_differs(expected.get("probe", []), weight_probe(base, expected["layers"])):
+        raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
+
+
+def check_shapes(manifest: Manifest, base: nn.Module, where: str) -> None:
+    """Raise ValueError, naming the layer, unless the adapted layers are there and have the shapes of the manifest."""
     modules = dict(base.named_modules())
-    for name, shape in expected["layers"].items():
+    for name, shape in manifest.base_model["layers"].items():
         found = _features(modules[name]) if name in modules else None
         if found != shape:
             raise ValueError(f"{where}: layer {name} should be [out, in] = {shape}, this base model has {found}")
-    probe = expected.get("probe", [])
-    near = 1e-2 * max(map(abs, probe), default=0)  # a base in bf16 is the same base
-    if any(abs(a - b) > near for a, b in zip(probe, weight_probe(base, expected["layers"]), strict=False)):
-        raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
 
 
 def _features(module: nn.Module) -> list[int | None]:

@@ -328,7 +328,6 @@ class ContinualRun:
         entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
         self.manifest.tasks.append(entry)
         self._write_metrics()
-        write_manifest(self.output_dir, self.manifest)
 
     def _write_metrics(self) -> dict[str, Any]:
         continual = self.method.mode != "joint"
@@ -340,4 +339,6 @@ class ContinualRun:
             if self.manifest is not None:
                 write_atomic(self.output_dir / "README.md", stack_card(self.manifest, result))
             write_report(self.output_dir, result)
+            if self.manifest is not None:
+                write_manifest(self.output_dir, self.manifest)
         return result

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import hashlib
 import json
 import os
 import random
@@ -40,10 +41,13 @@ def base(toy_base):
 
 
 def edit(stack, change):
+    """Change stack.json and give it the sha256 that it should then have: a manifest somebody has made so."""
     path = stack / "stack.json"
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    data.pop("sha256")
+    head = json.dumps(data, indent=2)[:-2] + ',\n  "sha256": "'
+    path.write_text(f'{head}{hashlib.sha256(head.encode()).hexdigest()}"\n}}\n')
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -170,22 +174,30 @@ def test_every_flipped_bit_of_a_task_is_refused(stack):
     load_stack(stack)
 
 
-def test_flipped_bits_of_the_manifest(stack, toy_base):
-    """It has no checksum of its own: a flip is refused with the stack's name, or changes nothing of the model."""
-    path, rng, refused = stack / "stack.json", random.Random(0), []
-    good, expected = path.read_bytes(), logits(load_stack(stack))
-    for position in rng.sample(range(len(good)), 150):
+@pytest.mark.parametrize("damage", ["flip", "byte", "cut"])
+def test_damaged_manifest(damage, stack):
+    """Every byte of stack.json is under its own sha256, white space and the sha256 itself too."""
+    path, rng = stack / "stack.json", random.Random(0)
+    good = path.read_bytes()
+    end = range(len(good) - 90, len(good))  # the key `sha256`, its value, what closes the object
+    for position in [*rng.sample(range(len(good)), 150), *end]:
         bad = bytearray(good)
-        bad[position] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad)
-        try:
-            model = load_stack(stack, toy.load_base(toy_base))
-        except ValueError as error:
-            refused.append(str(error))
+        if damage == "cut":
+            bad = bad[:position]
         else:
-            assert torch.equal(logits(model), expected)
-    assert len(refused) > 75
-    assert all(str(stack) in message for message in refused)
+            bad[position] ^= 1 << rng.randrange(8) if damage == "flip" else rng.randrange(1, 256)
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"stack\.json"):
+            load_stack(stack)
+
+
+def test_manifest_of_format_1(stack):
+    """It has no sha256 of its own and no list of the files beside it."""
+    path, expected = stack / "stack.json", logits(load_stack(stack))
+    data = json.loads(path.read_text())
+    old = {key: value for key, value in data.items() if key not in ("sha256", "files")}
+    path.write_text(json.dumps({**old, "format_version": 1}))
+    assert torch.equal(logits(load_stack(stack)), expected)
 
 
 def test_support_of_another_task(stack):
@@ -299,7 +311,7 @@ def unlisted(data):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda data: data.update(format_version=2),
+        lambda data: data.update(format_version=3),
         lambda data: data.update(more=1),
         lambda data: data.pop("additive"),
         lambda data: data.update(tasks="task_000"),

@@ -1,0 +1,33 @@
+"""Say what differs between two stacks: base, method, tasks, and how far apart tasks of the same name are."""
+
+import argparse
+
+from ..stack.operations import diff
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-jumplora diff`."""
+    parser.add_argument("first", help="folder of a stack, or a repository on the Hub")
+    parser.add_argument("second", help="another one")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the differences, a line each."""
+    result = diff(args.first, args.second)
+    first, second = result["method"]
+    lines = ["base model: another one"] if result["base"] else []
+    if first != second:
+        lines.append(f"method: {first} / {second}")
+    lines += [f"only in {args.first}: {name}" for name in result["only_first"]]
+    lines += [f"only in {args.second}: {name}" for name in result["only_second"]]
+    if result["order"]:
+        lines.append("order: another one")
+    for name, row in result["tasks"].items():
+        if row["same"]:
+            continue
+        if row["kept"] is None:
+            lines.append(f"{name}: adapts other layers")
+        else:
+            change = "-" if row["update"] is None else f"{row['update']:.3g}"
+            lines.append(f"{name}: update differs by {change} of its norm, supports agree in {row['kept']:.1%}")
+    print("\n".join(lines) or "no difference in what they compute")

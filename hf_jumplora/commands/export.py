@@ -1,0 +1,83 @@
+"""Export a stack for servers that do not know this package.
+
+--format lora: the sum of the tasks' masked updates as a plain LoRA adapter of best rank k (randomised SVD). Something
+is lost: the retained energy is printed for each layer, and with --stream the change of accuracy on it.
+--format sparse: the values of the sum and their columns, row by row, in one safetensors file.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..stack.export import export_lora, export_sparse
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-jumplora export`."""
+    parser.add_argument("stack", help="folder of a stack, or a repository on the Hub")
+    parser.add_argument("--revision", help="of the repository; tag task-002 is the stack after that task")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the tasks; default: all")
+    parser.add_argument("--out", required=True, help="an empty folder, or one to be made")
+    parser.add_argument("--format", choices=("lora", "sparse"), required=True)
+    parser.add_argument("--rank", type=int, help="lora: rank of every layer")
+    parser.add_argument("--energy", type=float, help="lora: fraction of each layer's ||update||^2 to keep, e.g. 0.99")
+    parser.add_argument("--min-energy", type=float, default=0.9, help="lora: refuse to keep less in all (default 0.9)")
+    parser.add_argument("--force", action="store_true", help="lora: write it all the same")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="sparse: of the values")
+    parser.add_argument("--stream", help="lora: stream file; its eval sets tell what the export costs")
+    parser.add_argument("--data_dir", help="lora: folder with the stream's data")
+    parser.add_argument("--max_eval", type=int, help="lora: at most so many eval rows a task")
+    parser.add_argument("--base_model", help="lora with --stream: folder or Hub id of the base")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and print what it costs.
+
+    Raises:
+        ValueError: options of the other format, or as `export_lora` and `export_sparse`.
+    """
+    if args.format == "sparse":
+        given = [
+            name for name in ("rank", "energy", "stream", "data_dir", "base_model") if getattr(args, name) is not None
+        ]
+        if given or args.force:
+            raise ValueError(f"--{(given or ['force'])[0]} has no meaning for --format sparse")
+        sizes = export_sparse(args.stack, args.out, args.tasks, args.revision, DTYPES[args.dtype])
+        print(
+            f"{args.out}/sparse.safetensors: {int(sizes['kept']):,} values, {int(sizes['bytes']):,} bytes, "
+            f"{sizes['bytes_per_nonzero']:.2f} bytes a value"
+        )
+        return
+    rows = export_lora(
+        args.stack, args.out, args.rank, args.energy, args.tasks, args.revision, args.min_energy, args.force
+    )
+    for layer, (rank, energy) in rows.items():
+        print(f"{layer:<50} rank {rank:>4}  retained energy {energy:.4%}")
+    if args.stream:
+        for name, before, after in _scores(args):
+            print(f"{name:<24} accuracy {100 * before:.2f} % with the stack, {100 * after:.2f} % with the LoRA export")
+    print(f"{args.out}: a LoRA adapter for stock PEFT")
+
+
+def _scores(args: argparse.Namespace) -> list[tuple[str, float, float]]:
+    """(task, accuracy of the stack, accuracy of the export) for each task of the stream."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from ..stack.load import load_stack
+    from ..trainer.evaluation import evaluate_task
+    from ..trainer.tasks import Encoder, load_tasks
+
+    tasks = load_tasks(args.stream, args.data_dir, max_train=1, max_eval=args.max_eval)
+    model: Any = load_stack(args.stack, args.base_model, args.tasks, args.revision, merge=True)
+    source = model.config.name_or_path
+    encoder = Encoder(AutoTokenizer.from_pretrained(source), 512, model.config.is_encoder_decoder)
+    text = [task for task in tasks if task.eval_dataset is not None]
+    before = [evaluate_task(model, encoder, task, "score", 8) for task in text]
+    lora = PeftModel.from_pretrained(type(model).from_pretrained(source), args.out).eval()
+    after = [evaluate_task(lora, encoder, task, "score", 8) for task in text]
+    return [(task.name, a, b) for task, a, b in zip(text, before, after, strict=True)]

@@ -1,0 +1,34 @@
+"""Write a stack without some tasks.
+
+Exact for the sum: the result is bit for bit the stack to which their updates were never added. It is not the stack
+that would have been trained without them: later tasks were trained on top of them and keep what they learned there.
+Under isolation="hard" the entries of a removed task are given back unchanged and no other task has used them.
+"""
+
+import argparse
+
+from ..stack.load import open_stack
+from ..stack.operations import remove
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-jumplora remove`."""
+    parser.add_argument("stack", help="folder of a stack, or a repository on the Hub")
+    parser.add_argument("--revision", help="of the repository; tag task-002 is the stack after that task")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", required=True, help="tasks to take out")
+    parser.add_argument("--out", required=True, help="an empty folder, or one to be made")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the rest, and say what has been taken out and what has not."""
+    _, manifest, gone = open_stack(args.stack, args.tasks, args.revision)
+    rest = remove(args.stack, args.tasks, args.out, args.revision)
+    names = [task["name"] for task in gone]
+    print(f"{args.out}: {', '.join(rest.task_names)}; bit for bit as if {', '.join(names)} had never been added")
+    first = manifest.task_names.index(names[0])
+    later = [name for name in manifest.task_names[first + 1 :] if name not in names]
+    if later:
+        print(
+            f"Not undone: {', '.join(later)} were trained with {names[0]} in place. Their updates are as they were, "
+            "and may depend on it; to be free of it altogether, train them again."
+        )

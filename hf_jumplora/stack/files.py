@@ -1,0 +1,103 @@
+"""Reading finished tasks from disk: a layer at a time, and without their base model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+from ..ops.sparse import decode_support, support_sha256
+from ..tuner import JumpLoraConfig
+from .load import verify
+from .manifest import Manifest
+
+
+_PREFIX = "base_model.model."
+
+
+class TaskFile:
+    """One finished task of a stack in a folder, verified. A layer's tensors are read when they are asked for.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path, entry: dict[str, Any], manifest: Manifest):
+        verify(folder, entry)
+        self.name, self.folder = entry["name"], entry["folder"]
+        self.path = folder / self.folder / "adapter_model.safetensors"
+        self.config: Any = JumpLoraConfig.from_pretrained(str(folder / self.folder))
+        self._file = safe_open(self.path, "pt")
+        keys = set(self._file.keys())
+        self.shapes = {n: s for n, s in manifest.base_model["layers"].items() if f"{_PREFIX}{n}.jumplora_A" in keys}
+        if not self.shapes:
+            raise ValueError(f"{self.path} holds none of the layers that stack.json names")
+        # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
+        self.others = sorted(key for key in keys if ".jumplora_" not in key)
+
+    def _tensor(self, layer: str, name: str) -> torch.Tensor:
+        return self._file.get_tensor(f"{_PREFIX}{layer}.jumplora_{name}")
+
+    def code(self, layer: str) -> torch.Tensor | None:
+        """The coded support, uint8 [bytes], checked against its sha256; None for a task without a gate."""
+        if not self.config.gate:
+            return None
+        code = self._tensor(layer, "support")
+        found, expected = support_sha256(code), self.config.support[layer][1]
+        if found != expected:
+            raise ValueError(f"{self.path}: the support of {layer} has sha256 {found}, its config says {expected}")
+        return code
+
+    def support(self, layer: str) -> torch.Tensor:
+        """Which entries the update keeps: bool [out, in]."""
+        code = self.code(layer)
+        shape = tuple(self.shapes[layer])
+        return torch.ones(shape, dtype=torch.bool) if code is None else decode_support(code, shape)
+
+    def update(self, layer: str) -> torch.Tensor:
+        """scaling * B A on the support: float32 [out, in], the same bits as the layer in memory adds."""
+        A, B = self._tensor(layer, "A"), self._tensor(layer, "B")
+        E = B @ A
+        if self.config.gate:
+            E = E * self.support(layer)
+        config, r = self.config, A.shape[0]
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
+        return E.mul_(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes: `file` on disk, `factors` A and B in float32, `support` as coded, `entropy` that a code needs at least
+        when the kept entries of a layer are independent; `kept` and `entries` count entries."""
+        total = dict.fromkeys(("factors", "support", "entropy", "kept", "entries"), 0.0)
+        for layer, (out_features, in_features) in self.shapes.items():
+            n, code = out_features * in_features, self.code(layer)
+            kept = int(self.support(layer).sum())
+            p = kept / n
+            bits = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+            total["factors"] += 4 * (self._tensor(layer, "A").numel() + self._tensor(layer, "B").numel())
+            total["support"] += 0 if code is None else code.numel()
+            total["entropy"] += n * bits / 8
+            total["kept"] += kept
+            total["entries"] += n
+        return {"file": self.path.stat().st_size, **total}
+
+
+def total_update(tasks: list[TaskFile], layer: str) -> torch.Tensor:
+    """Sum of the updates of a layer in the order of the stack: float32 [out, in]."""
+    shape = next(task.shapes[layer] for task in tasks if layer in task.shapes)
+    total = torch.zeros(shape)
+    for task in tasks:
+        if layer in task.shapes:
+            total += task.update(layer)
+    return total
+
+
+def only_updates(tasks: list[TaskFile], what: str) -> None:
+    """Raise ValueError when a task holds more than low-rank updates, which `what` cannot carry."""
+    for task in tasks:
+        if task.others:
+            raise ValueError(
+                f"{task.path} holds weights trained in full ({task.others[0]}), which {what} cannot carry; use "
+                "load_stack(..., merge=True).save_pretrained(...)"
+            )

@@ -1,0 +1,159 @@
+"""Merging a stack into a plain model folder: the base's files are copied, each adapted weight is rewritten in place."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .files import only_updates, total_update
+from .manifest import Manifest, check_shapes, probe_differs, probe_values, untouched_weight
+from .operations import new_folder, open_tasks
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OTHER_WEIGHTS = ("*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.gguf", "*.onnx", "*/*")
+
+
+class Shard:
+    """The tensors of a safetensors file, read and rewritten one at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+        try:
+            self.tensors = json.loads(header)
+            self.tensors.pop("__metadata__", None)
+        except ValueError as error:
+            raise ValueError(f"{path} is no safetensors file ({error})") from error
+        self.start = 8 + length
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its own dtype.
+
+        Raises:
+            ValueError: its dtype is no float type, or the file ends too early.
+        """
+        entry = self.tensors[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{self.path}: {name} is {entry['dtype']}; only float weights can take a merge")
+        first, last = entry["data_offsets"]
+        with self.path.open("rb") as file:
+            file.seek(self.start + first)
+            content = bytearray(file.read(last - first))
+        if len(content) != last - first:
+            raise ValueError(f"{self.path} ends too early: {name} is not whole")
+        return torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Replace a tensor by one of the same dtype and shape."""
+        with self.path.open("r+b") as file:
+            file.seek(self.start + self.tensors[name]["data_offsets"][0])
+            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def merge_stack(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    base_model: str | os.PathLike | None = None,
+    tasks: list[str] | slice | None = None,
+    revision: str | None = None,
+) -> int:
+    """Write the base model with the updates in its weights as a plain model folder; returns how many were changed.
+
+    The base's shards are copied and each adapted weight is rewritten in the copy, round(W + float32 sum of the
+    updates), the bits of `load_stack(merge=True)` in the base's own dtype. Memory: a few copies of one layer.
+
+    Args:
+        path: a folder or a Hub repository with a stack. out: an empty folder, or one to be made.
+        base_model: folder or Hub id; None takes the one named in the manifest. tasks, revision: as `load_stack`.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: as `load_stack`; the base has no safetensors files; a weight is
+        not found under its name; or a task holds modules trained in full.
+    """
+    _, manifest, chosen = open_tasks(path, tasks, revision)
+    only_updates(chosen, "a merge on disk")
+    source = _base_folder(manifest, base_model, str(path))
+    skeleton = _skeleton(manifest, source, str(path))
+    shards = [Shard(file) for file in sorted(source.glob("*.safetensors"))]
+    if not shards:
+        raise ValueError(f"{source} has no .safetensors files; save the base with save_pretrained() first")
+    modules = dict(skeleton.named_modules())
+    where = {layer: _find(shards, f"{layer}.weight", source) for task in chosen for layer in task.shapes}
+    _check_probe(manifest, skeleton, shards, source, str(path))
+    with new_folder(out) as temporary:
+        for file in source.iterdir():  # not copied: files in folders, and weights in other formats
+            if file.is_file() and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS[:-1]):
+                shutil.copyfile(file, temporary / file.name)
+        copies = {shard.path: Shard(temporary / shard.path.name) for shard in shards}
+        for layer, (shard, name) in where.items():
+            weight = shard.read(name)
+            delta = total_update(chosen, layer)
+            delta = delta.T if isinstance(modules[layer], Conv1D) else delta
+            touched = delta != 0
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight[touched] = (weight[touched].to(wide) + delta[touched]).to(weight.dtype)
+            copies[shard.path].write(name, weight)
+    return len(where)
+
+
+def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where: str) -> Path:
+    given = base_model is not None
+    name = str(base_model) if given else manifest.base_model["name_or_path"]
+    if os.path.isdir(name):
+        return Path(name)
+    revision = None if given else manifest.base_model["revision"]
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_OTHER_WEIGHTS)))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{where}: its base model {name} cannot be loaded; pass base_model= ({error})") from error
+
+
+def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
+    """The base without memory, after its architecture and shapes have been compared with the manifest's."""
+    expected = manifest.base_model["architecture"]
+    architecture: Any = getattr(transformers, expected, None)
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise ValueError(f"{where}: the base {expected} is no class of transformers; use load_stack(merge=True)")
+    config = transformers.AutoConfig.from_pretrained(source)
+    if expected not in (config.architectures or []):
+        raise ValueError(f"{where} was trained on a {expected}; {source} is a {', '.join(config.architectures or [])}")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{source} is quantised: merging would quantise the updates away; use the base in bf16")
+    with torch.device("meta"):
+        model = architecture(config)
+    check_shapes(manifest, model, where)
+    return model
+
+
+def _find(shards: list[Shard], name: str, source: Path) -> tuple[Shard, str]:
+    """The shard that holds a weight, and the weight's name there: the model's own, or without the model's prefix."""
+    for wanted in (name, name.split(".", 1)[-1]):
+        for shard in shards:
+            if wanted in shard.tensors:
+                return shard, wanted
+    raise ValueError(
+        f"{source} has no weight {name}: its files name it differently from the model. Use "
+        "load_stack(..., merge=True).save_pretrained(...)"
+    )
+
+
+def _check_probe(manifest: Manifest, skeleton: nn.Module, shards: list[Shard], source: Path, where: str) -> None:
+    name = untouched_weight(skeleton, manifest.base_model["layers"])
+    if name is None:
+        return
+    shard, key = _find(shards, name, source)
+    if probe_differs(manifest.base_model.get("probe", []), probe_values(shard.read(key))):
+        raise ValueError(f"{where} was trained on {manifest.base_model['name_or_path']}; {source} has other weights")

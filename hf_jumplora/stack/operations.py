@@ -1,0 +1,204 @@
+"""Operations on stacks in folders: overlaps, parts of a stack, another order, differences between two."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ops.sparse import pack_bits, unpack_bits
+from .files import TaskFile
+from .load import open_stack
+from .manifest import Manifest, file_sha256, library_versions, write_atomic, write_json, write_manifest
+from .save import STRATEGIES
+
+
+_CHUNK = 1 << 20  # counts of so many entries are exact in float32
+
+
+def open_tasks(
+    path: str | os.PathLike, tasks: list[str] | slice | None = None, revision: str | None = None
+) -> tuple[Path, Manifest, list[TaskFile]]:
+    """(folder, manifest, chosen tasks) of a folder or a Hub repository.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_stack`.
+    """
+    folder, manifest, chosen = open_stack(path, tasks, revision)
+    return folder, manifest, [TaskFile(folder, entry, manifest) for entry in chosen]
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder.
+    """
+    target = Path(out).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; nothing was written")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def shared_entries(tasks: list[TaskFile]) -> tuple[torch.Tensor, int]:
+    """(int64 [tasks, tasks]: |Si & Sj|, with |Si| on the diagonal; the number of entries of all layers)."""
+    shared, entries = torch.zeros(len(tasks), len(tasks), dtype=torch.long), 0
+    shapes = {layer: shape for task in tasks for layer, shape in task.shapes.items()}
+    for layer, (out_features, in_features) in shapes.items():
+        n = out_features * in_features
+        empty = torch.zeros((n + 7) // 8, dtype=torch.uint8)
+        packed = [pack_bits(task.support(layer)) if layer in task.shapes else empty for task in tasks]
+        for start in range(0, n, _CHUNK):
+            rows = torch.stack([unpack_bits(bits, start, min(start + _CHUNK, n)) for bits in packed]).float()
+            shared += (rows @ rows.T).long()
+        entries += n
+    return shared, entries
+
+
+def subset(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, revision: str | None = None) -> Manifest:
+    """Write a stack of some of the tasks, in the order they have.
+
+    Weights and supports are copied byte for byte. Folders get new numbers, and parents that are gone are taken out of
+    the others' configs. What belongs to the whole stack is left out: metrics.json, and what a strategy remembers.
+
+    Raises:
+        ValueError: an unknown task, a stack whose tasks are not additive, or `out` is not empty.
+    """
+    folder, manifest, chosen = open_tasks(path, tasks, revision)
+    return _write_stack(folder, manifest, [task.folder for task in chosen], out)
+
+
+def remove(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, revision: str | None = None) -> Manifest:
+    """Write a stack without some tasks; the rest as in [`subset`].
+
+    Raises:
+        ValueError: as [`subset`]; or no task would be left.
+    """
+    _, manifest, gone = open_stack(path, tasks, revision)
+    names = {task["name"] for task in gone}
+    return subset(path, [name for name in manifest.task_names if name not in names], out, revision)
+
+
+def reorder(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, revision: str | None = None) -> Manifest:
+    """Write a stack with all its tasks in another order.
+
+    Only for tasks whose supports have no entry in common (isolation="hard" makes such): then every entry gets at most
+    one update and any order gives the same bits. Elsewhere the float32 sum depends on the order.
+
+    Raises:
+        ValueError: two tasks have entries in common, or `tasks` is not the same set of tasks.
+    """
+    folder, manifest, chosen = open_tasks(path, None, revision)
+    if sorted(tasks) != sorted(manifest.task_names):
+        raise ValueError(f"reorder needs each task once: {', '.join(manifest.task_names)}; got {', '.join(tasks)}")
+    shared, _ = shared_entries(chosen)
+    for i, task in enumerate(chosen):
+        for j in range(i):
+            if shared[i, j]:
+                raise ValueError(
+                    f"{task.name!r} and {chosen[j].name!r} both change {int(shared[i, j])} entries: their order "
+                    "matters (the sum is rounded, and the later one was trained on top of the earlier), so it is kept"
+                )
+    by_name = {task.name: task.folder for task in chosen}
+    return _write_stack(folder, manifest, [by_name[name] for name in tasks], out)
+
+
+def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str | os.PathLike) -> Manifest:
+    """Copy these task folders, in this order, as a stack of their own."""
+    entries = {task["folder"]: task for task in manifest.tasks}
+    old = [task["folder"] for task in manifest.tasks]
+    result = Manifest(manifest.base_model, manifest.method, manifest.additive, versions=library_versions())
+    infos = {name: json.loads((source / name / "task.json").read_text()) for name in folders}
+
+    def pair(name: str, other: str, key: str) -> float:
+        later, earlier = sorted((name, other), key=old.index, reverse=True)
+        return infos[later][key][old.index(earlier)]
+
+    with new_folder(out) as temporary:
+        for number, name in enumerate(folders):
+            new = f"task_{number:03d}"
+            target = temporary / new
+            target.mkdir()
+            info = {**infos[name], "folder": new, "index": number}
+            for key in {"collision", "overlap"} & set(info):
+                info[key] = [pair(name, other, key) for other in folders[:number]]
+            config = json.loads((source / name / "adapter_config.json").read_text())
+            config["parent_adapters"] = [f"task_{k:03d}" for k in range(number)]
+            for file in entries[name]["files"]:
+                if file not in ("adapter_config.json", "task.json", "README.md", STRATEGIES):
+                    shutil.copyfile(source / name / file, target / file)
+            write_json(target / "adapter_config.json", config)
+            write_json(target / "task.json", info)
+            write_atomic(target / "README.md", (source / name / "README.md").read_text().replace(name, new))
+            files = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
+            result.tasks.append({**entries[name], "folder": new, "files": files})
+        write_atomic(temporary / "README.md", _readme(manifest, result))
+        write_manifest(temporary, result)
+    return result
+
+
+def _readme(whole: Manifest, part: Manifest) -> str:
+    order = ", ".join(part.task_names)
+    return (
+        "---\nlibrary_name: peft\ntags:\n- continual-learning\n- jumplora\n---\n\n# Adapter stack\n\n"
+        f"Tasks: {order}. Made from a stack ({whole.method}) of: {', '.join(whole.task_names)}. The updates are those "
+        "of that stack, byte for byte; its scores do not hold for this one and are left out.\n\n```python\n"
+        "import hf_jumplora\n\nmodel = hf_jumplora.load_stack(path)\n```\n"
+    )
+
+
+def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
+    """What differs between two stacks.
+
+    Returns {"base": bool, "method": [a, b], "only_first": [...], "only_second": [...], "tasks": {name: row}}; a row
+    has `same` (equal bytes of weights and supports), and for others `update`: ||Ua - Ub|| / ||Ua|| over all layers,
+    and `kept`: |Sa & Sb| / |Sa or Sb|.
+    """
+    (_, a, tasks_a), (_, b, tasks_b) = open_tasks(first), open_tasks(second)
+    of_b = {task.name: task for task in tasks_b}
+    names_a, names_b = {task.name for task in tasks_a}, set(of_b)
+    keys = ("architecture", "layers", "probe")
+    rows = {task.name: _compare(task, of_b[task.name]) for task in tasks_a if task.name in of_b}
+    return {
+        "base": any(a.base_model.get(key) != b.base_model.get(key) for key in keys),
+        "method": [a.method, b.method],
+        "only_first": [name for name in a.task_names if name in names_a - names_b],
+        "only_second": [name for name in b.task_names if name in names_b - names_a],
+        "order": [name for name in a.task_names if name in rows] != [name for name in b.task_names if name in rows],
+        "tasks": rows,
+    }
+
+
+def _compare(a: TaskFile, b: TaskFile) -> dict[str, Any]:
+    if file_sha256(a.path) == file_sha256(b.path):
+        return {"same": True, "update": 0.0, "kept": 1.0}
+    if a.shapes != b.shapes:
+        return {"same": False, "update": None, "kept": None}
+    change, size, both, either = 0.0, 0.0, 0, 0
+    for layer in a.shapes:
+        update = a.update(layer)
+        change += float((update - b.update(layer)).double().square().sum())
+        size += float(update.double().square().sum())
+        in_a, in_b = a.support(layer), b.support(layer)
+        both += int((in_a & in_b).sum())
+        either += int((in_a | in_b).sum())
+    return {"same": False, "update": (change / size) ** 0.5 if size else None, "kept": both / either if either else 1.0}
