@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from . import __version__
+import hf_jumplora
 
 
 # command -> its line in --help; the module of the chosen one alone is imported
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 after an error, which is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="hf-jumplora", description="Operate on stacks of JumpLoRA adapters.")
-    parser.add_argument("--version", action="version", version=f"hf-jumplora {__version__}")
+    parser.add_argument("--version", action="version", version=f"hf-jumplora {hf_jumplora.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, line in COMMANDS.items():
         command = commands.add_parser(name, help=line)
