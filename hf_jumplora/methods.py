@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .strategies import Ella, Gorp, KFac, Migu, NullSpace, Slao, Strategy
+from .strategies import L2, Drift, Ella, Ewc, Gorp, KFac, Lwf, Migu, NLora, NullSpace, OLora, Replay, Slao, Strategy
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ METHODS: dict[str, Method] = {
     "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP, its LoRA part (arXiv 2507.02503)"),
     "nullspace": Method("incremental", {"gate": False}, (NullSpace,), paper="Brainstacks (arXiv 2604.01152)"),
     "slao": Method("sequential", {"gate": False}, (Slao,), paper="SLAO (arXiv 2512.23017)"),
+    "olora": Method("incremental", {"gate": False}, (OLora,), paper="O-LoRA (arXiv 2310.14152)"),
+    "nlora": Method("incremental", {"gate": False}, (NLora,), paper="N-LoRA (arXiv 2410.10179)"),
+    "l2": Method("sequential", {"gate": False}, (L2,), paper="baseline: distance to the adapter before"),
+    "ewc": Method("sequential", {"gate": False}, (Ewc,), paper="EWC (arXiv 1612.00796), online (arXiv 1805.06370)"),
+    "lwf": Method("incremental", {"gate": False}, (Lwf,), paper="LwF (arXiv 1606.09282)"),
+    "replay": Method("sequential", {"gate": False}, (Replay,), paper="baseline (arXiv 2310.14152, table 1)"),
+    "drift": Method("incremental", {"gate": False}, (Drift,), paper="kfac without its output factor (ours)"),
     "kfac": Method("incremental", {"gate": False}, (KFac,), paper="Kronecker-factored Laplace (arXiv 1805.07810)"),
     "jumplora-kfac": Method("incremental", {"gate": True}, (KFac,), paper="arXiv 1805.07810 + JumpLoRA"),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),

@@ -1,12 +1,34 @@
 """What a continual-learning method adds to the loss and remembers between tasks. One file a method."""
 
 from .base import Strategy
+from .drift import Drift
 from .ella import Ella
+from .ewc import Ewc
 from .gorp import Gorp
 from .kfac import KFac
+from .l2 import L2
+from .lwf import Lwf
 from .migu import Migu
+from .nlora import NLora
 from .nullspace import NullSpace
+from .olora import OLora
+from .replay import Replay
 from .slao import Slao
 
 
-__all__ = ["Ella", "Gorp", "KFac", "Migu", "NullSpace", "Slao", "Strategy"]
+__all__ = [
+    "L2",
+    "Drift",
+    "Ella",
+    "Ewc",
+    "Gorp",
+    "KFac",
+    "Lwf",
+    "Migu",
+    "NLora",
+    "NullSpace",
+    "OLora",
+    "Replay",
+    "Slao",
+    "Strategy",
+]

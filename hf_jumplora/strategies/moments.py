@@ -97,7 +97,7 @@ def _moments(model, adapter, examples, size, generator):
         for name, layer in named_layers(model, adapter)
     ]
     try:
-        with _evaluation(model), torch.set_grad_enabled(generator is not None):
+        with evaluation(model), torch.set_grad_enabled(generator is not None):
             for inputs in batches(examples, size):
                 mask = inputs.get("attention_mask")
                 logits = model(**inputs)["logits"]
@@ -126,7 +126,8 @@ def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor) ->
 
 
 @contextmanager
-def _evaluation(model: nn.Module):
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: no dropout, no gradient checkpointing."""
     training = model.training
     model.eval()
     try:

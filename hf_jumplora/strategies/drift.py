@@ -1,0 +1,60 @@
+"""Drift: keep the layers' outputs on the earlier tasks' texts as they are."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..tuner import named_layers
+from .base import Strategy
+from .moments import input_moments, layer_penalty
+
+
+@dataclass
+class Drift(Strategy):
+    """weight * sum over layers of tr(dW C dW^T) = the expected squared change of the layer's output by the new update.
+
+    C [in, in] is the second moment of the layer's inputs: mean over tokens of x x^T, over `examples` training examples
+    of each earlier task, averaged over these tasks. dW is the scaled update as it acts now (with a gate: the
+    interpolated one, whose threshold gets no gradient). No published method: kfac without its output factor. State: C
+    of each layer, whatever the number of tasks.
+    """
+
+    weight: float = 1.0
+    examples: int = 512
+    tasks: int = field(default=0, init=False, repr=False)
+    C: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"the weight of the drift penalty must not be negative, got {self.weight}")
+        if self.examples < 1:
+            raise ValueError(f"examples must be positive, got {self.examples}")
+
+    def check(self, mode, config):
+        if mode != "incremental":
+            raise ValueError(
+                "drift penalises a new task's own adapter: use it with an incremental method, such as drift"
+            )
+
+    def on_task_start(self, model, adapter, examples):
+        for name, layer in named_layers(model, adapter):
+            if name in self.C:
+                self.C[name] = self.C[name].to(layer.jumplora_A[adapter].device)
+
+    def penalty(self, model, inputs, adapter, output):
+        if not self.tasks:
+            return None
+        layers = named_layers(model, adapter)
+        return self.weight * sum(layer_penalty(layer, adapter, [(None, self.C[name])]) for name, layer in layers)
+
+    def on_task_end(self, model, adapter, examples):
+        for name, C in input_moments(model, adapter, examples(self.examples)).items():
+            self.C[name] = torch.lerp(self.C[name], C, 1 / (self.tasks + 1)) if self.tasks else C
+        self.tasks += 1
+
+    def state_dict(self):
+        return {"tasks": torch.tensor(self.tasks), **self.C}
+
+    def load_state_dict(self, state):
+        self.C = dict(state)
+        self.tasks = int(self.C.pop("tasks"))
