@@ -19,7 +19,7 @@ from .sparse import sampled_product, unpack_bits
 
 
 BLOCK_ENTRIES = 1 << 21  # entries of one row block: 8 MiB of float32 (512 rows of 4096: measured best on a CPU)
-SPARSE_SHARE = 0.1  # of the entries of a block, see `near_threshold`
+SPARSE_SHARE = 0.05  # of the entries of a block, see `near_threshold`
 _workspaces = threading.local()
 
 
@@ -223,7 +223,7 @@ def _gradients(
                 index = near_threshold(D, tau, width, free_rows) if inner == 1 else None
                 if index is not None:
                     if tokens_T is None:
-                        tokens_T = tokens.T.to(A.dtype, memory_format=torch.contiguous_format)
+                        tokens_T = tokens.to(A.dtype).T.contiguous()
                     grad_E = sampled_product(g.T.to(A.dtype), tokens_T, index)
                     grad_D, block_sum = sparse_gradient(D, index, grad_E, tau, width)
                 else:

@@ -110,7 +110,8 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
         else:
             kept = round(density * total)
         k = min(max(1, total - kept), total)
-        tau = kth_magnitude(functools.partial(update_blocks, factors), k)
+        near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
+        tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)
         if tau == 0:
             raise ValueError(
                 f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "

@@ -386,3 +386,79 @@ def test_autocast_keeps_no_copy_of_the_weight(mix):
     assert y.dtype == torch.bfloat16
     assert kept == [True]
     assert A.grad.isfinite().all()
+
+
+# ---- which way the products go -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0.0, 1.0], ids=["whole-gradient", "sampled-gradient"])
+def share(request, monkeypatch):
+    """SPARSE_SHARE at both ends: the gradient by whole products alone, and by single entries alone."""
+    monkeypatch.setattr(blocked, "SPARSE_SHARE", request.param)
+    return request.param
+
+
+@shapes("5x123x7", "1x33x17", "300x64x129")
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+@pytest.mark.parametrize("with_free", [True, False], ids=["free", "all-free"])
+def test_both_gradients_are_naive(relative_error, small_blocks, share, shape, mix, with_free):
+    compare(relative_error, case(shape, with_free=with_free), mix=mix)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 4.0])
+def test_both_gradients_whatever_the_bandwidth(relative_error, small_blocks, share, factor):
+    c = case((11, 40, 23), density=0.5)
+    expected = compare(relative_error, c, mix=1.0, bandwidth=factor * c["log_tau"].exp().item())
+    assert expected["log_tau"] != 0
+
+
+def test_few_entries_are_sampled(monkeypatch, relative_error):
+    products, sampled_product = [], blocked.sampled_product
+    monkeypatch.setattr(blocked, "sampled_product", lambda *a: products.append(len(a[2])) or sampled_product(*a))
+    compare(relative_error, case((40, 64, 50), density=0.02), mix=0.5, bandwidth=1e-3)
+    assert 0 < sum(products) < 0.1 * 64 * 50
+    products.clear()
+    compare(relative_error, case((40, 64, 50), density=0.5), mix=0.5, bandwidth=1e-3)
+    assert not products
+
+
+def test_a_threshold_that_is_not_learned_gets_no_gradient(relative_error, small_blocks, share):
+    c = case((9, 35, 26))
+    expected = run(c, "naive", torch.float64)
+    leaves = {k: c[k].clone().requires_grad_() for k in ("x", "A", "B")}
+    y = gated_linear(
+        leaves["x"], c["weight"], c["bias"], leaves["A"], leaves["B"], c["log_tau"],
+        scaling=4.0, mix=0.3, bandwidth=0.1,
+    )  # fmt: skip
+    y.backward(c["grad_y"])
+    assert all(relative_error(leaf.grad, expected[name]) <= 1e-6 for name, leaf in leaves.items())
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16-products", "float32-products"])
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("with_free", [True, False], ids=["free", "all-free"])
+def test_bf16_base_on_either_cpu(monkeypatch, relative_error, small_blocks, share, native, mix, with_free):
+    monkeypatch.setattr(blocked, "_multiplies", lambda dtype: native)
+    c = case((64, 48, 40), with_free=with_free)
+    for name in ("x", "weight", "bias", "grad_y"):
+        c[name] = c[name].bfloat16()
+    compare(relative_error, c, bounds=(8e-3, 3e-2), mix=mix)
+    if not native and mix:  # only the results are rounded
+        found, expected = run(c, "blocked", mix=mix), run(c, "naive", torch.float64, mix=mix)
+        assert all(relative_error(found[name], expected[name]) <= 3e-3 for name in ("y", "x"))
+        assert all(relative_error(found[name], expected[name]) <= 1e-5 for name in ("A", "B", "log_tau"))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16-products", "float32-products"])
+def test_updates_below_the_rounding_of_a_bf16_weight_survive(monkeypatch, relative_error, native):
+    monkeypatch.setattr(blocked, "_multiplies", lambda dtype: native)
+    c = case((32, 48, 40), with_bias=False)
+    half = c["x"][:, :24].bfloat16()
+    c["x"] = torch.cat([half, -half], 1)  # the base's product is exactly zero, what is left is the update's
+    weight = torch.ones(40, 24).uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
+    c["weight"], c["grad_y"] = torch.cat([weight, weight], 1).bfloat16(), c["grad_y"].bfloat16()
+    E = effective_update(c["A"], c["B"], c["log_tau"], mix=1.0)
+    scaling = 2**-12 / E.abs().max().item()  # W + s E, rounded to bf16, is W
+    assert torch.equal((c["weight"].float() + scaling * E).bfloat16(), c["weight"])
+    found = run(c, "blocked", mix=1.0, scaling=scaling)
+    assert relative_error(found["y"], scaling * c["x"].double() @ E.double().T) <= 1e-2

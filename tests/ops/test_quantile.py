@@ -80,3 +80,64 @@ def test_update_blocks_are_the_products(relative_error, rows):
     blocks = list(update_blocks([(A, B, None) for A, B in factors], rows))
     assert all(b.shape[0] <= rows and not b.requires_grad for b in blocks)
     assert relative_error(torch.cat(blocks), torch.cat([B @ A for A, B in factors])) <= 1e-6
+
+
+# ---- the bracket -------------------------------------------------------------------------------------------------
+
+
+def test_one_of_the_largest_is_found_in_one_more_pass():
+    values = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+    expected, passes = magnitudes([values]), []
+    for k in (200_000, 199_990, 199_000, 196_000, 185_000):
+        passes.clear()
+        found = kth_magnitude(lambda: passes.append(1) or iter(values.split(64)), k)
+        assert (found, len(passes)) == (expected[k - 1].item(), 2)
+        passes.clear()
+        near = found * 1.01
+        assert kth_magnitude(lambda: passes.append(1) or iter(values.split(64)), k, near=near) == found
+        assert len(passes) == 1
+
+
+@pytest.mark.parametrize("near", [1e-9, 0.5, 1e9, float("inf")])
+def test_a_wrong_guess_changes_nothing(near):
+    values = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    for k in (1, 45_000, 88_000, 90_000):
+        assert kth_magnitude(lambda: [values], k, near=near) == magnitudes([values])[k - 1].item()
+
+
+def test_a_sample_that_misleads_changes_nothing():
+    values = torch.rand(120_000, generator=torch.Generator().manual_seed(0))
+    values[::61] *= 1e-3  # the sampled entries are small
+    check([values], [120_000, 119_000, 110_000])
+
+
+def test_ties_at_the_bracket():
+    values = torch.cat([torch.full((100_000,), 0.5), torch.linspace(0, 1, 5_000)])
+    check([values], [105_000, 104_000, 102_000, 101_000, 100_000])
+
+
+def test_not_finite_in_a_large_block():
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        values[12_345] = value
+        with pytest.raises(ValueError, match="not finite"):
+            kth_magnitude(lambda: [values], 99_000, near=2.3)
+        with pytest.raises(ValueError, match="not finite"):
+            kth_magnitude(lambda: [values], 99_000)
+
+
+def _quantiles_of_one_rank(rank: int, store: str) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    values = torch.randn(2, 3_000, generator=torch.Generator().manual_seed(0))
+    values[1, :50] = values[0, :50]  # ties over the ranks
+    part = values[0, :1_000] if rank == 0 else torch.cat([values[0, 1_000:], values[1]])
+    everything = magnitudes([values])
+    for k in (1, 2_000, 5_900, 6_000):
+        found = kth_magnitude(lambda part=part: part.split(700), k, reduce=dist.all_reduce)
+        assert found == everything[k - 1].item(), (rank, k)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_parts_of_different_size(tmp_path):
+    torch.multiprocessing.spawn(_quantiles_of_one_rank, args=(str(tmp_path / "store"),), nprocs=2)
