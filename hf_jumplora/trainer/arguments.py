@@ -6,6 +6,13 @@ from typing import Literal
 from transformers import Seq2SeqTrainingArguments
 
 
+_CHOICES = {
+    "eval_mode": ("generate", "score"),
+    "eval_tasks": ("all", "seen"),
+    "factor_optimizer": ("default", "muon", "riemannian"),
+}
+
+
 @dataclass
 class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`]; the Trainer's own work too.
@@ -16,6 +23,19 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
 
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the thresholds; None: that of everything else (published)."}
+    )
+    factor_optimizer: Literal["default", "muon", "riemannian"] = field(
+        default="default",
+        metadata={
+            "help": "Of the updates' factors: 'default' (that of `optim`), 'muon' (torch.optim.Muon, steps scaled as "
+            "AdamW's) or 'riemannian' (that of `optim` on preconditioned gradients)."
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: learning rate of B divided by that of A. None: the same."}
+    )
+    riemannian_reg: float = field(
+        default=1e-2, metadata={"help": "Damping of the Riemannian preconditioner (PEFT's default)."}
     )
     max_length: int = field(
         default=512, metadata={"help": "Tokens of prompt and answer; longer texts are cut, never the instruction."}
@@ -33,10 +53,11 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("eval_mode", ("generate", "score")), ("eval_tasks", ("all", "seen"))):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
         if self.max_length < 8:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt")
-        if self.gate_learning_rate is not None and self.gate_learning_rate <= 0:
-            raise ValueError(f"gate_learning_rate must be positive, got {self.gate_learning_rate}")
+        for name in ("gate_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")

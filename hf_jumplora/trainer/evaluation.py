@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
+from ..stack.load import merge_finished
 from .tasks import Encoder, TextTask, fold, pad_rows
 
 
@@ -52,8 +53,11 @@ def own_adapter(model: Any, index: int):
     name = f"task_{index:03d}"
     if not isinstance(model, PeftModel):
         yield
-    elif name in model.peft_config:
+        return
+    model.unmerge_adapter()
+    if name in model.peft_config:
         model.set_adapter(name, inference_mode=True)
+        merge_finished(model, [name])
         yield
     else:
         with model.disable_adapter():

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..strategies import Strategy
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.adapters import adapter_config, can_continue
+from .optimizers import arrange_optimizer
 
 
 class GateCallback(TrainerCallback):
@@ -183,12 +184,10 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def create_optimizer(self, *args, **kwargs):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = getattr(self.args, "gate_learning_rate", None)
-        if fresh and rate is not None:
-            gates = {id(gate.log_tau): gate.log_tau for gate, _ in gate_groups(self.model, self.adapter)}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in gates]
-            optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
+        if fresh:
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            optimizer = arrange_optimizer(optimizer, self.model, self.adapter, self.args, sharded)
+            self.optimizer: torch.optim.Optimizer | None = optimizer
         return optimizer
 
     def _save(self, output_dir=None, state_dict=None):

@@ -17,7 +17,8 @@ _RESULT_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
-    "dataloader_drop_last", "train_sampling_strategy", "world_size", "gate_learning_rate", "max_length", "eval_mode",
+    "dataloader_drop_last", "train_sampling_strategy", "world_size", "gate_learning_rate", "factor_optimizer",
+    "loraplus_lr_ratio", "riemannian_reg", "max_length", "eval_mode",
     "eval_tasks",
 )  # fmt: skip
 

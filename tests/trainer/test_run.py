@@ -65,8 +65,9 @@ def test_method(method, toy_base, tmp_path):
 
     base = toy.load_base(toy_base)
     assert not torch.allclose(logits(run.model), logits(base), atol=1e-3)  # it has learnt something
-    assert torch.equal(logits(run.model), logits(load_stack(tmp_path)))
-    merged = load_stack(tmp_path, toy.load_base(toy_base), merge=True)
+    only = manifest.task_names[-1:] if method == "perlora" else None  # each task is a model of its own
+    assert torch.equal(logits(run.model), logits(load_stack(tmp_path, tasks=only)))
+    merged = load_stack(tmp_path, toy.load_base(toy_base), tasks=only, merge=True)
     assert type(merged) is type(base)
     assert torch.equal(logits(run.model), logits(merged))
     same(run.model, PeftModel.from_pretrained(base, tmp_path, subfolder=manifest.tasks[-1]["folder"]))

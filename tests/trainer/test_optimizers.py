@@ -1,0 +1,127 @@
+"""Muon, LoRA+, Riemannian preconditioning and the thresholds' own learning rate: formulas, schedules, restarts."""
+
+import pytest
+import torch
+import toy
+from peft import get_peft_model
+from transformers import TrainerCallback
+
+from hf_jumplora import ContinualTrainer, JumpLoraConfig
+from hf_jumplora.stack import read_manifest
+from hf_jumplora.tuner import gate_groups, named_layers
+
+
+def one_step(base, folder, gate=False, **options):
+    """(before, gradient, after) of every A, B and gate for one optimizer step on random gradients; the optimizer."""
+    torch.manual_seed(0)
+    config = JumpLoraConfig(r=3, target_modules=["q_proj", "v_proj"], gate=gate, init_weights=False)
+    model = get_peft_model(toy.load_base(base), config)
+    trainer = ContinualTrainer(model=model, args=toy.arguments(folder, learning_rate=0.02, **options))
+    optimizer = trainer.create_optimizer()
+    layers = [layer for _, layer in named_layers(model)]
+    A, B = ([getattr(layer, name)["default"] for layer in layers] for name in ("jumplora_A", "jumplora_B"))
+    gates = [gate.log_tau for gate, _ in gate_groups(model, "default")]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in (*A, *B, *gates)}
+    result = {}
+    for name, params in (("A", A), ("B", B), ("gate", gates)):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        result[name] = [(p.detach().double(), p.grad.double()) for p in params]
+    optimizer.step()
+    for name, params in (("A", A), ("B", B), ("gate", gates)):
+        result[name] = [(*old, p.detach().double()) for old, p in zip(result[name], params, strict=True)]
+    return result, optimizer
+
+
+def muon_step(weight, gradient, lr, decay):
+    """Quintic Newton-Schulz on the Nesterov momentum of a first step (Muon's published coefficients), in float64."""
+    M = 0.05 * gradient  # momentum 0.95 from zero, and then Nesterov's look ahead
+    M = 0.05 * gradient + 0.95 * M
+    X = M.T if M.shape[0] > M.shape[1] else M
+    X = X / X.norm()
+    for _ in range(5):
+        S = X @ X.T
+        X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X
+    X = X.T if M.shape[0] > M.shape[1] else X
+    return weight * (1 - lr * decay) - lr * 0.2 * max(M.shape) ** 0.5 * X
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["dense", "gated"])
+def test_muon(gate, toy_base, tmp_path, relative_error):
+    """A and B by Muon (torch computes its five steps in bfloat16), thresholds by AdamW at their own rate and without decay."""
+    options = {"factor_optimizer": "muon", "weight_decay": 0.1, "loraplus_lr_ratio": 2.0}
+    options |= {"gate_learning_rate": 0.5} if gate else {}
+    result, optimizer = one_step(toy_base, tmp_path, gate, **options)
+    for name, lr in (("A", 0.02), ("B", 0.04)):
+        for before, gradient, after in result[name]:
+            expected = muon_step(before, gradient, lr, 0.1)
+            assert relative_error(after - before, expected - before) < 0.06
+    for before, gradient, after in result["gate"]:
+        torch.testing.assert_close(after, before - 0.5 * gradient.sign(), rtol=1e-5, atol=1e-6)
+    assert len(result["gate"]) == int(gate)
+    assert type(optimizer).__name__ == ("Chain" if gate else "Muon")
+
+
+def test_loraplus(toy_base, tmp_path, relative_error):
+    """B steps `ratio` times as far as A, by plain gradient descent."""
+    result, _ = one_step(toy_base, tmp_path, optim="sgd", loraplus_lr_ratio=16.0)
+    for name, lr in (("A", 0.02), ("B", 0.32)):
+        for before, gradient, after in result[name]:
+            assert relative_error(after, before - lr * gradient) < 1e-6
+
+
+def test_riemannian(toy_base, tmp_path, relative_error):
+    """Gradients times the inverse Gram matrix of the other factor, damped."""
+    result, _ = one_step(toy_base, tmp_path, optim="sgd", factor_optimizer="riemannian", riemannian_reg=0.1)
+    for (A, gA, newA), (B, gB, newB) in zip(result["A"], result["B"], strict=True):
+        eye = 0.1 * torch.eye(3, dtype=torch.double)
+        assert relative_error(newA, A - 0.02 * torch.linalg.inv(B.T @ B + eye) @ gA) < 1e-5
+        assert relative_error(newB, B - 0.02 * gB @ torch.linalg.inv(A @ A.T + eye)) < 1e-5
+
+
+class _Watch(TrainerCallback):
+    """Learning rates of all groups after each step; may interrupt the second task."""
+
+    def __init__(self, stop=None):
+        self.rates, self.stop = [], stop
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        if args.output_dir.endswith("task_001") and state.global_step == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["default", "muon", "riemannian"])
+def test_schedule_and_restart(kind, toy_base, tmp_path):
+    """The schedule moves every group in proportion; a run stopped inside a task ends with the same bits."""
+    options = {"factor_optimizer": kind, "loraplus_lr_ratio": 4.0, "gate_learning_rate": 0.5, "save_steps": 2}
+    options |= {"save_strategy": "steps", "lr_scheduler_type": "linear", "stream": toy.tasks(2)}
+    watch = _Watch()
+    toy.make_run(toy_base, tmp_path / "straight", callbacks=[watch], **options).train()
+    for step, rates in enumerate(watch.rates[:8], start=1):
+        left = 1 - step / 8
+        assert sorted(set(rates)) == pytest.approx(sorted({0.01 * left, 0.04 * left, 0.5 * left}))
+    with pytest.raises(KeyboardInterrupt):
+        toy.make_run(toy_base, tmp_path / "broken", callbacks=[_Watch(5)], **options).train()
+    toy.make_run(toy_base, tmp_path / "broken", **options).train()
+    straight, again = (read_manifest(tmp_path / name).tasks for name in ("straight", "broken"))
+    for one, two in zip(straight, again, strict=True):
+        assert one["files"]["adapter_model.safetensors"] == two["files"]["adapter_model.safetensors"]
+
+
+def test_values_that_cannot_be(tmp_path):
+    for name, value in (("loraplus_lr_ratio", 0.0), ("riemannian_reg", -1.0), ("gate_learning_rate", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            toy.arguments(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="factor_optimizer is one of"):
+        toy.arguments(tmp_path, factor_optimizer="Muon")
+
+
+@pytest.mark.parametrize("flag", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+@pytest.mark.parametrize("kind", ["muon", "riemannian"])
+def test_sharded_matrices_are_refused(kind, flag, toy_base, tmp_path):
+    model = get_peft_model(toy.load_base(toy_base), JumpLoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = ContinualTrainer(model=model, args=toy.arguments(tmp_path, factor_optimizer=kind))
+    setattr(trainer, flag, True)
+    with pytest.raises(ValueError, match=f"factor_optimizer='{kind}' works on whole matrices"):
+        trainer.create_optimizer()
