@@ -31,7 +31,9 @@ METHODS: dict[str, Method] = {
     "ella": Method("incremental", {"gate": False}, (Ella,), paper="ELLA (arXiv 2601.02232)"),
     "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),
     "jumplora-hard": Method(
-        "incremental", {"gate": True, "isolation": "hard"}, paper="JumpLoRA, off the earlier tasks' entries (ours)"
+        "incremental",
+        {"gate": True, "isolation": "hard", "threshold_update": "density"},
+        paper="JumpLoRA, off the earlier tasks' entries (ours)",
     ),
     "migu": Method("incremental", {"gate": False}, (Migu,), paper="MIGU (arXiv 2406.17245)"),
     "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP, its LoRA part (arXiv 2507.02503)"),

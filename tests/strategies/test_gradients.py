@@ -309,8 +309,6 @@ class _Interrupt(TrainerCallback):
 def test_a_restart_gives_the_same_bits(method, toy_base, tmp_path):
     """Stopped inside of the second task, after a checkpoint; the third one needs what both have left."""
     options = {"tasks": 3, "save_strategy": "steps", "save_steps": 2}
-    if method == "jumplora-hard":
-        options["adapter"] = {"threshold_update": "density", "target_density": 0.1}
     run(toy_base, tmp_path / "straight", method, **options).train()
     broken = run(toy_base, tmp_path / "broken", method, callbacks=[_Interrupt()], **options)
     with pytest.raises(KeyboardInterrupt):

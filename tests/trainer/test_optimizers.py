@@ -48,7 +48,7 @@ def muon_step(weight, gradient, lr, decay):
 
 @pytest.mark.parametrize("gate", [False, True], ids=["dense", "gated"])
 def test_muon(gate, toy_base, tmp_path, relative_error):
-    """A and B by Muon (torch computes its five steps in bfloat16), thresholds by AdamW at their own rate and without decay."""
+    """A and B by Muon (torch steps in bfloat16), thresholds by AdamW at their own rate and without decay."""
     options = {"factor_optimizer": "muon", "weight_decay": 0.1, "loraplus_lr_ratio": 2.0}
     options |= {"gate_learning_rate": 0.5} if gate else {}
     result, optimizer = one_step(toy_base, tmp_path, gate, **options)
