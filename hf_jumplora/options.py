@@ -42,6 +42,9 @@ class MethodArguments:
     threshold_update: str = field(default="learned", metadata={"help": "'learned', 'density' or 'frozen'."})
     initial_density: float | None = field(default=None, metadata={"help": "Entries kept at the threshold's start."})
     target_density: float | None = field(default=None, metadata={"help": "Entries kept by threshold_update=density."})
+    density_schedule: str = field(
+        default="constant", metadata={"help": "From initial_density to target_density: 'constant', 'linear', 'cubic'."}
+    )
     gate_start: float = field(default=0.2, metadata={"help": "The gate's ramp starts at this fraction of the steps."})
     gate_end: float = field(default=0.8, metadata={"help": "... and ends at this one."})
     isolation: str = field(default="none", metadata={"help": "'hard': stay off the entries of all earlier tasks."})
@@ -60,6 +63,7 @@ class MethodArguments:
                 "threshold_update",
                 "initial_density",
                 "target_density",
+                "density_schedule",
                 "gate_start",
                 "gate_end",
             ]

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..strategies import Strategy
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
-from ..tuner.adapters import adapter_config, can_continue
+from ..tuner.adapters import adapter_config, can_continue, density_at
 from .optimizers import arrange_optimizer
 
 
@@ -39,10 +39,8 @@ class GateCallback(TrainerCallback):
         if not config.gate:
             return
         start, _ = ramp_steps(state.max_steps, config)
-        if state.global_step == start:
-            set_threshold(model, self.adapter, config.initial_density or config.target_density)
-        elif state.global_step > start and config.threshold_update == "density":
-            set_threshold(model, self.adapter, config.target_density or config.initial_density)
+        if state.global_step == start or (state.global_step > start and config.threshold_update == "density"):
+            set_threshold(model, self.adapter, density_at(state.global_step, state.max_steps, config))
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
 
 

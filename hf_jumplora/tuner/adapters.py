@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from ..ops.quantile import kth_magnitude, update_blocks
@@ -84,6 +84,20 @@ def ramp_steps(total_steps: int, config: JumpLoraConfig) -> tuple[int, int]:
     return start, end
 
 
+def density_at(step: int, total_steps: int, config: JumpLoraConfig) -> float | None:
+    """Fraction of entries to keep after `step` finished steps, s0 <= step; None: as many as A and B have parameters.
+
+    A pure function of the steps. With a `density_schedule`, f = [`ramp`]: target + (initial - target) * (1 - f), or
+    (1 - f)^3 for "cubic". Without: `initial_density` at s0 and `target_density` after it, either standing for both.
+    """
+    initial, target = config.initial_density or config.target_density, config.target_density or config.initial_density
+    if initial is None or target is None or step == ramp_steps(total_steps, config)[0]:
+        return initial
+    power = {"constant": 0, "linear": 1, "cubic": 3}[config.density_schedule]
+    left = (1 - ramp(step, total_steps, config)) ** power if power else 0.0
+    return target + (initial - target) * left
+
+
 def set_mix(model: nn.Module, adapter: str, mix: float) -> None:
     """Set f of all gates of an adapter."""
     for gate, _ in gate_groups(model, adapter):
@@ -97,18 +111,20 @@ def _entries(layers: list[JumpLoraLayer]) -> int:
 def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None:
     """Set tau of every gate to the exact quantile of |D| over its layers.
 
-    `density` is the fraction of entries kept; None keeps as many as A and B have parameters, which is the published
-    start (for the global scope the published code takes the next larger entry, keeping one less). Entries closed by
-    hard isolation are not kept, and count as entries.
+    `density` is the fraction of entries kept (a layer that `density_pattern` names has its own). None keeps as many as
+    A and B have parameters, which is the published start (for the global scope the published code takes the next larger
+    entry, keeping one less). Entries closed by hard isolation are not kept, and count as entries.
     """
     config = adapter_config(model, adapter)
     for gate, layers in gate_groups(model, adapter):
         total = _entries(layers)
         factors = [layer.factors(adapter) for layer in layers]
-        if density is None:
+        pattern, name = config.density_pattern, layers[0].layer_name  # one layer a gate where there is a pattern
+        share = pattern.get(get_pattern_key(list(pattern), name), density)
+        if share is None:
             kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
         else:
-            kept = round(density * total)
+            kept = round(share * total)
         k = min(max(1, total - kept), total)
         near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
         tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)

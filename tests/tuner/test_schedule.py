@@ -16,6 +16,7 @@ from hf_jumplora.tuner import (
     set_mix,
     set_threshold,
 )
+from hf_jumplora.tuner.adapters import density_at
 
 
 @pytest.mark.parametrize(("total", "expected"), [(40, (8, 32)), (5, (1, 4)), (9, (1, 7)), (1000, (200, 800))])
@@ -195,3 +196,69 @@ def test_hard_isolation_counts_what_it_keeps(gated):
     before = density(model, "default")
     finish_adapter(model, "default", "task_001")
     assert density(model, "task_001") == before
+
+
+# ---- density over the steps, and budgets --------------------------------------------------------------------------
+
+
+HELD = {"threshold_update": "density", "target_density": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "half"), [("constant", 0.05), ("linear", 0.05 + 0.45 / 2), ("cubic", 0.05 + 0.45 / 8)]
+)
+def test_density_schedule(schedule, half):
+    """initial_density after s0 = 8, target_density from s1 = 32 on, and the named curve between them."""
+    config = JumpLoraConfig(**HELD, initial_density=0.5, density_schedule=schedule)
+    values = [density_at(step, 40, config) for step in range(8, 41)]
+    assert values[0] == 0.5
+    assert values[20 - 8] == pytest.approx(half)
+    assert values[32 - 8 :] == [0.05] * 9
+    assert all(a >= b for a, b in itertools.pairwise(values))
+
+
+def test_density_without_a_schedule():
+    """Each of the two stands for the other; neither: as many as A and B have parameters."""
+    assert [density_at(s, 40, JumpLoraConfig()) for s in (8, 9)] == [None, None]
+    assert [density_at(s, 40, JumpLoraConfig(**HELD)) for s in (8, 9)] == [0.05, 0.05]
+    config = JumpLoraConfig(threshold_update="density", initial_density=0.3)
+    assert [density_at(s, 40, config) for s in (8, 40)] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("scope", ["global", "block", "layer"])
+def test_density_is_held_in_every_scope(gated, scope):
+    """Each gate keeps the fraction of its own layers' entries, to the entry, after the weights have moved."""
+    model = gated(threshold_scope=scope, **HELD)
+    for _ in range(2):
+        with torch.no_grad():
+            for _, layer in named_layers(model):
+                layer.jumplora_B["default"].add_(torch.randn_like(layer.jumplora_B["default"]))
+        set_threshold(model, "default", 0.05)
+        for _, layers in gate_groups(model, "default"):
+            total = sum(layer.out_features * layer.in_features for layer in layers)
+            assert kept(layers)[0] == round(0.05 * total)
+
+
+def test_layers_with_budgets_of_their_own(gated):
+    """`density_pattern`, by the end of a name or a regex; the others keep the common density."""
+    pattern = {"v_proj": 0.4, r"model\.layers\.0\.self_attn\.q_proj": 0.01}
+    model = gated(threshold_scope="layer", density_pattern=pattern, **HELD)
+    set_threshold(model, "default", 0.05)
+    for name, layer in named_layers(model):
+        share = 0.4 if "v_proj" in name else 0.01 if ".0." in name else 0.05
+        assert kept([layer])[0] == round(share * layer.out_features * layer.in_features)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density_schedule": "cubic", **HELD}, "density_schedule='cubic' needs initial_density and target_density"),
+        ({"density_schedule": "square"}, "density_schedule is one of"),
+        ({"density_pattern": {"v_proj": 0.1}, **HELD}, "needs threshold_scope='layer'"),
+        ({"density_pattern": {"v_proj": 0.1}, "threshold_scope": "layer"}, "threshold_update='density'"),
+        ({"density_pattern": {"v_proj": 1.5}, "threshold_scope": "layer", **HELD}, "'v_proj' has 1.5"),
+    ],
+)
+def test_densities_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        JumpLoraConfig(**options)
