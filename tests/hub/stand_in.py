@@ -1,12 +1,12 @@
-"""A stand-in for the Hub on loopback, for tests: the unmodified `huggingface_hub` client works with it, and it can fail.
+"""A stand-in for the Hub on loopback, for tests: the unmodified `huggingface_hub` client works with it; it can fail.
 
     with StandInHub() as hub:
         hub.fail(503, "/commit/", times=2, retry_after=0)
         HfApi(endpoint=hub.url, token=hub.token).create_repo("me/stack")
 
-PEFT and transformers read `HF_ENDPOINT` once, when huggingface_hub is imported: run them in a process of their own with
-`hub.environment(cache_dir)`. Model repositories only; every file arrives inside its commit (`uploadMode: "regular"`), so
-Git LFS and Xet are not imitated.
+PEFT and transformers read `HF_ENDPOINT` once, when huggingface_hub is imported: run them in a process of their own
+with `hub.environment(cache_dir)`. Model repositories only; every file arrives inside its commit (`uploadMode:
+"regular"`), so Git LFS and Xet are not imitated.
 """
 
 import base64
@@ -94,7 +94,7 @@ class Fault:
 
 
 class StandInHub:
-    """The server, as a context manager. url; token of user `me`, who may write to `me/` and to the organisation `team/`.
+    """The server, as a context manager. url; token of user `me`, who may write to `me/` and to organisation `team/`.
 
     repos: {"me/stack": Repo}. requests: (method, path) of everything that arrived, also what was made to fail.
     tokens: {token: {"name", "orgs", "write"}}.
@@ -331,9 +331,7 @@ class _Handler(BaseHTTPRequestHandler):
         owner = data.get("organization") or user["name"]
         name = f"{owner}/{data['name']}"
         if owner not in (user["name"], *user["orgs"]) or not user["write"]:
-            raise _error(
-                403, "Forbidden", f'You don\'t have the rights to create a model under the namespace "{owner}"'
-            )
+            raise _error(403, "Forbidden", f"You don't have the rights to create a model under the namespace {owner}")
         exists = name in self.hub.repos
         if not exists:
             repo = self.hub.repos[name] = Repo(data.get("visibility") == "private" or bool(data.get("private")))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
@@ -43,10 +44,10 @@ def test_create_commit_tag_list_download(api, hub, tmp_path):
 
     options = {"endpoint": hub.url, "token": hub.token, "cache_dir": tmp_path / "cache"}
     old = hf_hub_download("me/stack", "a.txt", revision="task-000", **options)
-    assert open(old).read() == "one"
+    assert Path(old).read_text() == "one"
     whole = snapshot_download("me/stack", **options)
-    assert open(f"{whole}/a.txt").read() == "two"
-    assert open(f"{whole}/task_000/b.bin", "rb").read() == bytes(range(256)) * 40
+    assert Path(f"{whole}/a.txt").read_text() == "two"
+    assert Path(f"{whole}/task_000/b.bin").read_bytes() == bytes(range(256)) * 40
     again = snapshot_download("me/stack", local_files_only=True, cache_dir=tmp_path / "cache")
     assert again == whole
     with pytest.raises(RevisionNotFoundError):
@@ -127,11 +128,11 @@ def test_injected_status(status, api, hub):
 def test_lost_answer_and_refused_connection(api, hub):
     api.create_repo("me/stack")
     hub.fail("refuse", "/commit/", times=1)
-    with pytest.raises(Exception, match="disconnected|closed|reset"):
+    with pytest.raises(Exception, match=r"disconnected|closed|reset"):
         commit(api, {"a.txt": b"one"})
     assert len(hub.repos["me/stack"].commits) == 1
     hub.fail("drop", "/commit/", times=1)
-    with pytest.raises(Exception, match="disconnected|closed|reset"):
+    with pytest.raises(Exception, match=r"disconnected|closed|reset"):
         commit(api, {"a.txt": b"one"})
     assert len(hub.repos["me/stack"].commits) == 2  # it was carried out
 
@@ -144,7 +145,7 @@ def test_download_goes_on_after_a_broken_connection(api, hub, tmp_path):
     hub.bytes_sent = 0
     hub.fail("drop", "/resolve/", method="GET", times=1, after=300_000)
     path = hf_hub_download("me/stack", "big.bin", endpoint=hub.url, token=hub.token, cache_dir=tmp_path)
-    assert open(path, "rb").read() == content
+    assert Path(path).read_bytes() == content
     assert hub.count("GET", "/resolve/") == 2
     assert hub.bytes_sent < 1.4 * len(content)
 
