@@ -1,6 +1,7 @@
-"""What a stack looks like on the Hub: its model card."""
+"""What a stack looks like on the Hub: its model cards, and pushing it."""
 
 from .card import stack_card, task_card
+from .push import Pusher, explain, open_repository, push_stack
 
 
-__all__ = ["stack_card", "task_card"]
+__all__ = ["Pusher", "explain", "open_repository", "push_stack", "stack_card", "task_card"]

@@ -1,12 +1,17 @@
-"""Model cards, made from the manifest and metrics.json alone."""
+"""Model cards, made from the manifest, metrics.json and run.json alone."""
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..report.report import _NAMES, _markdown, _rows, pairs
 from ..stack.manifest import Manifest
+
+
+_HUB = "hf://datasets/"  # how a task's source names a data set of the Hub
+_SETTINGS = ("adapter.", "args.")
 
 
 def template_path() -> Path:
@@ -15,48 +20,145 @@ def template_path() -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_card_template.md"
 
 
-def _data(manifest: Manifest) -> ModelCardData:
+def _dataset(info: dict[str, Any]) -> str | None:
+    source = info.get("source") or ""
+    return source.removeprefix(_HUB) if source.startswith(_HUB) else None
+
+
+def _base_id(manifest: Manifest) -> str | None:
+    """The base model's id; None for a folder of some machine, which is no id."""
     base = manifest.base_model["name_or_path"]
-    # A folder of this machine is no model id: the card then names no base model in its metadata.
+    return base if base and not Path(base).is_absolute() and not Path(base).exists() else None
+
+
+def _base_name(manifest: Manifest) -> str:
+    base = manifest.base_model["name_or_path"]
+    return _base_id(manifest) or Path(base).name or manifest.base_model["architecture"]
+
+
+def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """(info, accuracy in % after the last task) of each trained task that was evaluated."""
+    columns = dict(zip(result["tasks"], result["matrix"][-1], strict=True))
+    scores = [(info, columns.get(info["name"])) for info in result["trained"]]
+    return [(info, round(100 * score, 2)) for info, score in scores if score is not None]
+
+
+def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardData:
+    architecture = manifest.base_model["architecture"]
+    kinds = {"ForCausalLM": "text-generation", "ForConditionalGeneration": "text2text-generation"}
+    datasets = sorted({dataset for info in result["trained"] if (dataset := _dataset(info))})
     return ModelCardData(
         library_name="peft",
-        base_model=base if base and not Path(base).exists() else None,
-        tags=["continual-learning", "jumplora", manifest.method],
-    )
+        base_model=_base_id(manifest),
+        pipeline_tag=next((tag for end, tag in kinds.items() if architecture.endswith(end)), None),
+        tags=list(dict.fromkeys(["continual-learning", "jumplora", "adapter", manifest.method])),
+        datasets=datasets or None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-classification" if info.get("labels") else "other",
+                dataset_type=_dataset(info) or info["name"],
+                dataset_name=info["name"],
+                metric_type="accuracy",
+                metric_name="accuracy in % after the last task",
+                metric_value=score,
+            )
+            for info, score in _scores(result)
+        ]
+        or None,
+    )  # fmt: skip
 
 
-def stack_card(manifest: Manifest, result: dict[str, Any]) -> str:
-    """README.md of a stack: what it is, how to load it, the accuracy matrix and what follows from it."""
+def eval_results(result: dict[str, Any]) -> str | None:
+    """`.eval_results/*.yaml`: the Hub's newer form of results, which knows data sets of the Hub only; None without."""
+    entries = [
+        EvalResultEntry(dataset, info["name"], score, notes="accuracy in % after the last task of the stack")
+        for info, score in _scores(result)
+        if (dataset := _dataset(info))
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
+
+
+def stack_card(
+    manifest: Manifest,
+    result: dict[str, Any],
+    settings: dict[str, Any] | None = None,
+    where: str = ".",
+    pictures: list[str] | tuple[str, ...] = (),
+    template: str | Path | None = None,
+) -> str:
+    """README.md of a stack: what it is, how to load it, what it was trained on and how well, with which settings.
+
+    result: the content of metrics.json; settings: of run.json. where: its id on the Hub, or "." for a folder.
+    template: a file of your own in place of model_card_template.md (Jinja; the packaged one shows the variables).
+    """
+    trained = result["trained"]
+    hyper = [[key, str(value)] for key, value in (settings or {}).items() if key.startswith(_SETTINGS)]
     card = ModelCard.from_template(
-        _data(manifest),
-        template_path=str(template_path()),
-        base_model_name=Path(manifest.base_model["name_or_path"]).name or manifest.base_model["architecture"],
+        _data(manifest, result, where.split("/")[-1] if where != "." else f"{_base_name(manifest)} stack"),
+        template_path=str(template or template_path()),
+        where=where,
+        base_model_name=_base_name(manifest),
+        base_model_id=_base_id(manifest),
+        base_revision=manifest.base_model["revision"],
         architecture=manifest.base_model["architecture"],
         method=manifest.method,
+        strategies=(settings or {}).get("strategies") or [],
         additive=manifest.additive,
         separate=manifest.separate,
         tasks=manifest.task_names,
-        first_folder=manifest.tasks[0]["folder"] if manifest.tasks else "task_000",
-        trained=result["trained"],
+        last_folder=manifest.tasks[-1]["folder"] if manifest.tasks else "task_000",
+        trained=[{**info, "dataset": _dataset(info)} for info in trained],
+        seconds=f"{sum(info['seconds'] for info in trained):.0f}",
+        settings=_markdown([["option", "value"], *hyper]) if hyper else "",
         matrix=_markdown(_rows(result)),
         metrics=[
             (name, f"{100 * result[key]:.2f}", result["formulas"][key]) for key, name in _NAMES.items() if key in result
         ],
         pairs=_markdown(pairs(result)) if len(pairs(result)) > 1 else "",
+        pictures=list(pictures),
         versions=manifest.versions,
     )
     return str(card)
 
 
-def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any]) -> str:
-    """README.md of one task's folder."""
-    base = manifest.base_model["name_or_path"] or manifest.base_model["architecture"]
-    return (
-        f"# {name}\n\nThe update of one task of an adapter stack ({manifest.method}), trained on "
-        f"{info['train_examples']} examples for {info['steps']} steps; {info['density']:.2%} of the adapted entries "
-        "are changed.\n\n```python\nimport hf_jumplora  # registers the method with PEFT\nfrom peft import PeftModel\n"
-        "\n"
-        f'model = PeftModel.from_pretrained(base_model, stack, subfolder="{folder}")  # with the tasks before it\n'
-        f'model = hf_jumplora.load_stack(stack, tasks=["{name}"])  # this task alone\n```\n\nBase model: '
-        f"{Path(base).name if Path(base).exists() else base}. The stack's own README.md has the accuracy matrix.\n"
-    )
+def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any], where: str = ".") -> str:
+    """README.md of one task's folder. where: the stack's id on the Hub, or "." for the folder that holds stack.json."""
+    rows = [["what", "value"]]
+    for key, value in info.items():
+        if key not in ("name", "index") and value not in (None, "", []):
+            rows.append([key.replace("_", " "), str(value).replace("|", "\\|").replace("\n", " ")])
+    if manifest.additive:
+        kind, beside = f"The update of one task of an adapter stack (`{manifest.method}`)", "with the tasks before it"
+        alone = f'load_stack(stack, tasks=["{name}"])  # this task alone'
+    elif manifest.separate:
+        kind, beside = f"A task's own update (`{manifest.method}`)", "as it is"
+        alone = f'load_stack(stack, tasks=["{name}"])'
+    else:
+        kind, beside = f"One adapter trained on and on (`{manifest.method}`), as it was after this task", "as it is"
+        alone = "load_stack(stack)  # the last of its tasks"
+    return f"""# {name}
+
+{kind}, on {_base_name(manifest)} ({manifest.base_model["architecture"]}). {info["density"]:.2%} of the adapted entries
+are changed. The README.md of the stack has the accuracy matrix and all settings.
+
+```python
+from hf_jumplora import load_stack
+
+stack = "{where}"  # the stack: its id on the Hub, or the folder that holds stack.json
+model = {alone}
+```
+
+With PEFT, {beside}:
+
+```python
+import hf_jumplora  # registers the method with PEFT
+from peft import PeftModel
+from transformers import {manifest.base_model["architecture"]}
+
+base_model = {manifest.base_model["architecture"]}.from_pretrained("{_base_name(manifest)}")
+model = PeftModel.from_pretrained(base_model, "{where}", subfolder="{folder}")
+```
+
+{_markdown(rows)}
+"""

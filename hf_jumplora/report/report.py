@@ -7,6 +7,7 @@ from typing import Any
 from ..stack.manifest import write_atomic
 
 
+PICTURES = ("matrix.png", "overlap.png")  # drawn where matplotlib is installed (extra `report`)
 _NAMES = {
     "average_accuracy": "average accuracy (AA)",
     "backward_transfer": "backward transfer (BWT)",
@@ -74,8 +75,8 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write_report(folder: Path, result: dict[str, Any]) -> None:
-    """Write report.md beside the stack, and matrix.png where matplotlib is installed (extra `report`)."""
+def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None) -> None:
+    """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES beside it."""
     parts = [
         f"# {result['method']}",
         "Accuracy in %. Row: after training on that task. Column: evaluated on.",
@@ -99,26 +100,46 @@ def write_report(folder: Path, result: dict[str, Any]) -> None:
             ]
             cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])
         parts += ["## Training", _markdown(cost)]
-    if importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
+    if draw is not False and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
         draw_matrix(result, folder / "matrix.png")
+        if len(pairs(result)) > 1:
+            draw_overlap(result, folder / "overlap.png")
+    if (folder / "overlap.png").is_file() and len(pairs(result)) > 1:
+        parts.insert(parts.index("## Supports") + 2, "![overlap of the supports](overlap.png)")
+    if (folder / "matrix.png").is_file():
         parts.insert(3, "![accuracy matrix](matrix.png)")
     write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
 def draw_matrix(result: dict[str, Any], path: Path) -> None:
     """The accuracy matrix as a heat map with numbers."""
-    from matplotlib.figure import Figure
-
     rows = [[float("nan") if v is None else 100 * v for v in row] for row in result["matrix"]]
     labels = ["zero-shot", *(info["name"] for info in result["trained"])]
+    _heat_map(path, rows, labels, result["tasks"], result["method"], "accuracy in % on", "after training on")
+
+
+def draw_overlap(result: dict[str, Any], path: Path) -> None:
+    """The overlap of every pair of supports, in % of the smaller one, as a heat map with numbers."""
+    names = [info["name"] for info in result["trained"]]
+    rows = [[float("nan")] * len(names) for _ in names]
+    for i, info in enumerate(result["trained"]):
+        rows[i][i] = 100.0
+        for j, overlap in enumerate(info.get("overlap", ())):
+            rows[i][j] = rows[j][i] = 100 * overlap
+    _heat_map(path, rows, names, names, "overlap |Si & Sj| / min(|Si|, |Sj|) in %", "task", "task")
+
+
+def _heat_map(path: Path, rows: list[list[float]], down: list[str], across: list[str], title: str, x: str, y: str):
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.6 + 1.1 * len(rows[0]), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(rows, vmin=0, vmax=100, cmap="YlGn", aspect="auto")
-    axes.set_xticks(range(len(rows[0])), result["tasks"])
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_xlabel("accuracy in % on")
-    axes.set_ylabel("after training on")
-    axes.set_title(result["method"])
+    axes.set_xticks(range(len(across)), across)
+    axes.set_yticks(range(len(down)), down)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
             if value == value:

@@ -50,6 +50,9 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     eval_tasks: Literal["all", "seen"] = field(
         default="all", metadata={"help": "After each task evaluate all tasks of the stream, or those trained so far."}
     )
+    model_card_template: str | None = field(
+        default=None, metadata={"help": "A Jinja file in place of model_card_template.md for the stack's README.md."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,17 +1,22 @@
 """What a run checks before its first step, and the settings by which a restarted run knows itself."""
 
 import copy
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model
 
+from ..hub import Pusher, explain, open_repository
 from ..tuner import ramp_steps
 
 
 if TYPE_CHECKING:
     from .run import ContinualRun
 
+
+logger = logging.getLogger(__name__)
 
 _RESULT_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -43,8 +48,11 @@ def check_run(run: "ContinualRun") -> None:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
     for strategy in run.strategies:
         strategy.check(run.method.mode, run.config)
-    if run.args.push_to_hub:
-        raise ValueError("push_to_hub is not supported by ContinualRun yet; upload output_dir when it has finished")
+    if run.args.push_to_hub and run.args.hub_strategy not in ("every_save", "end"):
+        raise ValueError(
+            f"hub_strategy={str(run.args.hub_strategy)!r} pushes checkpoints; a run pushes finished tasks: use "
+            "'every_save' (after each task) or 'end'"
+        )
     if run.args.load_best_model_at_end:
         raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
     if run._text_tasks() and run.processing_class is None:
@@ -89,3 +97,41 @@ def run_settings(run: "ContinualRun") -> dict[str, Any]:
     for number, task in enumerate(run.tasks):
         settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
     return settings
+
+
+def push_options(run: "ContinualRun") -> dict[str, Any]:
+    """What `push_stack` needs of the training arguments."""
+    args = run.args
+    return {
+        "token": args.hub_token,
+        "private": args.hub_private_repo,
+        "revision": args.hub_revision or "main",
+        "template": getattr(args, "model_card_template", None),
+    }
+
+
+def start_push(run: "ContinualRun") -> Pusher | None:
+    """Make the repository, refuse one that holds something else, and start the thread that pushes; None without
+    push_to_hub. A Hub that cannot be reached or refuses the token does not stop the training, and is logged.
+
+    Raises:
+        ValueError: the repository holds something else, or its owner is not known.
+    """
+    if not run.args.push_to_hub:
+        return None
+    options = push_options(run)
+    name = run.args.hub_model_id or run.output_dir.resolve().name
+    try:
+        where = {key: value for key, value in options.items() if key != "template"}
+        name = open_repository(run.output_dir, name, **where)
+    except (HTTPError, OSError) as error:
+        if "/" not in name:
+            raise ValueError(
+                f"the Hub did not say who owns {name!r} ({error}): give hub_model_id='owner/name'"
+            ) from error
+        logger.error("the Hub cannot be used now; finished tasks wait in %s: %s", run.output_dir, explain(error, name))
+    run.repo_id = name
+    pusher = Pusher(run.output_dir, name, **options)
+    pusher.start()
+    pusher.push()  # what an earlier process left
+    return pusher

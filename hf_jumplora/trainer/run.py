@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..hub.card import stack_card, task_card
+from ..hub import Pusher, push_stack, task_card
 from ..methods import get_method
+from ..metrics.derived import derive
 from ..report import table, write_report
 from ..stack.load import attach, merge_finished, verify
 from ..stack.manifest import (
@@ -34,7 +35,6 @@ from ..stack.manifest import (
     describe_base,
     library_versions,
     read_manifest,
-    write_atomic,
     write_json,
     write_manifest,
 )
@@ -44,8 +44,8 @@ from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
-from .preflight import check_run, run_settings, stage_sizes
-from .state import METRICS, check_settings, derive, overlaps, read_matrix
+from .preflight import check_run, push_options, run_settings, stage_sizes, start_push
+from .state import METRICS, check_settings, overlaps, read_matrix, write_readme
 from .tasks import Encoder, Task, TextTask, collate
 
 
@@ -108,6 +108,8 @@ class ContinualRun:
         self.matrix: list[list[float | None]] = []
         self.info: list[dict[str, Any]] = []
         self.truncated: Counter[str] = Counter()
+        self.pusher: Pusher | None = None
+        self.repo_id = self.args.hub_model_id if self.args.push_to_hub else None
 
     def _text_tasks(self) -> list[TextTask]:
         return [task for task in self.tasks if isinstance(task, TextTask)]
@@ -133,6 +135,14 @@ class ContinualRun:
             if PartialState().is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 check_settings(self.output_dir, run_settings(self))
+                self.pusher = start_push(self)
+        try:
+            return self._train(stages)
+        finally:
+            if self.pusher is not None:
+                self.pusher.finish()
+
+    def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = self._encode()
         done = self._restore()
         if not self.matrix:
@@ -146,6 +156,8 @@ class ContinualRun:
         for index, (name, _) in enumerate(progress, start=done):
             progress.set_postfix_str(name)
             self._train_task(index, name, train_sets)
+            if self.pusher is not None and self.args.hub_strategy != "end":
+                self.pusher.push()
         result = self._write_metrics()
         if PartialState().is_main_process:
             print(table(result, self.method_name))
@@ -276,6 +288,7 @@ class ContinualRun:
     def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(output_dir), self.args.seed + 1000 * index
+        args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
         return self.trainer_cls(
             model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             strategies=self.strategies, callbacks=list(self.callbacks), **kwargs,
@@ -324,7 +337,7 @@ class ContinualRun:
             for n, strategy in enumerate(self.strategies)
             for key, value in strategy.state_dict().items()
         }
-        card = task_card(self.manifest, name, folder, self.info[-1])
+        card = task_card(self.manifest, name, folder, self.info[-1], self.repo_id or ".")
         entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
         self.manifest.tasks.append(entry)
         self._write_metrics()
@@ -336,9 +349,15 @@ class ContinualRun:
         result["trained"] = self.info
         if PartialState().is_main_process:
             write_json(self.output_dir / METRICS, result)
-            if self.manifest is not None:
-                write_atomic(self.output_dir / "README.md", stack_card(self.manifest, result))
             write_report(self.output_dir, result)
             if self.manifest is not None:
+                write_readme(self.output_dir, self.manifest, result, self.repo_id, self.args)
                 write_manifest(self.output_dir, self.manifest)
         return result
+
+    # ---- the Hub --------------------------------------------------------------------------------------------------
+
+    def push_to_hub(self) -> dict[str, str]:
+        """Push every finished task that the repository lacks; {tag: commit}. Raises what [`push_stack`] raises."""
+        name = self.args.hub_model_id or self.output_dir.resolve().name
+        return push_stack(self.output_dir, name, **push_options(self))

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from .. import metrics as formulas
-from ..stack.manifest import MANIFEST, write_json
+from ..hub import stack_card
+from ..report.report import PICTURES
+from ..stack.manifest import MANIFEST, Manifest, write_atomic, write_json
 from ..tuner import named_layers
 
 
@@ -57,30 +59,6 @@ def read_matrix(folder: Path) -> list[list[float | None]]:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
 
 
-def derive(matrix: list[list[float | None]], tasks: list[str], continual: bool) -> dict[str, Any]:
-    """metrics.json: the matrix and what follows from it.
-
-    matrix: [1 + trained stages][tasks], accuracies in [0, 1], row 0 zero-shot. Before the last task, the formulas are
-    taken over the tasks trained so far. `continual=False` (joint training) has an average accuracy only.
-    """
-    result: dict[str, Any] = {"tasks": tasks, "matrix": matrix}
-    seen = len(matrix) - 1
-    if not continual:
-        if seen and None not in matrix[-1]:
-            result["average_accuracy"] = formulas.average_accuracy(matrix[1:])
-    elif seen and all(matrix[i + 1][j] is not None for i in range(seen) for j in range(i + 1)):
-        a, zero_shot = [row[:seen] for row in matrix[1:]], matrix[0][:seen]
-        result["average_accuracy"] = formulas.average_accuracy(a)
-        result["learning_accuracy"] = formulas.learning_accuracy(a)
-        if seen > 1:
-            result["backward_transfer"] = formulas.backward_transfer(a)
-            result["forgetting"] = formulas.forgetting(a)
-            if None not in zero_shot and all(a[j - 1][j] is not None for j in range(1, seen)):
-                result["forward_transfer_gem"] = formulas.forward_transfer_gem(a, zero_shot)  # type: ignore[arg-type]
-    result["formulas"] = {name: text for name, text in formulas.FORMULAS.items() if name in result}
-    return result
-
-
 def overlaps(model: nn.Module, index: int) -> dict[str, list[float]]:
     """Collision rate and overlap of the support of finished task number `index` with each earlier one's."""
     names = [f"task_{k:03d}" for k in range(index + 1)]
@@ -96,3 +74,12 @@ def overlaps(model: nn.Module, index: int) -> dict[str, list[float]]:
         "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
         "overlap": [formulas.overlap(shared[k], sizes[k], sizes[index]) for k in range(index)],
     }
+
+
+def write_readme(folder: Path, manifest: Manifest, result: dict[str, Any], repo_id: str | None, args: Any) -> None:
+    """The model card of a stack, from what stands beside it."""
+    path = folder / RUN
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    template = getattr(args, "model_card_template", None)
+    write_atomic(folder / "README.md", stack_card(manifest, result, settings, repo_id or ".", pictures, template))

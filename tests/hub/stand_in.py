@@ -137,6 +137,15 @@ class StandInHub:
         self.faults.append(fault)
         return fault
 
+    def patch(self, monkeypatch) -> None:
+        """Make huggingface_hub of this process take it for the Hub, with the token as the login."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", self.token)
+
     def environment(self, cache: os.PathLike | str, **more: str) -> dict[str, str]:
         """Environment of a process that takes this for the Hub, with an own cache."""
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}

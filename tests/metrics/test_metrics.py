@@ -3,7 +3,7 @@
 import pytest
 
 from hf_jumplora import metrics
-from hf_jumplora.trainer.state import derive
+from hf_jumplora.metrics.derived import derive
 
 
 A = [  # row: after training on task i; column: score on task j

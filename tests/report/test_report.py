@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from hf_jumplora.metrics.derived import derive
 from hf_jumplora.report import comparison, table, write_report
 from hf_jumplora.report.report import draw_matrix, pairs
-from hf_jumplora.trainer.state import derive
 
 
 def info(name, **more):

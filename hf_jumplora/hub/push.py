@@ -1,0 +1,246 @@
+"""Pushing a stack to the Hub: one commit and one tag a task, none of them twice, whatever the network does.
+
+Nothing says which tasks wait but the two manifests: a task of the folder's stack.json that the one on the Hub lacks is
+still to be pushed. A commit is made from what the folder holds about the tasks up to its own, so that it does not
+matter when it is made, and training can go on meanwhile.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HTTPError
+
+from ..metrics.derived import derive
+from ..report.report import PICTURES, write_report
+from ..stack.manifest import MANIFEST, read_manifest, write_json, write_manifest
+from .card import eval_results, stack_card
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = "hub.json"  # beside the stack, never pushed: {"repo_id", "revision", "pushed": {tag: commit}}
+_HARMLESS = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+
+
+def push_stack(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str = "main",
+    template: str | Path | None = None,
+    attempts: int = 5,
+    wait: float = 1.0,
+) -> dict[str, str]:
+    """Push every task of a stack that the repository lacks: a commit and a tag `task-00k` each, in order.
+
+    Args:
+        folder: holds stack.json. repo_id: "owner/name", or "name" for the token's owner; it is made if need be.
+        token: None takes `HF_TOKEN` or the login. It is handed to the client and written nowhere.
+        private: of a repository that is made now. revision: a branch; tags of another than main are "branch-task-00k".
+        template: of the model card (see card.py).
+        attempts, wait: a failure is tried again after wait, 2 wait, 4 wait, ... seconds, or as the Hub says.
+
+    Returns:
+        {tag: commit} of all tasks, also written to hub.json.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: the repository holds something else; nothing was pushed.
+        PermissionError: the Hub refused the token (401, 403). ConnectionError: the last attempt failed too. After both,
+        calling it again pushes what is missing.
+    """
+    folder = Path(folder)
+    for attempt in range(attempts):
+        try:
+            return _push(folder, repo_id, HfApi(token=token), private, revision, template)
+        except (HTTPError, OSError) as error:
+            if isinstance(error, FileNotFoundError) and not (folder / MANIFEST).is_file():
+                raise
+            if _status(error) in (401, 403):
+                raise PermissionError(explain(error, repo_id)) from error
+            if attempt + 1 == attempts:
+                raise ConnectionError(
+                    f"{repo_id}: pushing failed {attempts} times, the last time with {explain(error, repo_id)}. "
+                    f"Nothing is lost: `hf-jumplora push {folder} --repo {repo_id}` pushes what is missing"
+                ) from error
+            delay = _retry_after(error) or wait * 2**attempt
+            logger.warning("pushing to %s failed (%s); again in %.1f s", repo_id, error, delay)
+            time.sleep(delay)
+    raise ValueError(f"attempts must be positive, got {attempts}")
+
+
+def open_repository(
+    folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str = "main"
+) -> str:
+    """Make the repository and branch if need be and check that they can take this folder's stack; the full id.
+
+    Raises:
+        ValueError: they hold something else. Errors of the client as they are.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision != "main":
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    _remote(api, repo_id, revision, _tasks(Path(folder)))
+    return repo_id
+
+
+def _tasks(folder: Path) -> list[dict[str, Any]]:
+    return read_manifest(folder).tasks if (folder / MANIFEST).is_file() else []
+
+
+def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]) -> tuple[str | None, int]:
+    """(newest commit, how many of our tasks it holds). Raises ValueError when the repository is not ours to go on."""
+    info = api.model_info(repo_id, revision=revision)
+    files = {file.rfilename for file in info.siblings or ()}
+    if MANIFEST not in files:
+        if other := sorted(files - _HARMLESS):
+            raise ValueError(
+                f"{repo_id} ({revision}) is not empty and holds no stack, but {', '.join(other[:3])}: use another "
+                "repository (hub_model_id) or branch (hub_revision)"
+            )
+        return info.sha, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        api.hf_hub_download(repo_id, MANIFEST, revision=info.sha, local_dir=temporary)
+        theirs = read_manifest(temporary).tasks
+    if theirs != tasks[: len(theirs)]:
+        there, here = ([task["name"] for task in stack] for stack in (theirs, tasks))
+        raise ValueError(
+            f"{repo_id} ({revision}) holds another stack, of tasks {there}; this folder's is of {here or 'none yet'}. "
+            "It is not overwritten: use another repository (hub_model_id) or branch (hub_revision), or continue the "
+            "one that is there with ContinualRun.from_stack"
+        )
+    return info.sha, len(theirs)
+
+
+def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
+    tasks = read_manifest(folder).tasks
+    repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)  # type: ignore[arg-type]
+    head, done = _remote(api, repo_id, revision, tasks)
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    pushed: dict[str, str] = {}
+    for index, task in enumerate(tasks):
+        tag = f"task-{index:03d}" if revision == "main" else f"{revision}-task-{index:03d}"
+        title = f"{tag}: {task['name']}"
+        if index >= done:
+            if tag in tags:
+                raise ValueError(
+                    f"{repo_id} has a tag {tag} but not this task on {revision}; remove the tag, or use another branch"
+                )
+            with snapshot(folder, index, repo_id, template) as files:
+                operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+                # With the parent named, the Hub refuses the commit (412) if it holds anything newer than we have seen.
+                commit = api.create_commit(
+                    repo_id, operations, commit_message=title, revision=revision, parent_commit=head
+                ).oid
+            head = commit
+        elif tag in tags:
+            commit = tags[tag]
+        else:  # the connection was lost between commit and tag
+            made = [c.commit_id for c in api.list_repo_commits(repo_id, revision=revision) if c.title == title]
+            if not made:
+                raise ValueError(f"{repo_id} holds task {task['name']!r} but no commit {title!r} to put tag {tag} on")
+            commit = made[0]
+        if tag not in tags:
+            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+        pushed[tag] = commit
+        if index >= done or index + 1 == len(tasks):
+            write_json(folder / RECORD, {"repo_id": repo_id, "revision": revision, "pushed": pushed})
+    return pushed
+
+
+@contextlib.contextmanager
+def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None = None) -> Iterator[dict[str, Path]]:
+    """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
+
+    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json.
+    """
+    manifest = read_manifest(folder)
+    whole = json.loads((folder / "metrics.json").read_text())
+    settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    task, newest = manifest.tasks[index], len(whole["trained"]) == index + 1
+    manifest.tasks = manifest.tasks[: index + 1]
+    trained = whole["trained"][: index + 1]
+    continual = all(info["name"] in whole["tasks"] for info in trained)  # joint training has one stage of another name
+    result = derive(whole["matrix"][: index + 2], whole["tasks"], continual)
+    result |= {"method": whole["method"], "trained": trained}
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        drawn = [p for p in PICTURES if newest and (folder / p).is_file()]
+        for picture in drawn:
+            shutil.copyfile(folder / picture, temporary / picture)
+        write_json(temporary / "metrics.json", result)
+        write_report(temporary, result, draw=not drawn)
+        pictures = [p for p in PICTURES if (temporary / p).is_file()]
+        card = stack_card(manifest, result, settings, where=repo_id, pictures=pictures, template=template)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if settings:
+            shutil.copyfile(folder / "run.json", temporary / "run.json")
+        if entries := eval_results(result):
+            (temporary / ".eval_results").mkdir()
+            (temporary / ".eval_results" / "accuracy.yaml").write_text(entries, encoding="utf-8")
+        write_manifest(temporary, manifest)
+        files = {f"{task['folder']}/{file}": folder / task["folder"] / file for file in task["files"]}
+        files |= {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
+        yield dict(sorted(files.items()))
+
+
+class Pusher(threading.Thread):
+    """Pushes in the background while training goes on; a failure is logged and made up for by the next task's push."""
+
+    def __init__(self, folder: Path, repo_id: str, **options: Any):
+        super().__init__(name="push to the Hub", daemon=True)
+        self.folder, self.repo_id, self.options = folder, repo_id, {"attempts": 3, **options}
+        self._work, self._closing = threading.Event(), False
+
+    def push(self) -> None:
+        """There is a task more; returns at once."""
+        self._work.set()
+
+    def finish(self) -> None:
+        """Push what is left and wait for it (as long as `push_stack` tries)."""
+        self._closing = True
+        self._work.set()
+        self.join()
+
+    def run(self) -> None:
+        last = False
+        while not last:
+            self._work.wait()
+            self._work.clear()
+            last = self._closing
+            if (self.folder / MANIFEST).is_file():
+                try:
+                    push_stack(self.folder, self.repo_id, **self.options)
+                except Exception as error:  # whatever it is, training is worth more
+                    logger.error("the stack in %s was not pushed: %s", self.folder, error)
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _retry_after(error: Exception) -> float | None:
+    value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(value), 300.0) if value.replace(".", "", 1).isdigit() else None
+
+
+def explain(error: Exception, repo_id: str) -> str:
+    """An error of the client in words; for a refused token (401, 403) what to do."""
+    if (status := _status(error)) not in (401, 403):
+        return f"{type(error).__name__}: {error}"
+    cause = "no valid token was given" if status == 401 else "the token may not write there"
+    return (
+        f"the Hub refused to push to {repo_id} ({status}: {cause}). Log in with `hf auth login`, or set HF_TOKEN to a "
+        f"token with write access to {repo_id.split('/')[0]}, then run `hf-jumplora push` on the folder"
+    )
