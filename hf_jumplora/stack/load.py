@@ -50,6 +50,20 @@ def load_stack(
         message names the file or layer, what was expected and what was found.
     """
     folder, manifest, chosen = open_stack(path, tasks, revision)
+    base = load_base(manifest, base_model, str(folder), **model_kwargs)
+    model = attach(base, folder, chosen)
+    model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
+    return model.merge_and_unload() if merge else model
+
+
+def load_base(
+    manifest: Manifest, base_model: str | os.PathLike | nn.Module | None, where: str, **model_kwargs: Any
+) -> nn.Module:
+    """The base model of a stack, checked: None loads the one that the manifest names.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another model; the message names `where` the stack is.
+    """
     if base_model is None:
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
@@ -58,20 +72,18 @@ def load_stack(
         known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
         if not known or not base_model:
             raise ValueError(
-                f"{folder}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
+                f"{where}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
                 "pass the model itself as base_model="
             )
         try:
             base_model = architecture.from_pretrained(base_model, **model_kwargs)
         except OSError as error:
             raise ValueError(
-                f"{folder}: its base model {base_model} cannot be loaded; pass base_model= ({error})"
+                f"{where}: its base model {base_model} cannot be loaded; pass base_model= ({error})"
             ) from error
     assert isinstance(base_model, nn.Module)
-    check_base(manifest, base_model, str(folder))
-    model = attach(base_model, folder, chosen)
-    model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
-    return model.merge_and_unload() if merge else model
+    check_base(manifest, base_model, where)
+    return base_model
 
 
 def open_stack(

@@ -17,7 +17,7 @@ from ..tuner import named_layers
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
 MANIFEST = "stack.json"
 FOLDER = re.compile(r"task_\d{3,}")
-TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "run.json")
+TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json")
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 _NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 

@@ -3,13 +3,17 @@
 import copy
 import logging
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from datasets import concatenate_datasets
 from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model
+from transformers.trainer_utils import HubStrategy
 
 from ..hub import Pusher, explain, open_repository
 from ..tuner import ramp_steps
+from .tasks import TextTask
 
 
 if TYPE_CHECKING:
@@ -48,9 +52,9 @@ def check_run(run: "ContinualRun") -> None:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
     for strategy in run.strategies:
         strategy.check(run.method.mode, run.config)
-    if run.args.push_to_hub and run.args.hub_strategy not in ("every_save", "end"):
+    if run.args.push_to_hub and (strategy := HubStrategy(run.args.hub_strategy).value) not in ("every_save", "end"):
         raise ValueError(
-            f"hub_strategy={str(run.args.hub_strategy)!r} pushes checkpoints; a run pushes finished tasks: use "
+            f"hub_strategy={strategy!r} pushes checkpoints; a run pushes finished tasks: use "
             "'every_save' (after each task) or 'end'"
         )
     if run.args.load_best_model_at_end:
@@ -63,6 +67,8 @@ def check_run(run: "ContinualRun") -> None:
     get_peft_model(run.model, copy.deepcopy(run.config)).unload()
     if run.config.gate:
         for stage in stage_sizes(run):
+            if stage[1] == 0:  # a past task whose data is not at hand
+                continue
             try:
                 ramp_steps(planned_steps(run.args, stage[1]), run.config)
             except ValueError as error:
@@ -71,7 +77,7 @@ def check_run(run: "ContinualRun") -> None:
 
 def stage_sizes(run: "ContinualRun") -> list[tuple[str, int]]:
     """(name, training examples) of each stage: a task, or all tasks at once in joint training."""
-    sizes = [(task.name, len(task.train_dataset)) for task in run.tasks]
+    sizes = [(task.name, 0 if task.train_dataset is None else len(task.train_dataset)) for task in run.tasks]
     return sizes if run.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
 
 
@@ -94,6 +100,7 @@ def run_settings(run: "ContinualRun") -> dict[str, Any]:
     settings["method"] = run.method_name
     settings["strategies"] = [repr(strategy) for strategy in run.strategies]
     settings["base_model"] = getattr(run.model, "name_or_path", "")
+    settings["base_dtype"] = str(getattr(run.model, "dtype", ""))
     for number, task in enumerate(run.tasks):
         settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
     return settings
@@ -135,3 +142,25 @@ def start_push(run: "ContinualRun") -> Pusher | None:
     pusher.start()
     pusher.push()  # what an earlier process left
     return pusher
+
+
+def encode_tasks(run: "ContinualRun") -> list[Any]:
+    """The training set of every stage; all texts are encoded before the first step, so that bad ones show now."""
+    sets = [run.encoder.train_rows(t) if isinstance(t, TextTask) else t.train_dataset for t in run.tasks]
+    for task in run.tasks:
+        if isinstance(task, TextTask):
+            for row in task.eval_dataset or ():
+                run.encoder.prompt_ids(task, row[task.text_column])
+            if cut := run.encoder.truncated[task.name]:
+                logger.warning(
+                    "task %s: %d texts were cut to fit max_length=%d", task.name, cut, run.encoder.max_length
+                )
+    run.truncated = Counter(run.encoder.truncated)  # evaluations go on counting
+    return sets if run.method.mode != "joint" else [concatenate_datasets(sets)]
+
+
+def place_model(run: "ContinualRun") -> None:
+    """The Trainer puts the model on its device when training starts; the zero-shot row comes before."""
+    placed = getattr(run.model, "hf_device_map", None) or getattr(run.model, "is_quantized", False)
+    if not (placed or run.args.deepspeed_plugin or run.args.fsdp):
+        run.model.to(run.args.device)

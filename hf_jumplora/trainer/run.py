@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import concatenate_datasets
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -44,7 +43,8 @@ from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
-from .preflight import check_run, push_options, run_settings, stage_sizes, start_push
+from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
+from .resume import complete_row, continued
 from .state import METRICS, check_settings, overlaps, read_matrix, write_readme
 from .tasks import Encoder, Task, TextTask, collate
 
@@ -111,6 +111,48 @@ class ContinualRun:
         self.pusher: Pusher | None = None
         self.repo_id = self.args.hub_model_id if self.args.push_to_hub else None
 
+    @classmethod
+    def from_stack(
+        cls,
+        path: str | Path,
+        tasks: list[Task],
+        output_dir: str | Path,
+        *,
+        base_model: str | Path | nn.Module | None = None,
+        processing_class: Any = None,
+        revision: str | None = None,
+        trainer_cls: type = ContinualTrainer,
+        strategies: list[Strategy] | None = None,
+        data_collator: Any = None,
+        callbacks: list | None = None,
+        **options: Any,
+    ) -> "ContinualRun":
+        """A run that adds tasks to a stack in a folder or on the Hub; `train()` gives what the uninterrupted run gave.
+
+        Method, adapter config and training arguments are the stack's own (its run.json).
+
+        Args:
+            path: a folder, or a repository on the Hub (with push_to_hub=True the new tasks go there too).
+            tasks: the new ones, in order. A task of the stack that is given again, unchanged, is evaluated again after
+                each new one; without it its scores stay empty and so do the averages that need them.
+            output_dir: where the stack is copied to and goes on. It may be `path` itself.
+            base_model: a model, a folder or an id; None takes the one that the stack names.
+            processing_class: None takes the base model's tokenizer. revision: of the repository.
+            strategies: needed when the stack was trained with others than the method's own.
+            options: further training arguments (push_to_hub, save_steps, ...).
+
+        Raises:
+            FileNotFoundError: no stack there. ValueError: anything that cannot work; a setting that differs from the
+            stack's is named (by `train`).
+        """
+        model, everything, method, args, processing_class, config = continued(
+            path, tasks, output_dir, base_model, processing_class, revision, options
+        )
+        return cls(
+            model, everything, method, args, processing_class, trainer_cls=trainer_cls, adapter_config=config,
+            strategies=strategies, data_collator=data_collator, callbacks=callbacks,
+        )  # fmt: skip
+
     def _text_tasks(self) -> list[TextTask]:
         return [task for task in self.tasks if isinstance(task, TextTask)]
 
@@ -143,13 +185,17 @@ class ContinualRun:
                 self.pusher.finish()
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
-        train_sets = self._encode()
+        train_sets = encode_tasks(self)
+        zero_shot = read_matrix(self.output_dir, len(self.tasks))[:1]
+        if not zero_shot or None in zero_shot[0]:
+            place_model(self)
+        for row in zero_shot:
+            complete_row(self, row)
         done = self._restore()
+        if done:
+            self.matrix[0] = zero_shot[0]
+            complete_row(self, self.matrix[done])
         if not self.matrix:
-            # The Trainer puts the model on its device when training starts; the zero-shot row comes before.
-            placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
-            if not (placed or self.args.deepspeed_plugin or self.args.fsdp):
-                self.model.to(self.args.device)
             self.matrix = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]]
             self._write_metrics()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
@@ -169,29 +215,15 @@ class ContinualRun:
     def _evaluates_all(self) -> bool:
         return getattr(self.args, "eval_tasks", "all") == "all"
 
-    def _encode(self) -> list[Any]:
-        """The training set of every stage; all texts are encoded before the first step, so that bad ones show now."""
-        sets = [self.encoder.train_rows(t) if isinstance(t, TextTask) else t.train_dataset for t in self.tasks]
-        for task in self.tasks:
-            if isinstance(task, TextTask):
-                for row in task.eval_dataset or ():
-                    self.encoder.prompt_ids(task, row[task.text_column])
-                if cut := self.encoder.truncated[task.name]:
-                    logger.warning(
-                        "task %s: %d texts were cut to fit max_length=%d", task.name, cut, self.encoder.max_length
-                    )
-        self.truncated = Counter(self.encoder.truncated)  # evaluations go on counting
-        return sets if self.method.mode != "joint" else [concatenate_datasets(sets)]
-
     def _restore(self) -> int:
         """Load what a former process finished; returns the number of finished stages."""
         if not (self.output_dir / MANIFEST).is_file():
-            self.matrix = read_matrix(self.output_dir)[:1]
+            self.matrix = read_matrix(self.output_dir, len(self.tasks))[:1]
             return 0
         self.manifest = read_manifest(self.output_dir)
         check_base(self.manifest, self.model, str(self.output_dir))
         tasks = self.manifest.tasks
-        self.matrix = read_matrix(self.output_dir)[: len(tasks) + 1]
+        self.matrix = read_matrix(self.output_dir, len(self.tasks))[: len(tasks) + 1]
         if len(self.matrix) != len(tasks) + 1:
             raise ValueError(
                 f"{self.output_dir / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put it "

@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import metrics as formulas
 from ..hub import stack_card
+from ..methods import get_method
 from ..report.report import PICTURES
 from ..stack.manifest import MANIFEST, Manifest, write_atomic, write_json
 from ..tuner import named_layers
@@ -17,8 +18,15 @@ RUN = "run.json"
 METRICS = "metrics.json"
 
 
+def task_settings(settings: dict[str, Any]) -> list[str]:
+    """ "name fingerprint" of the tasks in run.json, in order."""
+    count = sum(key.startswith("task ") for key in settings)
+    return [settings[f"task {number}"] for number in range(count)]
+
+
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write run.json, or compare it with the one that is there. A run that trained nothing yet may change its settings.
+    """Write run.json, or compare it with the one that is there. A run that trained nothing yet may change its settings;
+    later ones may add tasks at the end.
 
     Raises:
         ValueError: the folder holds work of a run with other settings; the message says which differ and how.
@@ -36,25 +44,32 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+    added = {key for key in settings if key.startswith("task ") and key not in before}
+    # The base is known by its weights (`check_base`): on another machine it may stand elsewhere.
+    ignored = added | ({"base_model"} if (folder / MANIFEST).is_file() else set())
     differ = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
-        for key in sorted({*before, *settings})
+        for key in sorted({*before, *settings} - ignored)
         if before.get(key) != settings.get(key)
     ]
     if differ:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(differ)}). Use another output_dir, or the settings "
-            "of that run to continue it"
+            "of that run to continue it; tasks can be added at the end of the list only"
         )
+    if added:
+        if get_method(settings["method"]).mode == "joint":
+            raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
+        write_json(path, {**before, **{key: settings[key] for key in settings if key in added}})
 
 
-def read_matrix(folder: Path) -> list[list[float | None]]:
-    """The accuracy matrix so far, row 0 before any training; empty for a new run."""
+def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
+    """The accuracy matrix so far, row 0 before any training; empty for a new run. None for `tasks` that were added."""
     path = folder / METRICS
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text())["matrix"]
+        return [row + [None] * (tasks - len(row)) for row in json.loads(path.read_text())["matrix"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
 

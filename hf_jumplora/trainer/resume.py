@@ -1,0 +1,128 @@
+"""A stack goes on: what a run needs to add tasks to one that another machine has made."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import AutoTokenizer
+
+from ..methods import get_method
+from ..stack.load import load_base, verify
+from ..stack.manifest import MANIFEST, read_manifest, write_atomic, write_json
+from ..tuner import JumpLoraConfig
+from .arguments import ContinualTrainingArguments
+from .evaluation import own_adapter
+from .state import METRICS, RUN, task_settings
+from .tasks import Task, TextTask
+
+
+if TYPE_CHECKING:
+    from .run import ContinualRun
+
+
+@dataclass
+class PastTask:
+    """A task of the stack whose data is not at hand: it is not evaluated, and strategies get None for its data."""
+
+    name: str
+    digest: str
+    train_dataset: Any = None
+    eval_dataset: Any = None
+
+    def fingerprint(self) -> str:
+        """As the stack's run.json has it."""
+        return self.digest
+
+
+def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, token: str | None = None) -> bool:
+    """Copy a verified stack from a folder or the Hub into `folder`, stack.json last; whether it came from the Hub.
+
+    A folder that holds the stack already, or what a run has made of it since, is left as it is.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: a damaged file, or `folder` holds another stack.
+    """
+    hub = not Path(path).is_dir()
+    if hub:
+        wanted = [MANIFEST, METRICS, RUN, "task_*/*"]
+        source = Path(HfApi(token=token).snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
+    else:
+        source = Path(path)
+    theirs = read_manifest(source)
+    if (folder / MANIFEST).is_file():
+        if read_manifest(folder).tasks[: len(theirs.tasks)] != theirs.tasks:
+            raise ValueError(f"{folder} holds another stack than {path}: use another output_dir")
+        return hub
+    for name in (METRICS, RUN):
+        if not (source / name).is_file():
+            raise ValueError(f"{path} has no {name}, without which nobody can go on where it stopped")
+    for task in theirs.tasks:
+        verify(source, task)
+        (folder / task["folder"]).mkdir(parents=True, exist_ok=True)
+        for name in task["files"]:
+            shutil.copyfile(source / task["folder"] / name, folder / task["folder"] / name)
+    for name in (METRICS, RUN, MANIFEST):
+        write_atomic(folder / name, (source / name).read_text(encoding="utf-8"))
+    return hub
+
+
+def continued(
+    path: str | Path, tasks: list[Task], output_dir: str | Path, base_model, processing_class, revision, options
+) -> tuple[nn.Module, list[Any], str, ContinualTrainingArguments, Any, JumpLoraConfig]:
+    """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
+    folder = Path(output_dir)
+    hub = fetch_stack(path, folder, revision, options.get("hub_token"))
+    manifest, settings = read_manifest(folder), json.loads((folder / RUN).read_text())
+    if get_method(manifest.method).mode == "joint":
+        raise ValueError(f"{path} was trained on all tasks at once ({manifest.method}); no task can be added to that")
+    known = task_settings(settings)
+    names, given = manifest.task_names, {task.name: task for task in tasks}
+    everything: list[Any] = [given.get(name, PastTask(name, known[n].split()[-1])) for n, name in enumerate(names)]
+    everything += [task for task in tasks if task.name not in names]
+    _forget_other_plans(folder, settings, everything, len(names))
+
+    config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
+    settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}
+    stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
+    own = {f.name for f in fields(ContinualTrainingArguments) if f.init}
+    if hub and options.get("push_to_hub"):
+        options = {"hub_model_id": str(path), **options}
+    args = ContinualTrainingArguments(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
+    if not isinstance(base_model, nn.Module):
+        dtype = getattr(torch, settings["base_dtype"].removeprefix("torch."))
+        base_model = load_base(manifest, base_model, str(path), dtype=dtype)
+    if processing_class is None and any(isinstance(task, TextTask) for task in tasks):
+        processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
+    adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
+    return base_model, everything, manifest.method, args, processing_class, adapter
+
+
+def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any], finished: int) -> None:
+    """Take tasks that were planned, but neither trained nor given now, out of run.json and metrics.json."""
+    known = task_settings(settings)
+    keep = finished
+    while keep < min(len(known), len(tasks)) and known[keep] == f"{tasks[keep].name} {tasks[keep].fingerprint()}":
+        keep += 1
+    if keep == len(known) or any(folder.glob("checkpoints/*/checkpoint-*")):
+        return
+    result = json.loads((folder / METRICS).read_text())
+    result |= {"tasks": result["tasks"][:keep], "matrix": [row[:keep] for row in result["matrix"]]}
+    write_json(folder / METRICS, result)
+    dropped = {f"task {number}" for number in range(keep, len(known))}
+    write_json(folder / RUN, {key: value for key, value in settings.items() if key not in dropped})
+
+
+def complete_row(run: "ContinualRun", row: list[float | None]) -> None:
+    """Score the model as it is on tasks that were added since `row` was made, and on those given again."""
+    for index, task in enumerate(run.tasks):
+        if row[index] is None and task.eval_dataset is not None and run._evaluates_all():
+            with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
+                row[index] = run._score(task)
