@@ -52,9 +52,9 @@ def check_run(run: "ContinualRun") -> None:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
     for strategy in run.strategies:
         strategy.check(run.method.mode, run.config)
-    if run.args.push_to_hub and (strategy := HubStrategy(run.args.hub_strategy).value) not in ("every_save", "end"):
+    if run.args.push_to_hub and (when := HubStrategy(run.args.hub_strategy).value) not in ("every_save", "end"):
         raise ValueError(
-            f"hub_strategy={strategy!r} pushes checkpoints; a run pushes finished tasks: use "
+            f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
             "'every_save' (after each task) or 'end'"
         )
     if run.args.load_best_model_at_end:
