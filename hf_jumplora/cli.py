@@ -16,6 +16,7 @@ COMMANDS = {
     "remove": "write a stack without some of the tasks",
     "reorder": "write a stack in another order, where order does not matter",
     "merge": "write a plain model that holds the updates",
+    "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
 }
 

@@ -6,10 +6,14 @@ generated (synthetic) tasks that interfere. With a real model and a real stream:
     accelerate launch recipes/llama2_cl.py --config recipes/configs/llama2_7b.yaml \
         --stream recipes/streams/order1.yaml --data_dir CL_BENCHMARK --output_dir runs/llama2
 
+With `--from_stack user/repo` (or a folder) the tasks of the stream are added to a stack that is there already; method and
+settings are the stack's own, and with `--push_to_hub true` the new tasks go to the same repository.
+
 `--compare inclora seqlora` trains these methods too, on the same data and seeds, and prints them side by side. Run the
 same command again after an interruption: it continues where it stopped.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +39,9 @@ class ModelArguments:
     )
     tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama and generated data are kept."})
+    from_stack: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository of a stack that the stream's tasks are added to."}
+    )
     compare: list[str] = field(default_factory=list, metadata={"help": "Further methods to train on the same data."})
 
 
@@ -59,12 +66,34 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
     return str(build_tiny_llama(texts, model.cache_dir, steps=model.tiny_steps)), tasks
 
 
+def add_to_stack(
+    model: ModelArguments,
+    stream: StreamArguments,
+    method: MethodArguments,
+    args: ContinualTrainingArguments,
+    given: set,
+) -> None:
+    """Train the stream's tasks on top of a stack; options of the command line alone are compared with the stack's."""
+    if wrong := sorted(given & ({f.name for f in dataclasses.fields(method)} | {"config", "compare", "dtype"})):
+        raise SystemExit(f"--{wrong[0]} has no meaning with --from_stack: method and settings are the stack's own")
+    if stream.stream is None:
+        raise SystemExit("--from_stack needs --stream: the tasks to add")
+    tasks = load_tasks(stream.stream, stream.data_dir, max_train=stream.max_train, max_eval=stream.max_eval)
+    options = {name: getattr(args, name) for name in given if hasattr(args, name) and name != "output_dir"}
+    base = model.model_name_or_path
+    ContinualRun.from_stack(model.from_stack, tasks, args.output_dir, base_model=base, **options).train()
+
+
 def main() -> None:
     argv = sys.argv[1:]
-    if not any(a.split("=")[0] in ("--config", "--model_name_or_path", "--stream") for a in argv):
+    given = {a.split("=")[0].removeprefix("--") for a in argv if a.startswith("--")}
+    if not given & {"config", "model_name_or_path", "stream"}:
         argv = ["--config", str(HERE / "configs" / "demo.yaml"), *argv]
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, method, args = parse_recipe(classes, argv)
+    if model_args.from_stack:
+        add_to_stack(model_args, stream, method, args, given)
+        return
     plans = method.plans(model_args.compare)  # before anything is built: a wrong option shows now
     name, tasks = model_and_stream(model_args, stream)
     tokenizer = AutoTokenizer.from_pretrained(name)

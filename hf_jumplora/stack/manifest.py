@@ -110,11 +110,28 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # one name, so that killed runs leave no heap of them
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk: the file that was there stays
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path, files: bool = False) -> None:
+    """Have the names in a folder, and with `files` the content of its files, on the disk before what comes next."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    for path in [*(sorted(folder.iterdir()) if files else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, data: Any) -> None:

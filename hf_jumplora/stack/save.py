@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from ..tuner.adapters import adapter_config
-from .manifest import file_sha256, stack_support_sha256, write_atomic, write_json
+from .manifest import file_sha256, stack_support_sha256, sync_folder, write_atomic, write_json
 
 
 STRATEGIES = "strategies.safetensors"
@@ -47,7 +47,9 @@ def save_task(
         target = stack / folder
         if target.exists():
             shutil.rmtree(target)
+        sync_folder(temporary / folder, files=True)
         os.replace(temporary / folder, target)
+        sync_folder(stack)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"name": name, "folder": folder, "files": files, "support_sha256": support}

@@ -45,7 +45,7 @@ from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .resume import complete_row, continued
-from .state import METRICS, check_settings, overlaps, read_matrix, write_readme
+from .state import METRICS, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
 from .tasks import Encoder, Task, TextTask, collate
 
 
@@ -313,7 +313,8 @@ class ContinualRun:
             }
         )
         if PartialState().is_main_process:
-            self._commit(name, folder)
+            with explain_disk_errors(self.output_dir, name):
+                self._commit(name, folder)
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
         PartialState().wait_for_everyone()
 

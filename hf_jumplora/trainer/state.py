@@ -1,9 +1,13 @@
 """What a run keeps on disk beside the stack, so that the same command continues where it stopped."""
 
+import contextlib
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .. import metrics as formulas
@@ -98,3 +102,17 @@ def write_readme(folder: Path, manifest: Manifest, result: dict[str, Any], repo_
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     template = getattr(args, "model_card_template", None)
     write_atomic(folder / "README.md", stack_card(manifest, result, settings, repo_id or ".", pictures, template))
+
+
+@contextlib.contextmanager
+def explain_disk_errors(folder: Path, task: str) -> Iterator[None]:
+    """An OSError while a finished task is written (no space left, a read-only folder) says what it leaves behind."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"{getattr(error, 'strerror', None) or error}: task {task!r} could not be written to {folder}. The stack there is whole "
+            "without it; make room and run the same command again",
+            getattr(error, "filename", None),
+        ) from error
