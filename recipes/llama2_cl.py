@@ -6,8 +6,8 @@ generated (synthetic) tasks that interfere. With a real model and a real stream:
     accelerate launch recipes/llama2_cl.py --config recipes/configs/llama2_7b.yaml \
         --stream recipes/streams/order1.yaml --data_dir CL_BENCHMARK --output_dir runs/llama2
 
-With `--from_stack user/repo` (or a folder) the tasks of the stream are added to a stack that is there already; method and
-settings are the stack's own, and with `--push_to_hub true` the new tasks go to the same repository.
+With `--from_stack user/repo` (or a folder) the tasks of the stream are added to a stack that is there already; method
+and settings are the stack's own, and with `--push_to_hub true` the new tasks go to the same repository.
 
 `--compare inclora seqlora` trains these methods too, on the same data and seeds, and prints them side by side. Run the
 same command again after an interruption: it continues where it stopped.

@@ -112,7 +112,7 @@ def explain_disk_errors(folder: Path, task: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"{getattr(error, 'strerror', None) or error}: task {task!r} could not be written to {folder}. The stack there is whole "
-            "without it; make room and run the same command again",
+            f"{getattr(error, 'strerror', None) or error}: task {task!r} could not be written to {folder}. The stack "
+            "there is whole without it; make room and run the same command again",
             getattr(error, "filename", None),
         ) from error
