@@ -1,4 +1,4 @@
-"""olora, nlora, drift, l2, ewc, lwf, replay: each by its formula in float64, restarted, and refused where it must be."""
+"""olora, nlora, drift, l2, ewc, lwf, replay: each by its formula in float64, restarted, and refused where it must."""
 
 from types import SimpleNamespace
 
