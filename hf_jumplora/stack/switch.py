@@ -15,6 +15,7 @@ class _Touched:
     """Of one layer: the entries that any task changes (flat indices [n] into the base weight as it is stored), their
     values in the base [n], and for each adapter where its entries stand in that list [k] and what it adds [k]."""
 
+    packed: torch.Tensor  # the same entries as packed bits
     index: torch.Tensor
     original: torch.Tensor
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -70,8 +71,7 @@ def _touched(layer: JumpLoraLayer, adapters: list[str]) -> _Touched:
     place = torch.empty(weight.numel(), dtype=torch.int32, device=weight.device)
     place[index] = torch.arange(index.numel(), dtype=torch.int32, device=weight.device)
     updates = {adapter: (place[where].long(), values) for adapter, (where, values) in sparse.items()}
-    layer._restore = (pack_bits(union), weight.take(index))
-    return _Touched(index, weight.take(index), updates)
+    return _Touched(pack_bits(union), index, weight.take(index), updates)
 
 
 def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None:
@@ -89,3 +89,4 @@ def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None
     new = (touched.original.to(wide) + total).to(weight.dtype)
     weight.put_(touched.index, torch.where(total != 0, new, touched.original))
     layer.merged_adapters = adapters
+    layer._restore = (touched.packed, touched.original)  # so that the layer's own unmerge() restores all of them

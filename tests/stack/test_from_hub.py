@@ -1,0 +1,100 @@
+"""A stack on the (stand-in) Hub: tags, only the files that are needed, the cache alone, PEFT's own ways of loading."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from hf_jumplora import load_stack
+from hf_jumplora.stack import subset
+
+
+HEAD = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from hf_jumplora import load_stack
+
+def show(model):
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([[3, 12, 13, 8, 14, 9]])).logits
+    print("RESULT", json.dumps(logits.flatten().tolist()))
+"""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[3, 12, 13, 8, 14, 9]])).logits.flatten()
+
+
+@pytest.fixture
+def on_hub(toy_run, tmp_path):
+    """(hub, run a script that prints logits): me/stack after two tasks (tag task-001) and after three."""
+    from stand_in import StandInHub
+
+    two = tmp_path / "two"
+    subset(toy_run.output_dir, ["size", "light"], two)
+    with StandInHub() as hub:
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        api.create_repo("me/stack")
+        for folder, tag in ((two, "task-001"), (toy_run.output_dir, "task-002")):
+            api.upload_folder(repo_id="me/stack", folder_path=folder, allow_patterns=["*.json", "task_*/*"])
+            api.create_tag("me/stack", tag=tag)
+        hub.requests.clear()
+
+        def script(code, fails=False, **more):
+            environment = hub.environment(tmp_path / "cache", HF_HUB_DISABLE_XET="1", **more)
+            done = subprocess.run(
+                [sys.executable, "-c", HEAD + code], capture_output=True, text=True, env=environment, check=False
+            )
+            assert (done.returncode != 0) == fails, done.stderr[-3000:]
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+            return done.stderr if fails else [torch.tensor(json.loads(line[7:])) for line in lines]
+
+        yield hub, script
+
+
+def downloads(hub):
+    return {path.split("/resolve/")[1].split("/", 1)[1] for method, path in hub.requests if "/resolve/" in path}
+
+
+def test_tags_chosen_tasks_and_the_cache(on_hub, toy_run):
+    hub, script = on_hub
+    (one,) = script("show(load_stack('me/stack', tasks=['mood']))")
+    assert torch.equal(one, logits(load_stack(toy_run.output_dir, tasks=["mood"])))
+    got = {path for path in downloads(hub) if not path.startswith("task_002/")}
+    assert got == {"stack.json"}
+    assert "task_002/adapter_model.safetensors" in downloads(hub)
+
+    code = "show(load_stack('me/stack', revision='task-001')); show(load_stack('me/stack', tasks=['mood'], merge=True))"
+    tagged, merged = script(code)
+    assert torch.equal(tagged, logits(load_stack(toy_run.output_dir, tasks=slice(2))))
+    assert torch.equal(merged, logits(load_stack(toy_run.output_dir, tasks=["mood"], merge=True)))
+    hub.requests.clear()
+    again = script(code, HF_HUB_OFFLINE="1")
+    assert torch.equal(again[0], tagged)
+    assert torch.equal(again[1], merged)
+    assert not hub.requests
+    error = script("load_stack('me/stack', tasks=['size'])", fails=True, HF_HUB_OFFLINE="1")
+    assert "task_000" in error.splitlines()[-1]
+    error = script("load_stack('me/stack', revision='task-009')", fails=True)
+    assert "no stack on the Hub at revision 'task-009'" in error
+    error = script("load_stack('me/nothing')", fails=True)
+    assert "me/nothing is no folder, and no stack on the Hub" in error
+
+
+def test_through_peft(on_hub, toy_run, toy_base):
+    """`from_pretrained` of a task's folder in the repository brings the tasks before it."""
+    _, script = on_hub
+    code = (
+        "from peft import AutoPeftModelForCausalLM, PeftModel\nfrom transformers import LlamaForCausalLM\n"
+        f"base = LlamaForCausalLM.from_pretrained({toy_base!r})\n"
+        "show(PeftModel.from_pretrained(base, 'me/stack', subfolder='task_001'))\n"
+        f"show(AutoPeftModelForCausalLM.from_pretrained({str(toy_run.output_dir / 'task_001')!r}))\n"
+    )
+    expected = logits(load_stack(toy_run.output_dir, tasks=slice(2)))
+    for found in script(code):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
