@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -111,7 +112,11 @@ def open_stack(
     on_hub = not os.path.isdir(path)
     if on_hub:  # the folder's name in the cache is the commit: the tag may move meanwhile
         needed = [f"{task['folder']}/{name}" for task in chosen for name in task["files"] if name != STRATEGIES]
-        snapshot_download(str(path), revision=folder.name, allow_patterns=needed)
+        try:
+            snapshot_download(str(path), revision=folder.name, allow_patterns=needed)
+        except LocalEntryNotFoundError as error:
+            names = ", ".join(task["folder"] for task in chosen)
+            raise FileNotFoundError(f"{path}: {names} cannot be downloaded and not all is cached ({error})") from error
     for task in chosen:
         verify(folder, task, skip=(STRATEGIES,) if on_hub else ())
     return folder, manifest, chosen

@@ -44,15 +44,18 @@ def switch_tasks(model: PeftModel, tasks: list[str] | None = None) -> None:
         raise ValueError(f"this model has no task {unknown[0]!r}; it was loaded with {', '.join(folders)}")
     chosen = [folder for name, folder in folders.items() if tasks is None or name in tasks]
     cache: dict[str, _Touched] = vars(model).setdefault("_switch_cache", {})
+    layers = [(name, layer) for name, layer in named_layers(model) if layer.quantization_backend is None]
+    for name, layer in layers:
+        if name not in cache:
+            cache[name] = _touched(layer, list(folders.values()))
+        _check_place(layer, cache[name])
     configs: Any = model.peft_config
     for number, folder in enumerate(chosen):
         configs[folder].parent_adapters = chosen[:number]
+    for _, layer in layers:
+        layer.merged_adapters = []  # else PEFT would unmerge; every entry that is merged is written below
     model.set_adapter(chosen[-1], inference_mode=True)
-    for name, layer in named_layers(model):
-        if layer.quantization_backend is not None:
-            continue
-        if name not in cache:
-            cache[name] = _touched(layer, list(folders.values()))
+    for name, layer in layers:
         _write(layer, cache[name], [folder for folder in chosen if folder in layer.configs])
 
 
@@ -74,13 +77,17 @@ def _touched(layer: JumpLoraLayer, adapters: list[str]) -> _Touched:
     return _Touched(pack_bits(union), index, weight.take(index), updates)
 
 
-def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None:
+def _check_place(layer: JumpLoraLayer, touched: _Touched) -> None:
     weight = layer._base_weight()
     if touched.index.device != weight.device or touched.original.dtype != weight.dtype:
         raise ValueError(
             f"layer {layer.layer_name} is now {weight.dtype} on {weight.device}, and was {touched.original.dtype} on "
             f"{touched.index.device} when its tasks were first switched: move or cast a model before that"
         )
+
+
+def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None:
+    weight = layer._base_weight()
     total = torch.zeros(touched.index.numel(), device=weight.device)
     for adapter in adapters:
         place, values = touched.updates[adapter]

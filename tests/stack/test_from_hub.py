@@ -30,31 +30,31 @@ def logits(model):
         return model.eval()(torch.tensor([[3, 12, 13, 8, 14, 9]])).logits.flatten()
 
 
-@pytest.fixture
-def on_hub(toy_run, tmp_path):
-    """(hub, run a script that prints logits): me/stack after two tasks (tag task-001) and after three."""
-    from stand_in import StandInHub
+WRONG = ["'me/stack', revision='task-009'", "'me/nothing'"]
 
+
+@pytest.fixture
+def on_hub(toy_run, hub, tmp_path):
+    """(hub, run a script: logits and errors it prints): me/stack after two tasks (tag task-001) and after three."""
     two = tmp_path / "two"
     subset(toy_run.output_dir, ["size", "light"], two)
-    with StandInHub() as hub:
-        api = HfApi(endpoint=hub.url, token=hub.token)
-        api.create_repo("me/stack")
-        for folder, tag in ((two, "task-001"), (toy_run.output_dir, "task-002")):
-            api.upload_folder(repo_id="me/stack", folder_path=folder, allow_patterns=["*.json", "task_*/*"])
-            api.create_tag("me/stack", tag=tag)
-        hub.requests.clear()
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo("me/stack")
+    for folder, tag in ((two, "task-001"), (toy_run.output_dir, "task-002")):
+        api.upload_folder(repo_id="me/stack", folder_path=folder, allow_patterns=["*.json", "task_*/*"])
+        api.create_tag("me/stack", tag=tag)
+    hub.requests.clear()
 
-        def script(code, fails=False, **more):
-            environment = hub.environment(tmp_path / "cache", HF_HUB_DISABLE_XET="1", **more)
-            done = subprocess.run(
-                [sys.executable, "-c", HEAD + code], capture_output=True, text=True, env=environment, check=False
-            )
-            assert (done.returncode != 0) == fails, done.stderr[-3000:]
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-            return done.stderr if fails else [torch.tensor(json.loads(line[7:])) for line in lines]
+    def script(code, **more):
+        environment = hub.environment(tmp_path / "cache", HF_HUB_DISABLE_XET="1", **more)
+        command = [sys.executable, "-c", HEAD + code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = done.stdout.splitlines()
+        shown = [torch.tensor(json.loads(line[7:])) for line in lines if line.startswith("RESULT")]
+        return shown, [line for line in lines if line.startswith("ERROR")]
 
-        yield hub, script
+    return hub, script
 
 
 def downloads(hub):
@@ -63,27 +63,26 @@ def downloads(hub):
 
 def test_tags_chosen_tasks_and_the_cache(on_hub, toy_run):
     hub, script = on_hub
-    (one,) = script("show(load_stack('me/stack', tasks=['mood']))")
+    (one,), _ = script("show(load_stack('me/stack', tasks=['mood']))")
     assert torch.equal(one, logits(load_stack(toy_run.output_dir, tasks=["mood"])))
     got = {path for path in downloads(hub) if not path.startswith("task_002/")}
     assert got == {"stack.json"}
     assert "task_002/adapter_model.safetensors" in downloads(hub)
 
     code = "show(load_stack('me/stack', revision='task-001')); show(load_stack('me/stack', tasks=['mood'], merge=True))"
-    tagged, merged = script(code)
+    code += "".join(f"\ntry: load_stack({call})\nexcept FileNotFoundError as e: print('ERROR', e)" for call in WRONG)
+    (tagged, merged), errors = script(code)
+    assert "no stack on the Hub at revision 'task-009'" in errors[0]
+    assert "me/nothing is no folder, and no stack on the Hub" in errors[1]
     assert torch.equal(tagged, logits(load_stack(toy_run.output_dir, tasks=slice(2))))
     assert torch.equal(merged, logits(load_stack(toy_run.output_dir, tasks=["mood"], merge=True)))
     hub.requests.clear()
-    again = script(code, HF_HUB_OFFLINE="1")
+    code += "\ntry: load_stack('me/stack', tasks=['size'])\nexcept FileNotFoundError as e: print('ERROR', e)"
+    again, errors = script(code, HF_HUB_OFFLINE="1")
+    assert "me/stack: task_000 cannot be downloaded" in errors[-1]
     assert torch.equal(again[0], tagged)
     assert torch.equal(again[1], merged)
     assert not hub.requests
-    error = script("load_stack('me/stack', tasks=['size'])", fails=True, HF_HUB_OFFLINE="1")
-    assert "task_000" in error.splitlines()[-1]
-    error = script("load_stack('me/stack', revision='task-009')", fails=True)
-    assert "no stack on the Hub at revision 'task-009'" in error
-    error = script("load_stack('me/nothing')", fails=True)
-    assert "me/nothing is no folder, and no stack on the Hub" in error
 
 
 def test_through_peft(on_hub, toy_run, toy_base):
@@ -96,5 +95,5 @@ def test_through_peft(on_hub, toy_run, toy_base):
         f"show(AutoPeftModelForCausalLM.from_pretrained({str(toy_run.output_dir / 'task_001')!r}))\n"
     )
     expected = logits(load_stack(toy_run.output_dir, tasks=slice(2)))
-    for found in script(code):
+    for found in script(code)[0]:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -42,10 +42,7 @@ def test_switching_is_loading(dtype, toy_run, toy_base):
         assert torch.equal(logits(model), logits(plain))
     assert torch.equal(logits(model), logits(fresh[number]))
     model.unmerge_adapter()
-    assert all(
-        torch.equal(weight, plain.get_submodule(name).weight)
-        for name, weight in weights(model).items()
-    )
+    assert all(torch.equal(weight, plain.get_submodule(name).weight) for name, weight in weights(model).items())
 
 
 def test_live_after_unmerging(toy_run):
