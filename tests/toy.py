@@ -165,3 +165,18 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
         run_module.write_manifest = dies
     run.train()
     os._exit(0)  # the moment never came
+
+
+def run_once(base: str, output_dir: str, options: dict, endpoint: str | None = None) -> None:
+    """A run in a process of its own, without pictures; `endpoint` is a stand-in Hub for its huggingface_hub."""
+    import hf_jumplora.report.report as report
+
+    torch.set_num_threads(1)
+    report.draw_matrix = report.draw_overlap = lambda result, path: None
+    if endpoint is not None:
+        from huggingface_hub import constants
+
+        constants.ENDPOINT = endpoint
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    make_run(base, output_dir, **options).train()
+    os._exit(0)

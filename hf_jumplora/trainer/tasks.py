@@ -288,7 +288,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
             split: _hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
             for split, name in names.items()
         }
-        source = entry["dataset"]
+        source = f"hf://datasets/{entry['dataset']}"  # the card names it as a data set of the Hub
     else:
         raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
     for split in rows:
