@@ -76,7 +76,7 @@ def straight(toy_base, tmp_path_factory):
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "metrics.json", "stack.json"])
 def test_full_disk(file, straight, toy_base, monkeypatch, tmp_path):
-    """While the second task is written: the error says what is left, the first task loads, the run goes on from there."""
+    """While the second task is written: the error says what is left, the first task loads, and it goes on."""
     run = toy.make_run(toy_base, tmp_path, stream=toy.tasks(2))
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
