@@ -166,8 +166,11 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
     The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json.
     """
     manifest = read_manifest(folder)
-    whole = json.loads((folder / "metrics.json").read_text())
     settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    pictures = {name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()}
+    whole = json.loads(
+        (folder / "metrics.json").read_text()
+    )  # a run writes it before the pictures, so it is read after
     task, newest = manifest.tasks[index], len(whole["trained"]) == index + 1
     manifest.tasks = manifest.tasks[: index + 1]
     trained = whole["trained"][: index + 1]
@@ -176,13 +179,12 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
     result |= {"method": whole["method"], "trained": trained}
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        drawn = [p for p in PICTURES if newest and (folder / p).is_file()]
-        for picture in drawn:
-            shutil.copyfile(folder / picture, temporary / picture)
+        for picture in pictures if newest else ():
+            (temporary / picture).write_bytes(pictures[picture])
         write_json(temporary / "metrics.json", result)
-        write_report(temporary, result, draw=not drawn)
-        pictures = [p for p in PICTURES if (temporary / p).is_file()]
-        card = stack_card(manifest, result, settings, where=repo_id, pictures=pictures, template=template)
+        write_report(temporary, result, draw=not (newest and pictures))
+        shown = [name for name in PICTURES if (temporary / name).is_file()]
+        card = stack_card(manifest, result, settings, where=repo_id, pictures=shown, template=template)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if settings:
             shutil.copyfile(folder / "run.json", temporary / "run.json")

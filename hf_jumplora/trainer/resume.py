@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoTokenizer
@@ -79,7 +80,8 @@ def continued(
 ) -> tuple[nn.Module, list[Any], str, ContinualTrainingArguments, Any, JumpLoraConfig]:
     """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
     folder = Path(output_dir)
-    hub = fetch_stack(path, folder, revision, options.get("hub_token"))
+    with PartialState().main_process_first():  # the others find it there
+        hub = fetch_stack(path, folder, revision, options.get("hub_token"))
     manifest, settings = read_manifest(folder), json.loads((folder / RUN).read_text())
     if get_method(manifest.method).mode == "joint":
         raise ValueError(f"{path} was trained on all tasks at once ({manifest.method}); no task can be added to that")
@@ -87,7 +89,8 @@ def continued(
     names, given = manifest.task_names, {task.name: task for task in tasks}
     everything: list[Any] = [given.get(name, PastTask(name, known[n].split()[-1])) for n, name in enumerate(names)]
     everything += [task for task in tasks if task.name not in names]
-    _forget_other_plans(folder, settings, everything, len(names))
+    if PartialState().is_main_process:
+        _forget_other_plans(folder, settings, everything, len(names))
 
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
     settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}

@@ -10,6 +10,7 @@ import toy
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HTTPError
 
+from hf_jumplora.cli import main
 from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import Pusher
 from hf_jumplora.stack import load_stack, read_manifest
@@ -153,6 +154,20 @@ def test_another_stack_is_not_overwritten(folder, hub, toy_base, tmp_path):
     with pytest.raises(ValueError, match="use another repository"):
         run.train()
     assert not (tmp_path / "new" / "stack.json").exists()  # before anything was trained
+
+
+def test_command(folder, hub, capsys):
+    """`hf-jumplora push`: where to is said once."""
+    assert main(["push", str(folder)]) == 2
+    assert "say where to with --repo" in capsys.readouterr().err
+    hub.fail(403, "/tag/", times=1)
+    assert main(["push", str(folder), "--repo", "me/stack", "--private"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert main(["push", str(folder), "--repo", "me/stack"]) == 0
+    assert main(["push", str(folder)]) == 0
+    assert "me/stack (main) holds 3 tasks: task-000, task-001, task-002" in capsys.readouterr().out
+    complete(hub)
+    assert hub.repos["me/stack"].private
 
 
 def test_branches_and_organisations(folder, hub):

@@ -22,7 +22,7 @@ from hf_jumplora.stack.load import verify
 def start(*arguments):
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server imports toy once, every process starts from there
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy", "hf_jumplora.trainer.run", "trl"])
+    context.set_forkserver_preload(["toy"])
     process = context.Process(target=toy.run_once, args=arguments)
     process.start()
     return process

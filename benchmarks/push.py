@@ -1,0 +1,83 @@
+"""What pushing costs a run: training with pushes to a stand-in Hub that fails 30 % of them, against training alone.
+
+Interleaved rounds in one process; the time from the start of `train()` to the end of the last task (waiting for the
+last push is told apart). Prints a JSON line a round and the ratio of the medians.
+"""
+
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import toy  # noqa: E402
+from hub.stand_in import StandInHub  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+
+from hf_jumplora.hub import Pusher  # noqa: E402
+
+
+KINDS = (500, 503, 412, "refuse", "drop")
+ROUNDS, ROWS, TAGS = 7, 1000, ["task-000", "task-001", "task-002"]
+
+
+def one_run(base: str, folder: str, hub: StandInHub | None, seed: int) -> dict:
+    """Three tasks; with a hub every request that commits or tags fails with probability 0.3."""
+    options, repo, ended = {}, f"me/run{seed}", []
+    if hub is not None:
+        hub.faults.clear()
+        share = 1 - 0.7 ** (1 / len(KINDS))  # 30 % in all
+        for number, kind in enumerate(KINDS):
+            hub.fail(kind, "/commit/|/tag/", share=share, seed=10 * seed + number, retry_after=1)
+        options = {"push_to_hub": True, "hub_model_id": repo, "hub_token": hub.token}
+    run = toy.make_run(base, folder, stream=toy.tasks(3, train=ROWS), **options)
+    finish = Pusher.finish
+
+    def timed(pusher):
+        ended.append(time.perf_counter())
+        finish(pusher)
+
+    start = time.perf_counter()
+    with mock.patch.object(Pusher, "finish", timed):
+        run.train()
+    end = time.perf_counter()
+    trained = (ended[0] if ended else end) - start
+    result = {"pushing": hub is not None, "train_s": round(trained, 2), "wait_s": round(end - start - trained, 2)}
+    if hub is not None:
+        titles = [commit.title for commit in hub.repos[repo].history()][:-1]
+        result |= {"commits": len(titles), "duplicates": len(titles) - len(set(titles))}
+        result |= {"tags": len(hub.repos[repo].tags), "failures": sum(fault.hits for fault in hub.faults)}
+        result["requests"] = hub.count("POST", f"{repo}/commit/|{repo}/tag/")
+        assert sorted(hub.repos[repo].tags) == TAGS
+    return result
+
+
+def main() -> None:
+    """Run the rounds."""
+    logging.disable(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary, StandInHub() as hub:
+        constants.ENDPOINT = hub.url
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        base = toy.save_base(Path(temporary) / "base")
+        one_run(base, f"{temporary}/warm", hub, 99)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for seed in range(ROUNDS):
+            for pushing in (False, True) if seed % 2 else (True, False):
+                result = one_run(base, f"{temporary}/{seed}-{pushing}", hub if pushing else None, seed)
+                times[pushing].append(result["train_s"])
+                print(json.dumps(result), flush=True)
+        alone, pushed = (statistics.median(times[key]) for key in (False, True))
+        pairs = [b / a for a, b in zip(times[False], times[True], strict=True)]
+        print(json.dumps({"alone_s": alone, "pushing_s": pushed, "ratio": round(pushed / alone, 3),
+                          "pairs": [round(ratio, 3) for ratio in pairs]}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
