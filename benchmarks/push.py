@@ -25,7 +25,7 @@ from hf_jumplora.hub import Pusher  # noqa: E402
 
 
 KINDS = (500, 503, 412, "refuse", "drop")
-ROUNDS, ROWS, TAGS = 7, 1000, ["task-000", "task-001", "task-002"]
+ROUNDS, ROWS, TAGS = 6, 600, ["task-000", "task-001", "task-002"]
 
 
 def one_run(base: str, folder: str, hub: StandInHub | None, seed: int) -> dict:
