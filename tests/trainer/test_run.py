@@ -382,7 +382,7 @@ def test_folders_of_the_user_stay(toy_run, toy_base, tmp_path):
         ({"adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save trains whole weights"),
         ({"adapter": {"parent_adapters": ["task_000"]}}, "parent_adapters and support are set by the run"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model"),
-        ({"push_to_hub": True}, "push_to_hub is not supported"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "pushes checkpoints"),
         ({"eval_mode": "guess"}, r"eval_mode is one of .*got 'guess'"),
         ({"eval_tasks": "none"}, "eval_tasks is one of"),
         ({"max_length": 4}, "max_length = 4"),
