@@ -163,7 +163,8 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
 def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None = None) -> Iterator[dict[str, Path]]:
     """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
 
-    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json.
+    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but for
+    the pictures, which belong to the newest task's commit.
     """
     manifest = read_manifest(folder)
     settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
@@ -182,7 +183,7 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         for picture in pictures if newest else ():
             (temporary / picture).write_bytes(pictures[picture])
         write_json(temporary / "metrics.json", result)
-        write_report(temporary, result, draw=not (newest and pictures))
+        write_report(temporary, result, draw=False)  # drawing takes a second of the processor that trains
         shown = [name for name in PICTURES if (temporary / name).is_file()]
         card = stack_card(manifest, result, settings, where=repo_id, pictures=shown, template=template)
         (temporary / "README.md").write_text(card, encoding="utf-8")
