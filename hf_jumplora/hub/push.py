@@ -163,8 +163,8 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
 def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None = None) -> Iterator[dict[str, Path]]:
     """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
 
-    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but for
-    the pictures, which belong to the newest task's commit.
+    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but
+    for the pictures, which belong to the newest task's commit.
     """
     manifest = read_manifest(folder)
     settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
