@@ -229,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         self.hub: StandInHub = self.server.hub
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if len(body) < int(self.headers.get("Content-Length") or 0):  # the client was killed
+            return self._close()
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
                 body += self.rfile.read(size)
