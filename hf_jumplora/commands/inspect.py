@@ -39,6 +39,7 @@ def describe(path: str, revision: str | None = None) -> dict[str, Any]:
         "base_model": {k: manifest.base_model[k] for k in ("name_or_path", "revision", "architecture")},
         "method": manifest.method,
         "additive": manifest.additive,
+        "separate": manifest.separate,
         "layers": len(manifest.base_model["layers"]),
         "entries": entries,
         "tasks": [{**row, "density": k / entries} for row, k in zip(rows, kept, strict=True)],
@@ -54,7 +55,8 @@ def text(result: dict[str, Any]) -> str:
     revision = f", revision {base['revision']}" if base["revision"] else ""
     lines = [
         f"{result['stack']}: {len(tasks)} tasks, method {result['method']}"
-        + ("" if result["additive"] else " (each folder holds the whole model after its task)"),
+        + (" (each folder is a model of its own, for its task)" if result["separate"] else "")
+        + ("" if result["additive"] or result["separate"] else " (each folder holds the whole model after its task)"),
         f"base model: {base['name_or_path'] or '(no name)'} ({base['architecture']}{revision})",
         f"{result['layers']} adapted layers, {result['entries']:,} entries",
         "",

@@ -51,6 +51,11 @@ def load_stack(
         message names the file or layer, what was expected and what was found.
     """
     folder, manifest, chosen = open_stack(path, tasks, revision)
+    if manifest.separate and len(chosen) != 1:
+        raise ValueError(
+            f"{folder} was trained by {manifest.method!r}: each task has a model of its own, so load one with "
+            f"tasks=[name]; it has {', '.join(manifest.task_names)}"
+        )
     base = load_base(manifest, base_model, str(folder), **model_kwargs)
     model = attach(base, folder, chosen)
     model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
@@ -163,13 +168,7 @@ def merge_finished(model: PeftModel, adapters: list[str]) -> None:
 def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -> list[dict[str, Any]]:
     if not manifest.tasks:
         raise ValueError(f"{folder}: the stack has no finished task yet")
-    if manifest.separate:
-        if not isinstance(tasks, list) or len(tasks) != 1:
-            raise ValueError(
-                f"{folder} was trained by {manifest.method!r}: each task has a model of its own, so load one with "
-                f"tasks=[name]; it has {', '.join(manifest.task_names)}"
-            )
-    elif not manifest.additive:
+    if not (manifest.additive or manifest.separate):
         if tasks is not None:
             raise ValueError(
                 f"{folder} was trained by {manifest.method!r}: each of its folders holds the whole model after a task, "

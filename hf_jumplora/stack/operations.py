@@ -126,7 +126,9 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
     """Copy these task folders, in this order, as a stack of their own."""
     entries = {task["folder"]: task for task in manifest.tasks}
     old = [task["folder"] for task in manifest.tasks]
-    result = Manifest(manifest.base_model, manifest.method, manifest.additive, versions=library_versions())
+    result = Manifest(
+        manifest.base_model, manifest.method, manifest.additive, versions=library_versions(), separate=manifest.separate
+    )
     infos = {name: json.loads((source / name / "task.json").read_text()) for name in folders}
 
     def pair(name: str, other: str, key: str) -> float:

@@ -5,7 +5,9 @@ import torch
 import toy
 
 from hf_jumplora import load_stack
+from hf_jumplora.commands.inspect import describe, text
 from hf_jumplora.stack import read_manifest
+from hf_jumplora.stack.operations import subset
 from hf_jumplora.tuner import named_layers
 
 
@@ -56,3 +58,13 @@ def test_the_card_says_so(oracle):
     assert "the task must be known at inference" in card
     assert 'load_stack("REPO_OR_FOLDER", tasks=["size"])' in card
     assert "merge=True" not in card
+
+
+def test_the_whole_stack_can_be_inspected_and_divided(oracle, toy_base, tmp_path):
+    """Looking at all tasks is no loading; a part of the stack is such a stack again."""
+    result = describe(oracle.output_dir)
+    assert [task["name"] for task in result["tasks"]] == ["size", "light", "mood"]
+    assert "each folder is a model of its own" in text(result)
+    subset(oracle.output_dir, ["light", "mood"], tmp_path / "part")
+    assert read_manifest(tmp_path / "part").separate
+    load_stack(tmp_path / "part", toy.load_base(toy_base), tasks=["mood"])
