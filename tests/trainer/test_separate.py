@@ -56,8 +56,8 @@ def test_one_task_is_loaded(oracle, toy_base):
 def test_the_card_says_so(oracle):
     card = (oracle.output_dir / "README.md").read_text()
     assert "the task must be known at inference" in card
-    assert 'load_stack("REPO_OR_FOLDER", tasks=["size"])' in card
-    assert "merge=True" not in card
+    assert 'tasks=["mood"]' in card
+    assert "All tasks" not in card
 
 
 def test_the_whole_stack_can_be_inspected_and_divided(oracle, toy_base, tmp_path):
