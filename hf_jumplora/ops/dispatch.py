@@ -1,11 +1,22 @@
 """The one public entry to the arithmetic: picks a backend and brings the arguments into its form."""
 
+import importlib.util
+import logging
+import os
+
 import torch
 
 from .blocked import gated_linear_blocked
 from .fused import gated_linear_fused
 from .naive import gated_linear_naive
 from .sparse import pack_bits, unpack_bits
+
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("naive", "blocked", "triton", "triton-fold")
+BACKEND_VARIABLE = "HF_JUMPLORA_BACKEND"
+_logged: set[tuple[str, str]] = set()
 
 
 def gated_linear(
@@ -38,13 +49,15 @@ def gated_linear(
         bandwidth: width of the rectangle around +-tau that gives the threshold a gradient.
         threshold_grad: "mean" divides that gradient by out * in (published code), "sum" does not.
         free: [out, in] of {0, 1}, or packed by [`ops.sparse.pack_bits`]; entries with 0 stay out of the update.
-        backend: None (blocked), "naive", "blocked" or "triton" (needs the extra; not measured on a GPU yet).
+        backend: "naive", "blocked", "triton" (needs the extra and a GPU; not measured on one yet) or "triton-fold"
+            (folds the update into half-precision base weights too; `ops/fused.py` says what that loses). None: what
+            the environment variable HF_JUMPLORA_BACKEND says, else triton where it can run, else blocked.
 
     Returns:
         [..., out] in the dtype of x.
 
     Raises:
-        ValueError: unknown backend or threshold_grad, or shapes that do not fit.
+        ValueError: unknown backend or threshold_grad, shapes that do not fit, or triton asked for where it cannot run.
     """
     if threshold_grad not in ("mean", "sum"):
         raise ValueError(f"threshold_grad is 'mean' or 'sum', got {threshold_grad!r}")
@@ -69,17 +82,60 @@ def gated_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     options = {"scaling": scaling, "bandwidth": bandwidth, "threshold_grad": threshold_grad}
+    dtypes = [str(t.dtype).removeprefix("torch.") for t in (x, A, B, weight) if t is not None]
+    backend = _choose(backend, str(x.device), dtypes)
     if backend == "naive":
         if free is not None and free.dim() == 1:
             free = unpack_bits(free, 0, B.shape[0] * A.shape[1]).view(B.shape[0], A.shape[1])
         with torch.autocast(x.device.type, enabled=False):  # D and its support stay in the dtype of A and B
             weight = weight if weight is None else weight.to(x.dtype)
             return gated_linear_naive(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
-    if backend not in (None, "blocked", "triton"):
-        raise ValueError(f"backend is None, 'naive', 'blocked' or 'triton', got {backend!r}")
-    if not isinstance(mix, torch.Tensor):
-        mix = torch.tensor([mix], dtype=torch.float32)
     if free is not None and free.dim() == 2:
         free = pack_bits(free)
-    run = gated_linear_fused if backend == "triton" else gated_linear_blocked
-    return run(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
+    if backend == "blocked":
+        if not isinstance(mix, torch.Tensor):
+            mix = torch.tensor([mix], dtype=torch.float32)
+        return gated_linear_blocked(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
+    if not isinstance(mix, torch.Tensor):
+        mix = torch.full((1,), mix, device=x.device)  # filled there: nothing is copied, nothing waits
+    fold = backend == "triton-fold"
+    return gated_linear_fused(x, weight, bias, A, B, log_tau, mix=mix, free=free, fold=fold, **options)
+
+
+# Once a graph under torch.compile: neither the environment nor the device changes under it.
+@torch.compiler.assume_constant_result
+def _choose(backend: str | None, device: str, dtypes: list[str]) -> str:
+    """The argument, else the environment, else the fastest backend that can run; said in the log once."""
+    asked, source = backend, "backend"
+    if asked is None:
+        asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"{source} is one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
+    if asked in (None, "triton", "triton-fold"):
+        missing = _missing_for_triton(torch.device(device), dtypes)
+        if asked is None:
+            asked, source = ("blocked" if missing or device.startswith("cpu") else "triton"), "automatic"
+        elif missing:
+            raise ValueError(f"{source}={asked!r} {missing}, or use {source}='blocked'")
+    if (asked, device) not in _logged:
+        _logged.add((asked, device))
+        logger.info("gated_linear on %s: %s (%s)", device, asked, source)
+    return asked
+
+
+def _missing_for_triton(device: torch.device, dtypes: list[str]) -> str:
+    """What keeps the kernels from running, as an end of a sentence; empty when they can."""
+    if set(dtypes) - {"float32", "bfloat16", "float16"}:
+        return (
+            f"computes in float32, bfloat16 and float16, and these are {', '.join(sorted(set(dtypes)))}: convert them"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton: pip install 'hf-jumplora[triton]'"
+    from jumplora_kernels import is_available
+
+    if not is_available(device):
+        return (
+            f"runs on an AMD GPU or an NVIDIA GPU of compute capability 8.0 or more, and x is on {device}: move the "
+            "model there (or set TRITON_INTERPRET=1 before triton is imported, which is for tests)"
+        )
+    return ""

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from ..ops.dispatch import BACKENDS
+
 
 class JumpLoraPeftType(str, enum.Enum):
     """Our member of PEFT's type names. `PeftType` itself is closed; PEFT only looks the string up in its mappings."""
@@ -19,6 +21,7 @@ _CHOICES = {
     "threshold_grad": ("mean", "sum"),
     "isolation": ("none", "hard"),
     "density_schedule": ("constant", "linear", "cubic"),
+    "backend": (None, *BACKENDS),
 }
 
 
@@ -100,6 +103,13 @@ class JumpLoraConfig(PeftConfig):
     parent_adapters: list[str] = field(
         default_factory=list, metadata={"help": "Adapters whose (frozen) updates this one is trained on top of."}
     )
+    backend: Literal["naive", "blocked", "triton", "triton-fold"] | None = field(
+        default=None,
+        metadata={
+            "help": "How the layers compute (see `ops.gated_linear`). None: HF_JUMPLORA_BACKEND, else the best here. "
+            "It belongs to the machine: never saved."
+        },
+    )
     support: dict[str, list] | None = field(
         default=None,
         metadata={"help": "Set when the task is finished: layer name -> [bytes, sha256] of its saved support."},
@@ -156,4 +166,6 @@ class JumpLoraConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         # Sets in order: a saved config, and with it its sha256, must not depend on the process's hash seed.
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+        del values["backend"]  # the next machine may not have it
+        return values

@@ -296,7 +296,7 @@ class JumpLoraLayer(nn.Module, BaseTunerLayer):
         gate, config = self.gate(adapter), self.configs[adapter]
         return gated_linear(
             x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=gate.mix, bandwidth=config.bandwidth,
-            threshold_grad=config.threshold_grad, free=self.free.get(adapter),
+            threshold_grad=config.threshold_grad, free=self.free.get(adapter), backend=config.backend,
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -4,11 +4,12 @@ Imports torch and triton only. Without triton the package still imports, and `is
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 
 if find_spec("triton") is None:
 
-    def is_available() -> bool:
+    def is_available(device: Any) -> bool:
         return False
 
     __all__ = ["is_available"]
