@@ -1,13 +1,12 @@
 """Two tasks through `ContinualRun` on a tiny Llama and a tiny T5: every backend trains the same model."""
 
-import json
-
 import pytest
 import toy
 from interpreted import DEVICE, kernels_package
 from transformers import TrainerCallback
 
 from hf_jumplora.ops import dispatch
+from hf_jumplora.tuner import named_layers
 
 
 class Losses(TrainerCallback):
@@ -22,22 +21,26 @@ class Losses(TrainerCallback):
 
 
 def train(base, folder, backend):
-    """(losses of all steps of both tasks, metrics.json)."""
+    """(losses of all steps of both tasks, accuracy matrix, {(task, layer): support})."""
     watch = Losses()
     adapter = {"backend": backend, "initial_density": 0.1}
     run = toy.make_run(
         base, folder, stream=toy.tasks(2, train=32, evaluate=4), adapter=adapter, callbacks=[watch], logging_steps=1,
         use_cpu=DEVICE == "cpu", eval_tasks="seen",
     )  # fmt: skip
-    run.train()
-    return watch.losses, json.loads((folder / "metrics.json").read_text())
+    metrics = run.train()
+    layers = named_layers(run.model)
+    supports = {(task, name): layer.support(task).cpu() for task in ("task_000", "task_001") for name, layer in layers}
+    return watch.losses, metrics["matrix"], supports
 
 
 @pytest.mark.parametrize("architecture", ["toy_base", "toy_t5"])
 def test_the_loss_curve_does_not_depend_on_the_backend(architecture, request, tmp_path, monkeypatch):
-    """8 steps a task, through the start of the threshold and the ramp; every loss to a relative error of 1e-5.
+    """8 steps a task, through the start of the threshold and the ramp. Every loss to a relative error of 1e-5, of the
+    support all but two entries in a thousand.
 
-    Densities to 0.01 only: Adam makes steps of full size of gradients that are rounding errors.
+    Not of one layer: behind a single token, the query of T5's decoder gets a gradient of rounding errors alone, and
+    Adam makes steps of full size of them.
     """
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_logged", set())
@@ -46,12 +49,13 @@ def test_the_loss_curve_does_not_depend_on_the_backend(architecture, request, tm
     with kernels_package():
         results["triton"] = train(base, tmp_path / "triton", "triton")
     assert {name for name, _ in dispatch._logged} == set(results)
-    expected, metrics = results["naive"]
+    expected, matrix, supports = results["naive"]
     assert len(expected) == 16
     assert expected[7] < expected[0]  # both tasks are learned
     assert expected[-1] < expected[8]
-    for losses, found in results.values():
+    for losses, scores, found in results.values():
         assert losses == pytest.approx(expected, rel=1e-5)
-        assert found["matrix"] == metrics["matrix"]
-        for task, reference in zip(found["trained"], metrics["trained"], strict=True):
-            assert task["density"] == pytest.approx(reference["density"], abs=0.01)
+        assert scores == matrix
+        for (task, layer), support in supports.items():
+            if not layer.endswith("decoder.block.0.layer.0.SelfAttention.q"):
+                assert (found[task, layer] != support).float().mean() <= 2e-3, (task, layer)
