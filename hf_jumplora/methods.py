@@ -4,7 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .strategies import L2, Drift, Ella, Ewc, Gorp, KFac, Lwf, Migu, NLora, NullSpace, OLora, Replay, Slao, Strategy
+from .strategies import (
+    L2,
+    Drift,
+    Ella,
+    Ewc,
+    Gorp,
+    ILora,
+    KFac,
+    Lwf,
+    Migu,
+    NLora,
+    NullSpace,
+    OLora,
+    Replay,
+    Slao,
+    Strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ METHODS: dict[str, Method] = {
     "ewc": Method("sequential", {"gate": False}, (Ewc,), paper="EWC (arXiv 1612.00796), online (arXiv 1805.06370)"),
     "lwf": Method("incremental", {"gate": False}, (Lwf,), paper="LwF (arXiv 1606.09282)"),
     "replay": Method("sequential", {"gate": False}, (Replay,), paper="baseline (arXiv 2310.14152, table 1)"),
+    "ilora": Method("sequential", {"gate": False}, (ILora,), paper="I-LoRA (arXiv 2402.18865)"),
     "drift": Method("incremental", {"gate": False}, (Drift,), paper="kfac without its output factor (ours)"),
     "kfac": Method("incremental", {"gate": False}, (KFac,), paper="Kronecker-factored Laplace (arXiv 1805.07810)"),
     "jumplora-kfac": Method("incremental", {"gate": True}, (KFac,), paper="arXiv 1805.07810 + JumpLoRA"),

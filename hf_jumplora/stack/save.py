@@ -42,7 +42,7 @@ def save_task(
         )
         write_atomic(temporary / folder / "README.md", card)
         if states:
-            save_file({key: value.contiguous() for key, value in states.items()}, temporary / folder / STRATEGIES)
+            save_file(states, temporary / folder / STRATEGIES)
         files = {path.name: file_sha256(path) for path in sorted((temporary / folder).iterdir())}
         target = stack / folder
         if target.exists():

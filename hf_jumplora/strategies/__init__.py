@@ -5,6 +5,7 @@ from .drift import Drift
 from .ella import Ella
 from .ewc import Ewc
 from .gorp import Gorp
+from .ilora import ILora
 from .kfac import KFac
 from .l2 import L2
 from .lwf import Lwf
@@ -22,6 +23,7 @@ __all__ = [
     "Ella",
     "Ewc",
     "Gorp",
+    "ILora",
     "KFac",
     "Lwf",
     "Migu",

@@ -1,6 +1,6 @@
 """The moments at which a method can act."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +10,8 @@ from torch import nn
 class Examples(Protocol):
     """`examples(count)`: training examples of the task, ready for the model."""
 
-    def __call__(self, count: int, rows: Any = None) -> Iterator[dict[str, Any]]:
-        """Up to `count` examples, each a batch of one on the model's device; the same ones in every call.
+    def __call__(self, count: int, rows: Any = None, batch: int = 1) -> Iterator[dict[str, Any]]:
+        """Up to `count` examples, in batches of `batch` on the model's device; the same ones in every call.
 
         rows: another data set (as the trainer takes it), or texts (str) for a causal model: then labels = input_ids.
         """
@@ -76,3 +76,26 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of [`state_dict`]."""
+
+    def checkpoint_state(self) -> dict[str, torch.Tensor]:
+        """What changes from step to step within a task, beside the adapter: saved as safetensors in each checkpoint.
+
+        Not available under DeepSpeed and FSDP, which keep pieces of parameters: a trainer refuses a strategy that
+        overrides this hook there.
+        """
+        return {}
+
+    def load_checkpoint_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of [`checkpoint_state`]: after `on_task_start` and the checkpoint's adapter, before the first
+        step."""
+
+
+def join_states(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The states of all strategies of a run in one dict, by their number in the list: "0.name"."""
+    return {f"{n}.{key}": value.contiguous() for n, state in enumerate(states) for key, value in state.items()}
+
+
+def state_of(number: int, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of strategy `number` out of [`join_states`]."""
+    prefix = f"{number}."
+    return {key.removeprefix(prefix): value for key, value in states.items() if key.startswith(prefix)}

@@ -32,7 +32,8 @@ class L2(Strategy):
                 "('l2', 'ewc'), or seqlora with this strategy"
             )
 
-    def parameters(self, model, adapter):
+    @staticmethod
+    def parameters(model, adapter):
         """{name: parameter} of the adapter's factors, read from the model now."""
         for name, layer in named_layers(model, adapter):
             yield f"{name}.A", layer.jumplora_A[adapter]

@@ -49,14 +49,23 @@ class Replay(Strategy):
                 kept[place] = row
         return [sorted(i for task, i in kept if task == k) for k in range(len(sizes))]
 
-    def training_data(self, dataset: Any, index: int, earlier: list[Any]) -> Any:
+    def replayed(self, earlier: list[Any]) -> list[Any]:
+        """The rows of each earlier training set that are in the memory. Raises ValueError if one is not at hand."""
         missing = [k for k, rows in enumerate(earlier) if rows is None]
         if missing:
             raise ValueError(
                 f"replay needs the training data of all earlier tasks, and that of task number {missing[0]} is not at "
                 "hand: give the earlier tasks with their data, or use a method without replay"
             )
-        kept = list(zip(earlier, self.memory([len(rows) for rows in earlier]), strict=True))
-        if all(isinstance(rows, Dataset) for rows in (dataset, *earlier)):
-            return concatenate_datasets([dataset, *(rows.select(chosen) for rows, chosen in kept)])
-        return ConcatDataset([dataset, *(Subset(rows, chosen) for rows, chosen in kept)]) if kept else dataset
+        kept = zip(earlier, self.memory([len(rows) for rows in earlier]), strict=True)
+        return [rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen) for rows, chosen in kept]
+
+    def training_data(self, dataset: Any, index: int, earlier: list[Any]) -> Any:
+        return joined([dataset, *self.replayed(earlier)])
+
+
+def joined(parts: list[Any]) -> Any:
+    """Data sets one behind the other."""
+    if all(isinstance(rows, Dataset) for rows in parts):
+        return concatenate_datasets(parts)
+    return ConcatDataset(parts) if len(parts) > 1 else parts[0]

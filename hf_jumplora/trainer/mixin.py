@@ -1,6 +1,7 @@
 """The training of one task: the gate's schedule as a callback, everything else as a mixin for any Trainer class."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..stack.save import STRATEGIES
 from ..strategies import Strategy
+from ..strategies.base import join_states, state_of
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.adapters import adapter_config, can_continue, density_at
 from .optimizers import arrange_optimizer
@@ -59,6 +63,9 @@ class _StrategyCallback(TrainerCallback):
             strategy.on_step_end(model, self.trainer.adapter)
 
 
+_NEED_WHOLE = {"on_gradients": "changes gradients", "checkpoint_state": "follows every step of the parameters"}
+
+
 class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Put first among the bases of a Trainer class (see [`make_continual`]); trains the adapter `adapter`.
 
@@ -69,12 +76,13 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
         self.strategies, self.adapter = list(strategies or ()), adapter
-        changes = [s for s in self.strategies if type(s).on_gradients is not Strategy.on_gradients]
-        if changes and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                f"strategy {changes[0]!r} changes gradients, which are not whole under DeepSpeed and FSDP: train it "
-                "with the whole model in each process (plain or DDP)"
-            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            for s, (hook, does) in itertools.product(self.strategies, _NEED_WHOLE.items()):
+                if getattr(type(s), hook) is not getattr(Strategy, hook):
+                    raise ValueError(
+                        f"strategy {s!r} {does}, which are not whole under DeepSpeed and FSDP: train it with the whole "
+                        "model in each process (plain or DDP)"
+                    )
         self._penalty: torch.Tensor | None = None
         self._penalty_sum, self._penalty_count = 0.0, 0
         # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
@@ -110,8 +118,10 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         finally:
             handle.remove()
 
-    def examples(self, count: int, rows: Any = None, *, own: int | None = None) -> Iterator[dict[str, Any]]:
-        """Up to `count` training examples, each a batch of one on the model's device (see [`Examples`]).
+    def examples(
+        self, count: int, rows: Any = None, batch: int = 1, *, own: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Up to `count` training examples, in batches on the model's device (see [`Examples`]).
 
         own: only the first so many rows of the training set are the task's own (replayed ones stand behind them).
 
@@ -133,8 +143,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             data = self._remove_unused_columns(data, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
-        for i in order.tolist():
-            yield self._prepare_inputs(collate([data[i]]))
+        for some in order.split(batch):
+            yield self._prepare_inputs(collate([data[i] for i in some.tolist()]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         # Taken from the wrapped model's output by a hook: with `return_outputs=True` TRL's trainers compute the outputs
@@ -201,6 +211,16 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             )
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+            states = join_states(s.checkpoint_state() for s in self.strategies)
+            if states:
+                save_file(states, Path(output_dir, STRATEGIES))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and any(s.checkpoint_state() for s in self.strategies):
+            states = load_file(Path(checkpoint, STRATEGIES))
+            for number, strategy in enumerate(self.strategies):
+                strategy.load_checkpoint_state(state_of(number, states))
 
     def log(self, logs, *args, **kwargs):
         groups = gate_groups(self.model, self.adapter)

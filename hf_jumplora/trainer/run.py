@@ -39,6 +39,7 @@ from ..stack.manifest import (
 )
 from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
+from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task, own_adapter
@@ -240,8 +241,7 @@ class ContinualRun:
         if state.is_file():
             saved = load_file(state)
             for number, strategy in enumerate(self.strategies):
-                prefix = f"{number}."
-                strategy.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+                strategy.load_state_dict(state_of(number, saved))
         return len(tasks)
 
     def _new_adapter(self, index: int) -> None:
@@ -365,11 +365,7 @@ class ContinualRun:
             additive = mode not in ("sequential", "separate")
             self.manifest = Manifest(describe_base(self.model), self.method_name, additive, separate=mode == "separate")
         self.manifest.versions = library_versions()
-        states = {
-            f"{n}.{key}": value
-            for n, strategy in enumerate(self.strategies)
-            for key, value in strategy.state_dict().items()
-        }
+        states = join_states(strategy.state_dict() for strategy in self.strategies)
         card = task_card(self.manifest, name, folder, self.info[-1], self.repo_id or ".")
         entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
         self.manifest.tasks.append(entry)

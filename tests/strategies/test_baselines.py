@@ -288,7 +288,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["olora", "nlora", "l2", "ewc", "lwf", "replay", "drift", "kfac"])
+@pytest.mark.parametrize("method", ["olora", "nlora", "l2", "ewc", "lwf", "replay", "ilora", "drift", "kfac"])
 def test_restart_is_exact(method, toy_base, tmp_path):
     """A run killed in its second task and continued gives the files of one that was not."""
     whole = toy.make_run(toy_base, tmp_path / "whole", method, stream=toy.tasks(2), save_strategy="steps", save_steps=3)
@@ -297,7 +297,10 @@ def test_restart_is_exact(method, toy_base, tmp_path):
         toy_base, tmp_path / "killed", method, stream=toy.tasks(2), save_strategy="steps", save_steps=3
     )
 
+    inner = killed.strategies[0].on_step_end
+
     def step(model, adapter):
+        inner(model, adapter)
         step.count += 1
         if step.count == 13:
             raise _Killed
