@@ -1,7 +1,7 @@
 """I-LoRA (arXiv 2402.18865): a fast adapter learns, a slow one follows, and replay holds the two together."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ class ILora(Replay):
     tasks: int = field(default=0, init=False, repr=False)
     draws: int = field(default=0, init=False, repr=False)
     rows: Any = field(default=None, init=False, repr=False)
-    examples: Callable | None = field(default=None, init=False, repr=False)
+    examples: Any = field(default=None, init=False, repr=False)
     fast: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     slow: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
