@@ -11,7 +11,7 @@ from .sparse import unpack_bits
 _INFINITY = 0x7F800000  # its bits; those of NaN are larger
 
 
-_SAMPLE = 1 << 20  # entries of which a bracket is taken
+_SAMPLE = 1 << 17  # entries of which a bracket is taken
 _INSIDE = 1 << 22  # entries of a bracket that are kept: 16 MiB
 
 

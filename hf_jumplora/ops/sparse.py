@@ -105,7 +105,8 @@ def to_csr(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return torch.cat([crow.new_zeros(1), crow]), columns, dense[rows, columns]
 
 
-def _compressed(make, rows, columns, values, shape):
+def compressed(make, rows, columns, values, shape):
+    """A sparse matrix by `make` (`torch.sparse_csr_tensor` or `..._csc_tensor`), unchecked, without the beta warning."""
     with warnings.catch_warnings():  # "CSR support is in beta": two products with a dense matrix are all that is used
         warnings.filterwarnings("ignore", message="Sparse CS[RC] tensor support")
         return make(rows, columns, values, shape, check_invariants=False)
@@ -116,7 +117,7 @@ def sampled_product(left: torch.Tensor, right: torch.Tensor, index: torch.Tensor
     rows = index // right.shape[0]
     crow = F.pad(torch.bincount(rows, minlength=left.shape[0]).cumsum(0), (1, 0))
     shape = (left.shape[0], right.shape[0])
-    pattern = _compressed(
+    pattern = compressed(
         torch.sparse_csr_tensor, crow, index - rows * right.shape[0], left.new_zeros(len(index)), shape
     )
     return torch.sparse.sampled_addmm(pattern, left.contiguous(), right.T).values()
@@ -127,7 +128,7 @@ def sparse_linear(
     x: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, out_features: int
 ) -> torch.Tensor:
     """x [tokens, in] times the transpose of a CSR matrix S [out, in]: [tokens, out] in the dtype of `values`."""
-    S = _compressed(torch.sparse_csr_tensor, crow, col, values, (out_features, x.shape[1]))
+    S = compressed(torch.sparse_csr_tensor, crow, col, values, (out_features, x.shape[1]))
     with torch.autocast(x.device.type, enabled=False):  # it would multiply in bf16, or fail where that is not there
         return (S @ x.to(values.dtype).T).T.contiguous()
 
@@ -142,7 +143,7 @@ def _sparse_linear_grad(
     grad: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int
 ) -> torch.Tensor:
     # The CSR arrays of S are the CSC arrays of its transpose: nothing is copied.
-    S_T = _compressed(torch.sparse_csc_tensor, crow, col, values, (in_features, grad.shape[1]))
+    S_T = compressed(torch.sparse_csc_tensor, crow, col, values, (in_features, grad.shape[1]))
     return (S_T @ grad.T).T.contiguous()
 
 

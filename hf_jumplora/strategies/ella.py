@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops.penalty import overlap_penalty
+from ..ops.penalty import SparsePast, overlap_penalty, sparse_past
 from ..tuner import named_layers
 from .base import Strategy
+
+
+SPARSE_PAST = 0.08  # share of non-zero entries up to which the penalty goes over them alone (docs/performance.md)
 
 
 @dataclass
@@ -14,12 +17,13 @@ class Ella(Strategy):
     """weight * mean over layers of || dW * W_past ||_F^2, W_past = sum of the earlier tasks' scaled updates.
 
     dW is the update as it acts now (with a gate: the interpolated one). As in the code published with JumpLoRA
-    (arXiv 2604.16171) the threshold gets no gradient from the penalty. W_past [out, in] float32 per layer is rebuilt
-    from the adapter stack at the start of each task, so there is no state to save.
+    (arXiv 2604.16171) the threshold gets no gradient from the penalty. W_past [out, in] float32 per layer, or
+    its non-zero entries where they are few, is rebuilt from the adapter stack at the start of each task, so there is no
+    state to save.
     """
 
     weight: float = 3e4
-    past: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    past: dict[str, torch.Tensor | SparsePast] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.weight < 0:
@@ -32,7 +36,9 @@ class Ella(Strategy):
             if parents:
                 past = layer.total_update(parents)
                 # Entries that hard isolation closes are no part of dW.
-                self.past[name] = past * layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
+                past *= layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
+                few = past.count_nonzero() <= SPARSE_PAST * past.numel()
+                self.past[name] = sparse_past(past) if few else past
 
     def penalty(self, model, inputs, adapter, output):
         if not self.past:

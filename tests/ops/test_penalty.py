@@ -5,7 +5,7 @@ import torch
 
 from hf_jumplora.ops import blocked
 from hf_jumplora.ops.naive import effective_update
-from hf_jumplora.ops.penalty import l1_penalty, overlap_penalty
+from hf_jumplora.ops.penalty import l1_penalty, overlap_penalty, sparse_past
 from hf_jumplora.ops.sparse import pack_bits
 
 
@@ -19,13 +19,14 @@ def factors(shape=(17, 33), rank=3, dtype=torch.float32, seed=0):
     return [t.to(dtype) for t in (A, B, log_tau, past)]
 
 
-def both(tensors, mix, gated=True, upstream=3.0, **options):
+def both(tensors, mix, gated=True, upstream=3.0, sparse=False, **options):
     """(value, gradients) of the operator, and of dense autograd in float64."""
     results = []
     for dense in (False, True):
         A, B, log_tau, past = (t.double() if dense else t.clone() for t in tensors)
         leaves = [t.requires_grad_() for t in ((A, B, log_tau) if gated else (A, B))]
         if not dense:
+            past = sparse_past(past) if sparse else past
             value = overlap_penalty(A, B, log_tau if gated else None, past, scaling=4.0, mix=mix, **options)
         else:
             E = effective_update(A, B, log_tau, mix=mix, **options) if gated else B @ A
@@ -38,22 +39,26 @@ def both(tensors, mix, gated=True, upstream=3.0, **options):
 @pytest.mark.parametrize("shape", [(17, 33), (1, 40), (40, 1), (64, 129)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("mix", [0.0, 0.04, 0.5, 1.0])
 @pytest.mark.parametrize("threshold_grad", ["mean", "sum"])
-def test_is_dense_autograd(monkeypatch, relative_error, shape, mix, threshold_grad):
+@pytest.mark.parametrize("sparse", [False, True], ids=["blocks", "non-zeros"])
+def test_is_dense_autograd(monkeypatch, relative_error, shape, mix, threshold_grad, sparse):
     monkeypatch.setattr(blocked, "BLOCK_ENTRIES", 100)
     tensors = factors(shape, rank=1 if 1 in shape else 3)
-    found, expected = both(tensors, mix, threshold_grad=threshold_grad, bandwidth=tensors[2].exp().item())
+    options = {"threshold_grad": threshold_grad, "bandwidth": tensors[2].exp().item(), "sparse": sparse}
+    found, expected = both(tensors, mix, **options)
     for f, e, bound in zip(found, expected, (1e-6, 1e-6, 1e-6, 1e-4), strict=True):
         assert relative_error(f, e) <= bound
     assert (expected[3] != 0) == (mix != 0)
 
 
-def test_without_gate(relative_error):
-    found, expected = both(factors(), mix=0.0, gated=False)
+@pytest.mark.parametrize("sparse", [False, True], ids=["blocks", "non-zeros"])
+def test_without_gate(relative_error, sparse):
+    found, expected = both(factors(), mix=0.0, gated=False, sparse=sparse)
     assert all(relative_error(f, e) <= 1e-6 for f, e in zip(found, expected, strict=True))
 
 
-def test_float64(relative_error):
-    found, expected = both(factors(dtype=torch.float64), mix=0.375, bandwidth=0.2)
+@pytest.mark.parametrize("sparse", [False, True], ids=["blocks", "non-zeros"])
+def test_float64(relative_error, sparse):
+    found, expected = both(factors(dtype=torch.float64), mix=0.375, bandwidth=0.2, sparse=sparse)
     assert all(relative_error(f, e) <= 1e-13 for f, e in zip(found, expected, strict=True))
 
 
@@ -82,9 +87,10 @@ def test_float32_under_autocast():
     assert torch.equal(found, expected)
 
 
-def test_no_past_no_penalty():
+@pytest.mark.parametrize("form", [torch.clone, sparse_past], ids=["blocks", "non-zeros"])
+def test_no_past_no_penalty(form):
     A, B, log_tau, past = factors()
-    value = overlap_penalty(A.requires_grad_(), B, log_tau, torch.zeros_like(past), scaling=4.0, mix=0.5)
+    value = overlap_penalty(A.requires_grad_(), B, log_tau, form(torch.zeros_like(past)), scaling=4.0, mix=0.5)
     value.backward()
     assert value == 0
     assert (A.grad == 0).all()
