@@ -31,7 +31,7 @@ quality: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed
-	$(RUN) benchmarks/layer.py
+	$(RUN) benchmarks/run.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

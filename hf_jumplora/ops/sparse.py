@@ -106,7 +106,7 @@ def to_csr(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def compressed(make, rows, columns, values, shape):
-    """A sparse matrix by `make` (`torch.sparse_csr_tensor` or `..._csc_tensor`), unchecked, without the beta warning."""
+    """A sparse matrix by `make` (`torch.sparse_csr_tensor`, `..._csc_tensor`), unchecked, without the beta warning."""
     with warnings.catch_warnings():  # "CSR support is in beta": two products with a dense matrix are all that is used
         warnings.filterwarnings("ignore", message="Sparse CS[RC] tensor support")
         return make(rows, columns, values, shape, check_invariants=False)
