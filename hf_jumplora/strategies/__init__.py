@@ -13,6 +13,7 @@ from .migu import Migu
 from .nlora import NLora
 from .nullspace import NullSpace
 from .olora import OLora
+from .osf import Osf
 from .replay import Replay
 from .slao import Slao
 
@@ -30,6 +31,7 @@ __all__ = [
     "NLora",
     "NullSpace",
     "OLora",
+    "Osf",
     "Replay",
     "Slao",
     "Strategy",

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import Pusher, explain, open_repository
+from ..strategies import Osf, Replay
 from ..tuner import ramp_steps
 from .tasks import TextTask
 
@@ -52,6 +53,8 @@ def check_run(run: "ContinualRun") -> None:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
     for strategy in run.strategies:
         strategy.check(run.method.mode, run.config)
+    if any(isinstance(strategy, Osf) for strategy in run.strategies):
+        _check_osf(run)
     if run.args.push_to_hub and (when := HubStrategy(run.args.hub_strategy).value) not in ("every_save", "end"):
         raise ValueError(
             f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
@@ -73,6 +76,16 @@ def check_run(run: "ContinualRun") -> None:
                 ramp_steps(planned_steps(run.args, stage[1]), run.config)
             except ValueError as error:
                 raise ValueError(f"task {stage[0]!r}: {error}") from error
+
+
+def _check_osf(run: "ContinualRun") -> None:
+    """OSF trains its own factors in place of the adapter's: raises ValueError for what acts on the adapter's."""
+    others = [strategy for strategy in run.strategies if type(strategy) not in (Osf, Replay)]
+    if others:
+        raise ValueError(f"only Replay goes with OSF, not {others}: they act on the adapter's factors")
+    for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
+        if getattr(run.args, name, default) != default:
+            raise ValueError(f"{name}={getattr(run.args, name)!r} is for A and B, and OSF trains neither: leave it out")
 
 
 def stage_sizes(run: "ContinualRun") -> list[tuple[str, int]]:
