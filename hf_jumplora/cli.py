@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "write a plain model that holds the updates",
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
+    "bench": "compare methods on a stream of tasks",
 }
 
 

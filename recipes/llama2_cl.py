@@ -21,6 +21,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
+from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.report import comparison
 
@@ -47,13 +48,12 @@ class ModelArguments:
 
 def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[str, list]:
     """(folder or id of the model, tasks); makes the embedded ones where none is given."""
-    sys.path.insert(0, str(HERE))  # the two files beside this one
+    sys.path.insert(0, str(HERE))  # the file beside this one
     from demo_stream import demo_corpus, write_demo_stream
-    from tiny_llama import build_tiny_llama
 
     embedded = stream.stream is None
     path = write_demo_stream(Path(model.cache_dir) / "demo_stream") if embedded else stream.stream
-    tasks = load_tasks(path, stream.data_dir, max_train=stream.max_train, max_eval=stream.max_eval)
+    tasks = load_tasks(path, stream.data_dir, stream.max_train, stream.max_eval, stream.prompt_style)
     if model.model_name_or_path is not None:
         if model.tiny_from_text:
             raise SystemExit("--tiny_from_text makes the model itself: leave --model_name_or_path out")

@@ -27,7 +27,7 @@ def main() -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
     run = ContinualRun(
         model,
-        load_tasks(stream.stream, stream.data_dir, max_train=stream.max_train, max_eval=stream.max_eval),
+        load_tasks(stream.stream, stream.data_dir, stream.max_train, stream.max_eval, stream.prompt_style),
         method.method,
         args,
         AutoTokenizer.from_pretrained(model_args.model_name_or_path),

@@ -4,7 +4,8 @@ from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task
 from .mixin import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, GateCallback, make_continual
 from .run import ContinualRun
-from .tasks import Task, TextTask, load_tasks
+from .streams import load_tasks
+from .tasks import Task, TextTask
 
 
 __all__ = [

@@ -16,7 +16,7 @@ import yaml
 from hf_jumplora import ContinualTrainingArguments, load_stack
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
-from hf_jumplora.trainer.tasks import _read_stream
+from hf_jumplora.trainer.streams import _read_stream
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -8,7 +8,8 @@ import pytest
 import toy
 
 from hf_jumplora import Task, TextTask, load_tasks
-from hf_jumplora.trainer.tasks import PROMPT, Encoder, collate, pad_rows, read_rows
+from hf_jumplora.trainer.streams import read_rows
+from hf_jumplora.trainer.tasks import PROMPT, Encoder, collate, pad_rows
 
 
 def task(text="the cat", **options):
@@ -74,11 +75,7 @@ def test_instruction_that_does_not_fit():
 
 def test_truncation_with_a_subword_tokenizer():
     """Decoding the kept pieces and encoding the prompt again may change their number: it must still fit."""
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-    from tiny_llama import train_tokenizer
+    from hf_jumplora.bench.tiny_llama import train_tokenizer
 
     tokenizer = train_tokenizer(["the cat sat on the mat and ate the apple, naïve café 漢字 \U0001f600"] * 3, 300, 512)
     text = "the naïve \U0001f600 cat 漢字 sat," * 20
@@ -346,7 +343,7 @@ def test_hub_rows(tmp_path, monkeypatch):
     data = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [i // 10 for i in range(20)]}, features)
     asked = []
     monkeypatch.setattr(
-        "hf_jumplora.trainer.tasks.load_dataset",
+        "hf_jumplora.trainer.streams.load_dataset",
         lambda name, config, split: asked.append((name, config, split)) or data,
     )
     entry = "- {name: a, folder: TC/a, dataset: org/a, config: c, text: text, eval_split: validation, max_train: 8%s}\n"

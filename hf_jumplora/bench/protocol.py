@@ -1,0 +1,81 @@
+"""What a budget buys, which weights are tried, and how a learning rate and a weight are chosen on dev rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..methods import METHODS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The cost of one table. A run of a method trains `steps` steps of `batch` examples a task.
+
+    max_length: tokens; longer texts are cut. test_rows: examples a task of the test split that are evaluated.
+    eval_tasks: "seen" evaluates the tasks trained so far, "all" later ones too (and before any training).
+    tune_steps: steps a task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows` examples
+    each, held out of their training rows.
+    rates: learning rates that are tried; weights: how many of a method's `WEIGHTS` are.
+    """
+
+    steps: int
+    batch: int
+    max_length: int
+    test_rows: int
+    eval_tasks: str
+    tune_steps: int
+    dev_rows: int
+    rates: tuple[float, ...]
+    weights: int
+
+
+BUDGETS = {
+    "tiny": Budget(10, 4, 64, 8, "seen", 6, 8, (1e-3,), 1),  # to see that everything works
+    "small": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),
+    "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
+}
+
+# method -> (field of its strategy, values in the order in which they are tried). The first is the published value, or the
+# one of a first trial where the paper has another scale.
+WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "ella": ("weight", (3e4, 3e5, 3e3, 3e6, 3e2)),
+    "jumplora-ella": ("weight", (3e4, 3e5, 3e3, 3e6, 3e2)),
+}
+
+
+def grid(method: str, budget: Budget) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
+    """(learning rates, weights) that a budget tries for a method; (None,) for a method without a weight."""
+    weights = WEIGHTS[method][1][: budget.weights] if method in WEIGHTS else (None,)
+    return budget.rates, weights
+
+
+def next_point(method: str, budget: Budget, done: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The next {"rate", "weight"} to try given the finished points ("rate", "weight", "score"), or None.
+
+    Coordinate search: all rates with the first weight, then the other weights with the best rate. A point whose score is
+    None (it failed) is never the best.
+    """
+    rates, weights = grid(method, budget)
+    tried = {(point["rate"], point["weight"]) for point in done}
+    for rate in rates:
+        if (rate, weights[0]) not in tried:
+            return {"rate": rate, "weight": weights[0]}
+    chosen = best_point(done)
+    for weight in weights[1:] if chosen else ():
+        if (chosen["rate"], weight) not in tried:
+            return {"rate": chosen["rate"], "weight": weight}
+    return None
+
+
+def best_point(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """The point of the highest score, the earlier one of equals; {} if all failed."""
+    return max((p for p in done if p["score"] is not None), key=lambda p: p["score"], default={})
+
+
+def chosen_methods(names: list[str]) -> list[str]:
+    """The methods asked for, `all` for every one in the table. Raises ValueError for an unknown name."""
+    if names == ["all"]:
+        return list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; known: all, {', '.join(METHODS)}")
+    return list(dict.fromkeys(names))

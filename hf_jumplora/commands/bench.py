@@ -1,0 +1,40 @@
+"""Compare methods on a stream: the same data, prompts, seeds and effective batch, tuned by one protocol (docs/bench.md).
+
+Each run is a process of its own and one file below OUTPUT_DIR/cells. The same command again goes on where it was stopped;
+more methods or seeds may be named then. table.md, results.json and accuracy.png are brought up to date after every run.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-jumplora bench`."""
+    parser.add_argument("--stream", required=True, help="a stream file, or the name of a shipped one (order1, ...)")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where cells, table and plot are written")
+    parser.add_argument("--data_dir", help="folder with the data; without it: as the stream says")
+    parser.add_argument("--methods", nargs="+", default=["all"], help="names of methods (docs/methods.md), or all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
+    parser.add_argument("--budget", default="small", help="tiny, small (the default) or full: docs/bench.md")
+    parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, the default) or causal")
+    parser.add_argument("--model_name_or_path", help="folder or Hub id; without it: all-MiniLM-L6-v2, or a tiny Llama")
+    parser.add_argument("--prompt_style", help="jumplora or olora (data set named in the prompt); causal only")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
+    parser.add_argument("--threads", type=int, help="threads a run (the cores divided by the jobs)")
+    parser.add_argument("--prefix", default="", help="words before each run's command, such as 'nice -n 5'")
+    parser.add_argument("--retry_failed", action="store_true", help="repeat runs that ended with an error")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing and print the table."""
+    from ..bench.protocol import chosen_methods
+    from ..bench.runner import Bench
+
+    methods = chosen_methods(args.methods)
+    if args.seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {args.seeds}")
+    bench = Bench(
+        args.stream, args.output_dir, args.data_dir, args.budget, args.setting, args.model_name_or_path,
+        args.prompt_style, args.jobs, args.threads, args.prefix,
+    )  # fmt: skip
+    print(bench.run(methods, args.seeds, args.retry_failed))
