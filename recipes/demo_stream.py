@@ -15,7 +15,7 @@ A sentence names two of four things (and a time). Each task asks for one of the 
 Tasks share their sentences' templates and words: the sentence above can stand in ``animals`` and in ``moods``. A model
 that was tuned to look at one word of it forgets that when the next task makes it look at the other.
 
-``demo_corpus`` is the text for pre-training a tiny model from scratch (``hf_jumplora.bench.tiny_llama``): sentences, statements about
+``demo_corpus`` is the text for pre-training a tiny model (``hf_jumplora.bench.tiny_llama``): sentences, statements on
 words ("The word sparrow stands for bird, like owl and eagle.") and, in the tasks' prompt format, questions about other
 things (times, tools, colours, vehicles). It teaches which class a word has, but asks none of the tasks' questions.
 

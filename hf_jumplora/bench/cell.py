@@ -22,13 +22,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCol
 
 from .. import metrics as formulas
 from ..methods import get_method
+from ..options import make_strategies
 from ..stack.manifest import library_versions, write_json
 from ..strategies import Strategy
 from ..trainer import ContinualRun, ContinualTrainingArguments
 from ..tuner import JumpLoraConfig
 from .data import bench_tasks
-from .encoder import embed_texts, encoder_setting
-from .protocol import WEIGHTS, Budget, next_point
+from .encoder import encoder_setting
+from .protocol import Budget, next_point, tuned_option
 
 
 class _Clock(TrainerCallback):
@@ -78,20 +79,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def strategies_of(method: str, weight: float | None) -> list[Strategy]:
-    """The method's strategies; `weight` replaces the field that the table of weights names.
-
-    Raises:
-        ValueError: no strategy of the method has this field.
-    """
-    strategies = [make() for make in get_method(method).strategies]
-    if weight is None:
-        return strategies
-    name = WEIGHTS[method][0]
-    for number, strategy in enumerate(strategies):
-        if dataclasses.is_dataclass(strategy) and name in {f.name for f in dataclasses.fields(strategy) if f.init}:
-            strategies[number] = dataclasses.replace(strategy, **{name: weight})
-            return strategies
-    raise ValueError(f"no strategy of method {method!r} has a field {name!r}")
+    """The method's strategies, the tuned option at `weight` (None: all at their defaults)."""
+    option = tuned_option(method)
+    return make_strategies(method, [] if option is None or weight is None else [f"{option[0]}={weight!r}"])
 
 
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Continual text classification with a sentence encoder: real weights and real text at a laptop's cost.
 
-Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier. Answers are chosen among the
-labels of the example's own task (as a prompt that lists them would).
+Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier. Answers are chosen among
+the labels of the example's own task (as a prompt that lists them would).
 """
 
 from importlib.util import find_spec

@@ -1,9 +1,10 @@
-"""What a budget buys, which weights are tried, and how a learning rate and a weight are chosen on dev rows."""
+"""What a budget buys, which options are tried, and how a learning rate and a weight are chosen on dev rows."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..methods import METHODS
+from ..methods import METHODS, get_method
+from ..options import strategy_name
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Budget:
     eval_tasks: "seen" evaluates the tasks trained so far, "all" later ones too (and before any training).
     tune_steps: steps a task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows` examples
     each, held out of their training rows.
-    rates: learning rates that are tried; weights: how many of a method's `WEIGHTS` are.
+    rates: learning rates that are tried; weights: how many values of a method's own option
+    ([`tuned_option`]) are.
     """
 
     steps: int
@@ -34,25 +36,45 @@ BUDGETS = {
     "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
 }
 
-# method -> (field of its strategy, values in the order in which they are tried). The first is the published value, or the
-# one of a first trial where the paper has another scale.
-WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "ella": ("weight", (3e4, 3e5, 3e3, 3e6, 3e2)),
-    "jumplora-ella": ("weight", (3e4, 3e5, 3e3, 3e6, 3e2)),
+# Times the default of a penalty's `weight`, in the order in which they are tried.
+FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01)
+
+# Strategies with another option to tune than `weight`, or on another scale: option -> values in the order of trying.
+OPTIONS: dict[str, tuple[float, ...]] = {
+    "kfac.weight": (10.0, 50.0, 2.0, 250.0, 0.5),
+    "migu.threshold": (0.7, 0.5, 0.9, 0.3, 0.95),
+    "gorp.energy": (0.95, 0.8, 0.99, 0.5, 0.999),
+    "nullspace.directions": (64, 16, 128, 8, 256),
+    "replay.fraction": (0.02, 0.1, 0.01, 0.2, 0.05),
 }
+
+
+def tuned_option(method: str) -> tuple[str, tuple[float, ...]] | None:
+    """(option of a strategy such as "ella.weight", values) that is tuned for a method; None if it has nothing to tune.
+
+    The first strategy decides that is listed in `OPTIONS` or has a `weight` above 0.
+    """
+    for make in get_method(method).strategies:
+        name, strategy = strategy_name(make), make()
+        for option, values in OPTIONS.items():
+            if option.startswith(f"{name}."):
+                return option, values
+        if weight := getattr(strategy, "weight", None):
+            return f"{name}.weight", tuple(weight * factor for factor in FACTORS)
+    return None
 
 
 def grid(method: str, budget: Budget) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
     """(learning rates, weights) that a budget tries for a method; (None,) for a method without a weight."""
-    weights = WEIGHTS[method][1][: budget.weights] if method in WEIGHTS else (None,)
-    return budget.rates, weights
+    option = tuned_option(method)
+    return budget.rates, option[1][: budget.weights] if option else (None,)
 
 
 def next_point(method: str, budget: Budget, done: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The next {"rate", "weight"} to try given the finished points ("rate", "weight", "score"), or None.
 
-    Coordinate search: all rates with the first weight, then the other weights with the best rate. A point whose score is
-    None (it failed) is never the best.
+    Coordinate search: all rates with the first weight, then the other weights with the best rate. A point whose score
+    is None (it failed) is never the best.
     """
     rates, weights = grid(method, budget)
     tried = {(point["rate"], point["weight"]) for point in done}

@@ -1,4 +1,4 @@
-"""Runs the cells of a bench that are missing, some at once, each in a process of its own; brings the table up to date."""
+"""Runs the cells of a bench that are missing, each in a process of its own, and brings the table up to date."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ class Bench:
         if self.setting not in ("encoder", "causal"):
             raise ValueError(f"setting is 'encoder' or 'causal', got {self.setting!r}")
         if self.setting == "encoder" and self.prompt_style is not None:
-            raise ValueError("the encoder reads texts without a prompt: leave prompt_style out, or use setting 'causal'")
+            raise ValueError("the encoder reads texts without a prompt: prompt_style is for the setting 'causal'")
         if self.jobs < 1:
             raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
         self.output_dir = Path(self.output_dir).absolute()
@@ -131,7 +131,10 @@ class Bench:
         code = self._process(f"tune-{method}", {"spec": spec, "folder": str(self.cells)})
         point = next_point(method, self.limits, points(self.cells, method))
         while code and point is not None:  # the process died: what it was at has failed
-            write_json(next_file(self.cells, method), {"error": f"the process ended with code {code}", "spec": {**spec, **point}})
+            write_json(
+                next_file(self.cells, method),
+                {"error": f"the process ended with code {code}", "spec": {**spec, **point}},
+            )
             point = next_point(method, self.limits, points(self.cells, method))
 
     def _final(self, method: str, seed: int) -> None:
@@ -159,6 +162,8 @@ class Bench:
         command = [*shlex.split(self.prefix), sys.executable, "-m", "hf_jumplora.bench.cell", str(file)]
         print(f"bench: {name}", flush=True)
         with open(self.output_dir / "logs" / f"{name}.log", "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
         file.unlink()
         return code

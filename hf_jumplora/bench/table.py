@@ -103,11 +103,11 @@ def write_table(folder: Path) -> str:
     rows = [_row(method, runs, reference) for method, runs in cells.items()]
     rows.sort(key=lambda row: -float(row[1].split()[0]) if row[1] != "-" else 1.0)
     budget, tasks = settings["budget"], settings["tasks"]
+    style = "none (the text alone)" if settings["setting"] == "encoder" else settings["prompt_style"] or "the stream's"
     parts = [
         f"# Methods on {settings['stream']}",
-        f"Setting {settings['setting']}, model {settings['model']}, prompt "
-        + ("none (the text alone)" if settings["setting"] == "encoder" else settings["prompt_style"] or "as the stream")
-        + f"; {budget['steps']} steps a task, effective batch {budget['batch']}, at most {budget['max_length']} tokens. "
+        f"Setting {settings['setting']}, model {settings['model']}, prompt style: {style}; "
+        f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {budget['max_length']} tokens. "
         "Mean ± standard deviation over seeds.",
         _markdown([["task", "training examples", "test examples"]]
                   + [[t["name"], str(t["train_examples"]), str(t["test_examples"])] for t in tasks]),
@@ -116,16 +116,16 @@ def write_table(folder: Path) -> str:
     if named:
         parts.append(
             "**Warning: the prompt names the data set** "
-            f"({', '.join(sorted({n for names in named.values() for n in names}))}): the model is told which task it is. "
-            "Such numbers cannot be compared with those of prompts that do not."
+            f"({', '.join(sorted({n for names in named.values() for n in names}))}): the model is told which task it "
+            "is. Such numbers cannot be compared with those of prompts that do not."
         )
     parts.append(_markdown([_HEAD, *rows]))
     parts.append(
         "\n".join(f"- {name}: `{FORMULAS[key]}`" for key, name in _SCORES.items())
-        + "\n- density: entries of the update that are kept, mean over tasks; collision: mean over pairs of tasks of shared "
-        "entries / all entries\n- step: time of a training step (of the process, on a CPU) relative to that of "
-        f"{REFERENCE}; seconds: training and evaluation of all tasks, with other runs beside it\n- own state: tensors the "
-        "method holds when the last task starts, beside the adapters; grows: more than when the second task started"
+        + "\n- density: entries of the update that are kept, mean over tasks; collision: mean over pairs of tasks "
+        "of shared entries / all entries\n- step: time of a training step (of the process, on a CPU) relative to that "
+        f"of {REFERENCE}; seconds: training and evaluation of all tasks, with other runs beside it\n- own state: tensors "
+        "the method holds when the last task starts, beside the adapters; grows: more than when the second task started"
     )
     if cells:
         write_json(folder / "results.json", {m: [c.get("metrics") for c in runs] for m, runs in cells.items()})

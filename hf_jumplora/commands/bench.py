@@ -1,7 +1,8 @@
-"""Compare methods on a stream: the same data, prompts, seeds and effective batch, tuned by one protocol (docs/bench.md).
+"""Compare methods on a stream: same data, prompts, seeds and effective batch, tuned by one protocol (docs/bench.md).
 
-Each run is a process of its own and one file below OUTPUT_DIR/cells. The same command again goes on where it was stopped;
-more methods or seeds may be named then. table.md, results.json and accuracy.png are brought up to date after every run.
+Each run is a process of its own and one file below OUTPUT_DIR/cells. The same command again goes on where it was
+stopped; more methods or seeds may be named then. table.md, results.json and accuracy.png are brought up to date after
+every run.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from datasets import load_dataset
 
-from .tasks import PROMPT, PROMPT_STYLES, TextTask
+from .tasks import PROMPT_STYLES, TextTask
 
 
 _TASK_KEYS = {
@@ -87,7 +87,7 @@ def load_tasks(
 
 
 def _styled(style: str, entry: dict, where: str) -> str:
-    """The prompt of a style for a task. The names that O-LoRA's shows are those of the task's folder, CATEGORY/DATASET."""
+    """The prompt of a style for a task. The names that O-LoRA's shows are those of the folder, CATEGORY/DATASET."""
     if style not in PROMPT_STYLES:
         raise ValueError(f"{where}: unknown prompt_style {style!r}; known: {', '.join(PROMPT_STYLES)}")
     prompt = PROMPT_STYLES[style]
