@@ -45,6 +45,7 @@ OPTIONS: dict[str, tuple[float, ...]] = {
     "migu.threshold": (0.7, 0.5, 0.9, 0.3, 0.95),
     "gorp.energy": (0.95, 0.8, 0.99, 0.5, 0.999),
     "nullspace.directions": (64, 16, 128, 8, 256),
+    "olora.lambda1": (0.5, 5.0, 0.05, 50.0, 0.005),
     "replay.fraction": (0.02, 0.1, 0.01, 0.2, 0.05),
 }
 

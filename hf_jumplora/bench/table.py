@@ -124,8 +124,9 @@ def write_table(folder: Path) -> str:
         "\n".join(f"- {name}: `{FORMULAS[key]}`" for key, name in _SCORES.items())
         + "\n- density: entries of the update that are kept, mean over tasks; collision: mean over pairs of tasks "
         "of shared entries / all entries\n- step: time of a training step (of the process, on a CPU) relative to that "
-        f"of {REFERENCE}; seconds: training and evaluation of all tasks, with other runs beside it\n- own state: tensors "
-        "the method holds when the last task starts, beside the adapters; grows: more than when the second task started"
+        f"of {REFERENCE}; seconds: training and evaluation of all tasks, with other runs beside it\n- own state: "
+        "tensors the method holds when the last task starts, beside the adapters; grows: more than when the second "
+        "task started"
     )
     if cells:
         write_json(folder / "results.json", {m: [c.get("metrics") for c in runs] for m, runs in cells.items()})
