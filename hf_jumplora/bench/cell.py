@@ -39,7 +39,8 @@ class _Clock(TrainerCallback):
     """
 
     def __init__(self, strategies: list[Strategy]):
-        self.strategies, self.seconds = strategies, []
+        self.strategies = strategies
+        self.seconds: list[float] = []
         self.state_bytes: list[int] = []
         self.model_bytes: list[int] = []
 
@@ -91,7 +92,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     method, strategies = get_method(spec["method"]), strategies_of(spec["method"], spec["weight"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model: Any
-    tasks: list
+    tasks: list[Any]
     if spec["setting"] == "encoder":
         encoder = AutoModel.from_pretrained(spec["model"])
         model, tasks = encoder_setting(encoder, tokenizer, texts, max_length=budget.max_length)

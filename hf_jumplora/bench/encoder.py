@@ -6,6 +6,7 @@ the labels of the example's own task (as a prompt that lists them would).
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ class LabelEmbeddingClassifier(nn.Module):
 
     candidates: bool [tasks, labels], the labels each task may answer with.
     """
+
+    label_embeddings: torch.Tensor
+    candidates: torch.Tensor
 
     def __init__(
         self, encoder: nn.Module, label_embeddings: torch.Tensor, candidates: torch.Tensor, logit_scale: float
@@ -70,7 +74,7 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def encoder_setting(
-    encoder: nn.Module, tokenizer, texts: list[TextTask], *, max_length: int, logit_scale: float = 20.0
+    encoder: Any, tokenizer, texts: list[TextTask], *, max_length: int, logit_scale: float = 20.0
 ) -> tuple[LabelEmbeddingClassifier, list[Task]]:
     """The classifier over the labels of all tasks, and the tasks as token ids.
 

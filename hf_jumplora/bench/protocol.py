@@ -1,7 +1,7 @@
 """What a budget buys, which options are tried, and how a learning rate and a weight are chosen on dev rows."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..methods import METHODS, get_method
 from ..options import strategy_name
@@ -23,7 +23,7 @@ class Budget:
     batch: int
     max_length: int
     test_rows: int
-    eval_tasks: str
+    eval_tasks: Literal["all", "seen"]
     tune_steps: int
     dev_rows: int
     rates: tuple[float, ...]

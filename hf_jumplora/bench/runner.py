@@ -102,7 +102,8 @@ class Bench:
             "budget": dataclasses.asdict(self.limits),
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
         }
-        same = {key: value for key, value in self.spec.items() if key not in ("data_dir", "stream", "threads", "model")}
+        own = ("data_dir", "stream", "threads", "model")  # may differ from machine to machine
+        same: dict[str, Any] = {key: value for key, value in self.spec.items() if key not in own}
         same |= {"stream": Path(self.stream).stem, "model": Path(model).name}
         same["tasks"] = [
             {

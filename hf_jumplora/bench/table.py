@@ -177,11 +177,11 @@ def draw(cells: dict[str, list[dict[str, Any]]], tasks: list[str], path: Path) -
         if not curves:
             continue
         mean = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
-        style = {"color": f"C{number % 10}", "marker": "osv^D"[number // 10 % 5], "label": method}
+        color = f"C{number % 10}"
         if len(mean) == 1 < len(tasks):
-            axes.axhline(mean[0], linestyle="--", color=style["color"], label=method)
+            axes.axhline(mean[0], linestyle="--", color=color, label=method)
         else:
-            axes.plot(range(len(mean)), mean, **style)
+            axes.plot(range(len(mean)), mean, color=color, marker="osv^D"[number // 10 % 5], label=method)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_xlabel("after training on")
     axes.set_ylabel("average accuracy in % on the tasks so far")

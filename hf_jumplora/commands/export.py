@@ -70,7 +70,8 @@ def _scores(args: argparse.Namespace) -> list[tuple[str, float, float]]:
 
     from ..stack.load import load_stack
     from ..trainer.evaluation import evaluate_task
-    from ..trainer.tasks import Encoder, load_tasks
+    from ..trainer.streams import load_tasks
+    from ..trainer.tasks import Encoder
 
     tasks = load_tasks(args.stream, args.data_dir, max_train=1, max_eval=args.max_eval)
     model: Any = load_stack(args.stack, args.base_model, args.tasks, args.revision, merge=True)
