@@ -1,0 +1,35 @@
+"""The metric modules, loaded by `evaluate` from their folders."""
+
+from pathlib import Path
+
+import pytest
+
+import hf_jumplora.metrics as metrics
+
+
+evaluate = pytest.importorskip("evaluate")
+FOLDER = Path(metrics.__file__).parent
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules", raising=False)
+    return lambda name: evaluate.load(str(FOLDER / name), cache_dir=str(tmp_path / "cache"))
+
+
+def test_exact_match(load):
+    result = load("exact_match").compute(
+        predictions=["Very  Positive", "bad", "Good"], references=["very positive", "Bad ", "Bad"]
+    )
+    assert result == {"exact_match": pytest.approx(2 / 3)}
+
+
+def test_continual(load):
+    matrix = [[0.8, 0.1, 0.2], [0.6, 0.9, 0.3], [0.5, 0.7, 0.6]]
+    result = load("continual").compute(predictions=matrix, references=["a", "b", "c"])
+    assert result["average_accuracy"] == pytest.approx(0.6)
+    assert result["backward_transfer"] == pytest.approx(((0.5 - 0.8) + (0.7 - 0.9)) / 2)
+    assert result["forgetting"] == metrics.forgetting(matrix)
+    assert result["learning_accuracy"] == metrics.learning_accuracy(matrix)
+    with pytest.raises(ValueError, match="one score for each of the 2 tasks"):
+        load("continual").compute(predictions=[[0.1], [0.2]], references=["a", "b"])
