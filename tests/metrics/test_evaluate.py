@@ -11,10 +11,13 @@ evaluate = pytest.importorskip("evaluate")
 FOLDER = Path(metrics.__file__).parent
 
 
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules", raising=False)
-    return lambda name: evaluate.load(str(FOLDER / name), cache_dir=str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """One cache for all modules: `evaluate` imports them as parts of one package."""
+    cache = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
+        yield lambda name: evaluate.load(str(FOLDER / name), cache_dir=str(cache))
 
 
 def test_exact_match(load):
