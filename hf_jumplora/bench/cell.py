@@ -25,7 +25,7 @@ from ..methods import get_method
 from ..options import make_strategies
 from ..stack.manifest import library_versions, write_json
 from ..strategies import Strategy
-from ..trainer import ContinualRun, ContinualTrainingArguments
+from ..trainer import ContinualRun, ContinualTrainingArguments, Task
 from ..tuner import JumpLoraConfig
 from .data import bench_tasks
 from .encoder import encoder_setting
@@ -92,13 +92,13 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     method, strategies = get_method(spec["method"]), strategies_of(spec["method"], spec["weight"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model: Any
-    tasks: list[Any]
+    tasks: list[Task]
     if spec["setting"] == "encoder":
         encoder = AutoModel.from_pretrained(spec["model"])
         model, tasks = encoder_setting(encoder, tokenizer, texts, max_length=budget.max_length)
         targets, collator = ["query", "value"], DataCollatorWithPadding(tokenizer)
     else:
-        model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), texts
+        model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
     steps = budget.tune_steps if tune else budget.steps
     clock = _Clock(strategies)
