@@ -26,8 +26,8 @@ class Osf(Strategy):
 
     becomes the adapter, exactly, with scaling 1 and rank 2 t (where that is above min(out, in): dW itself and an
     identity). Task number i trains t = (1 - preserved) * shrink^i * min(out, in) directions, so that the preserved rank
-    rises; r, lora_alpha and lora_dropout of the adapter say nothing. No state; in a checkpoint the trained factors: the
-    decomposition is made again after a restart, of the same weights.
+    rises; r, lora_alpha and lora_dropout of the adapter say nothing. No state: PEFT saves the trained factors with a
+    checkpoint's adapter, and a restart decomposes the same weights again.
 
     The values are ours: PEFT preserves half by default, the paper chooses ranks by the layers' importance.
     """
@@ -92,21 +92,6 @@ class Osf(Strategy):
             layer.jumplora_A[adapter].copy_(A)
             layer.jumplora_B[adapter].copy_(B)
         self.layers = {}
-
-    def checkpoint_state(self):
-        return {
-            f"{name}.{factor}": parameter.detach()
-            for name, osf in self.layers.items()
-            for parameters in osf.osf_svd_params.values()
-            for factor, parameter in parameters.items()
-        }
-
-    @torch.no_grad()
-    def load_checkpoint_state(self, state):
-        for name, osf in self.layers.items():
-            for parameters in osf.osf_svd_params.values():
-                for factor, parameter in parameters.items():
-                    parameter.copy_(state[f"{name}.{factor}"])
 
 
 _FACTORS = ("U_low", "S_low", "V_low")

@@ -83,6 +83,11 @@ def _check_osf(run: "ContinualRun") -> None:
     others = [strategy for strategy in run.strategies if type(strategy) not in (Osf, Replay)]
     if others:
         raise ValueError(f"only Replay goes with OSF, not {others}: they act on the adapter's factors")
+    if run.args.deepspeed_plugin or run.args.fsdp:
+        raise ValueError(
+            "OSF reads whole weights and factors, which DeepSpeed and FSDP cut into pieces: train it with the whole "
+            "model in each process (plain or DDP)"
+        )
     for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
         if getattr(run.args, name, default) != default:
             raise ValueError(f"{name}={getattr(run.args, name)!r} is for A and B, and OSF trains neither: leave it out")

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from hf_jumplora import ContinualRun, JumpLoraConfig
 from hf_jumplora.strategies import Ella, Osf, Replay
+from hf_jumplora.trainer.preflight import check_run
 from hf_jumplora.tuner import named_layers
 
 
@@ -147,6 +148,14 @@ def test_what_acts_on_the_adapter_is_refused(strategies, options, words, toy_bas
             toy.load_base(toy_base), toy.tasks(2), "osf", toy.arguments(tmp_path, **options), toy.tokenizer(),
             adapter_config=JumpLoraConfig(r=2, target_modules=["q_proj"]), strategies=strategies,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("sharding", ["deepspeed_plugin", "fsdp"])
+def test_sharded_weights_are_refused(sharding, toy_base, tmp_path):
+    run = toy.make_run(toy_base, tmp_path, "osf", stream=toy.tasks(1))
+    setattr(run.args, sharding, "on")
+    with pytest.raises(ValueError, match="OSF reads whole weights and factors, which DeepSpeed and FSDP cut"):
+        check_run(run)
 
 
 def test_layers_it_cannot_decompose(toy_base):
