@@ -14,6 +14,7 @@ import toy
 import yaml
 
 from hf_jumplora import ContinualTrainingArguments, load_stack
+from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, embed
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
 from hf_jumplora.trainer.streams import _read_stream
@@ -171,17 +172,16 @@ def test_label_embedding_classifier(bert):
     """The classifier is the labels' own embeddings: a label as text is its own best answer, among the task's labels."""
     from transformers import AutoModel
 
-    encoder_cl = recipe("encoder_cl")
     labels = ["tiny", "huge slow", "dark", "pale"]
     batch = toy.tokenizer()(labels, padding=True, return_tensors="pt")
     encoder = AutoModel.from_pretrained(bert).eval()
     with torch.no_grad():
-        embeddings = encoder_cl.embed(encoder, batch.input_ids, batch.attention_mask)
-        alone = encoder_cl.embed(encoder, batch.input_ids[:1, :1], torch.ones(1, 1))
+        embeddings = embed(encoder, batch.input_ids, batch.attention_mask)
+        alone = embed(encoder, batch.input_ids[:1, :1], torch.ones(1, 1))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
     torch.testing.assert_close(embeddings[:1], alone)  # padding does not count
     candidates = torch.tensor([[True, True, False, False], [False, False, True, True]])
-    model = encoder_cl.LabelEmbeddingClassifier(encoder, embeddings, candidates, 20.0).eval()
+    model = LabelEmbeddingClassifier(encoder, embeddings, candidates, 20.0).eval()
     task = torch.tensor([0, 0, 1, 1])
     output = model(batch.input_ids, batch.attention_mask, task, labels=torch.arange(4))
     assert output.logits.argmax(-1).tolist() == [0, 1, 2, 3]
