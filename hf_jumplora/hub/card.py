@@ -1,13 +1,13 @@
 """Model cards, made from the manifest, metrics.json and run.json alone."""
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..report.report import _NAMES, _markdown, _rows, pairs
-from ..stack.manifest import Manifest
+from ..stack.manifest import Manifest, is_folder
 
 
 _HUB = "hf://datasets/"  # how a task's source names a data set of the Hub
@@ -28,12 +28,12 @@ def _dataset(info: dict[str, Any]) -> str | None:
 def _base_id(manifest: Manifest) -> str | None:
     """The base model's id; None for a folder of some machine, which is no id."""
     base = manifest.base_model["name_or_path"]
-    return base if base and not Path(base).is_absolute() and not Path(base).exists() else None
+    return base if base and not is_folder(base) else None
 
 
 def _base_name(manifest: Manifest) -> str:
     base = manifest.base_model["name_or_path"]
-    return _base_id(manifest) or Path(base).name or manifest.base_model["architecture"]
+    return _base_id(manifest) or PureWindowsPath(base).name or manifest.base_model["architecture"]
 
 
 def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:

@@ -8,7 +8,6 @@ matter when it is made, and training can go on meanwhile.
 import contextlib
 import json
 import logging
-import shutil
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..metrics.derived import derive
 from ..report.report import PICTURES, write_report
-from ..stack.manifest import MANIFEST, read_manifest, write_json, write_manifest
+from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json, write_manifest
 from .card import eval_results, stack_card
 
 
@@ -96,7 +95,8 @@ def open_repository(
 
 
 def _tasks(folder: Path) -> list[dict[str, Any]]:
-    return read_manifest(folder).tasks if (folder / MANIFEST).is_file() else []
+    """As they are pushed; none yet for a new run."""
+    return portable(folder, read_manifest(folder))[0].tasks if (folder / MANIFEST).is_file() else []
 
 
 def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]) -> tuple[str | None, int]:
@@ -124,7 +124,7 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
 
 
 def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
-    tasks = read_manifest(folder).tasks
+    tasks = portable(folder, read_manifest(folder))[0].tasks
     repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)  # type: ignore[arg-type]
     head, done = _remote(api, repo_id, revision, tasks)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
@@ -164,9 +164,9 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
     """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
 
     The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but
-    for the pictures, which belong to the newest task's commit.
+    for the pictures, which belong to the newest task's commit. No path of this machine is in it (`portable`).
     """
-    manifest = read_manifest(folder)
+    manifest, changed = portable(folder, read_manifest(folder))
     settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
     pictures = {name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()}
     whole = json.loads(
@@ -188,12 +188,14 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         card = stack_card(manifest, result, settings, where=repo_id, pictures=shown, template=template)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if settings:
-            shutil.copyfile(folder / "run.json", temporary / "run.json")
+            write_json(temporary / "run.json", {**settings, "base_model": manifest.base_model["name_or_path"]})
         if entries := eval_results(result):
             (temporary / ".eval_results").mkdir()
             (temporary / ".eval_results" / "accuracy.yaml").write_text(entries, encoding="utf-8")
         write_manifest(temporary, manifest)
         files = {f"{task['folder']}/{file}": folder / task["folder"] / file for file in task["files"]}
+        if (config := f"{task['folder']}/adapter_config.json") in changed:
+            write_atomic(temporary / config, changed[config])
         files |= {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
         yield dict(sorted(files.items()))
 

@@ -18,7 +18,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import nn
 
 from ..tuner import JumpLoraConfig, named_layers
-from .manifest import MANIFEST, Manifest, check_base, file_sha256, read_manifest, stack_support_sha256
+from .manifest import MANIFEST, Manifest, check_base, file_sha256, is_folder, read_manifest, stack_support_sha256
 from .save import STRATEGIES
 
 
@@ -73,6 +73,7 @@ def load_base(
     if base_model is None:
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
+        base_is_here(base_model, where)
     if isinstance(base_model, (str, os.PathLike)):
         architecture = getattr(transformers, manifest.base_model["architecture"], None)
         known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
@@ -90,6 +91,15 @@ def load_base(
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, where)
     return base_model
+
+
+def base_is_here(name: str, where: str) -> None:
+    """Raise ValueError, asking for base_model=, when a stack's base was loaded from a folder that is not there."""
+    if is_folder(name) and not os.path.isdir(name):
+        raise ValueError(
+            f"{where}: its base model was loaded from a folder, {name}, which is not on this machine; pass base_model= "
+            "(its folder or its id)"
+        )
 
 
 def open_stack(

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -147,6 +147,33 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     text = json.dumps({**asdict(manifest), "sha256": "0" * 64}, indent=2)
     head, tail = text[: -64 - 3], text[-3:] + "\n"  # the zeros' place
     write_atomic(folder / MANIFEST, f"{head}{hashlib.sha256(head.encode()).hexdigest()}{tail}")
+
+
+def is_folder(name: str) -> bool:
+    """Whether the name of a base model is a path and not an id of the Hub."""
+    return name.startswith((".", "~")) or os.path.isabs(name) or PureWindowsPath(name).drive != ""
+
+
+def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
+    """A stack as it may leave this machine: its manifest, and {path: content} of the files that differ from the folder's.
+
+    A base that was loaded from a folder is named "./llama" in place of "/home/me/models/llama", here and in each
+    task's adapter_config.json, which is the only other file of a task that PEFT writes the name into. The result is
+    the same for a stack that has been on the Hub in between.
+    """
+    name = manifest.base_model["name_or_path"]
+    if is_folder(name):
+        name = f"./{PureWindowsPath(name).name}"
+    tasks, changed = [], {}
+    for task in manifest.tasks:
+        path = f"{task['folder']}/adapter_config.json"
+        config = json.loads((Path(folder) / path).read_text(encoding="utf-8"))
+        if (config.get("base_model_name_or_path") or "") != name:
+            changed[path] = json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True)
+            digest = hashlib.sha256(changed[path].encode()).hexdigest()
+            task = {**task, "files": {**task["files"], "adapter_config.json": digest}}
+        tasks.append(task)
+    return replace(manifest, base_model={**manifest.base_model, "name_or_path": name}, tasks=tasks), changed
 
 
 def layer_shapes(model: nn.Module) -> dict[str, list[int]]:

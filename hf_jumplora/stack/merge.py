@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .files import only_updates, total_update
+from .load import base_is_here
 from .manifest import Manifest, check_shapes, probe_differs, probe_values, untouched_weight
 from .operations import new_folder, open_tasks
 
@@ -114,6 +115,8 @@ def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where
     name = str(base_model) if given else manifest.base_model["name_or_path"]
     if os.path.isdir(name):
         return Path(name)
+    if not given:
+        base_is_here(name, where)
     revision = None if given else manifest.base_model["revision"]
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_OTHER_WEIGHTS)))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from ..methods import get_method
 from ..stack.load import load_base, verify
-from ..stack.manifest import MANIFEST, read_manifest, write_atomic, write_json
+from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
 from .evaluation import own_adapter
@@ -59,7 +59,8 @@ def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, tok
         source = Path(path)
     theirs = read_manifest(source)
     if (folder / MANIFEST).is_file():
-        if read_manifest(folder).tasks[: len(theirs.tasks)] != theirs.tasks:
+        ours, same = portable(folder, read_manifest(folder))[0], portable(source, theirs)[0]
+        if ours.tasks[: len(same.tasks)] != same.tasks:
             raise ValueError(f"{folder} holds another stack than {path}: use another output_dir")
         return hub
     for name in (METRICS, RUN):

@@ -25,6 +25,7 @@ class Task:
     """A task for any trainer class: data sets as that class takes them.
 
     name: unique in its stream; letters, digits, '-', '_', '.'.
+    source: where the data is from, for the card; of an absolute path the last name is kept.
     compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
     """
 
@@ -42,6 +43,8 @@ class Task:
             raise ValueError(f"task {self.name!r} has no training example")
         if self.eval_dataset is not None and len(self.eval_dataset) == 0:
             raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
+        if Path(self.source).is_absolute():  # it is published on the card: no path of this machine
+            self.source = Path(self.source).name
 
     def fingerprint(self) -> str:
         """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""

@@ -1,20 +1,24 @@
 """Pushing a stack: one commit and one tag a task, whatever the network does, and nothing that is not the stack's."""
 
+import dataclasses
 import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import toy
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HTTPError
 
+from hf_jumplora import ContinualRun
 from hf_jumplora.cli import main
 from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import Pusher
-from hf_jumplora.stack import load_stack, read_manifest
+from hf_jumplora.stack import load_stack, merge_stack, read_manifest
 from hf_jumplora.stack.load import verify
+from hf_jumplora.stack.manifest import portable
 
 
 TAGS = ["task-000", "task-001", "task-002"]
@@ -39,7 +43,7 @@ def complete(hub, name="me/stack"):
     assert tagged == {tag: tag for tag in TAGS}
 
 
-def test_one_commit_and_one_tag_a_task(folder, hub, tmp_path):
+def test_one_commit_and_one_tag_a_task(folder, hub, toy_base, tmp_path):
     """Pushed late or not: at each tag the repository is the stack as it was after that task."""
     pushed = push_stack(folder, "me/stack", private=True)
     complete(hub)
@@ -53,7 +57,7 @@ def test_one_commit_and_one_tag_a_task(folder, hub, tmp_path):
             (there / name).parent.mkdir(parents=True, exist_ok=True)
             (there / name).write_bytes(content)
         manifest = read_manifest(there)
-        assert manifest.tasks == read_manifest(folder).tasks[: k + 1]
+        assert manifest.tasks == portable(folder, read_manifest(folder))[0].tasks[: k + 1]
         for task in manifest.tasks:
             verify(there, task)
         metrics = json.loads(files["metrics.json"])
@@ -63,7 +67,7 @@ def test_one_commit_and_one_tag_a_task(folder, hub, tmp_path):
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "task.json"}
     top = {".gitattributes", "stack.json", "metrics.json", "run.json", "README.md", "report.md"}
     assert set(files) - {"matrix.png", "overlap.png"} == top | {f"task_00{i}/{name}" for i in range(3) for name in own}
-    load_stack(there)
+    load_stack(there, toy_base)
 
 
 def test_pushing_again_changes_nothing(folder, hub):
@@ -233,6 +237,39 @@ def test_card(folder, hub):
     assert {result.dataset_name for result in card.data.eval_results} == {"size", "light", "mood"}
     for part in ("BWT = mean", "| args.learning_rate | 0.01 |", "| adapter.r | 2 |", "bibtex", "| mood | light |"):
         assert part in card.text
+
+
+def test_no_path_of_this_machine_is_pushed(toy_base, hub, monkeypatch, tmp_path, tmp_path_factory):
+    """Base, data and output stand in folders. Pushed at once, late, or by a machine that went on: the same stack."""
+    hub.patch(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    stream = toy.tasks(3)
+    stream[0] = dataclasses.replace(stream[0], source=f"{tmp_path}/data/size.json")
+    first = tmp_path / "first"
+    toy.make_run(toy_base, first, stream=stream[:2], push_to_hub=True, hub_model_id="me/stack").train()
+    assert Path(toy_base).is_absolute()
+    assert read_manifest(first).base_model["name_or_path"] == toy_base  # at home it may stay
+    more = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "push_to_hub": True}
+    with pytest.raises(ValueError, match=r"loaded from a folder, \./toy_base.*not on this machine; pass base_model="):
+        ContinualRun.from_stack("me/stack", stream[2:], tmp_path / "none", **more)
+    with pytest.raises(ValueError, match=r"\./toy_base.*pass base_model="):
+        load_stack("me/stack")
+    with pytest.raises(ValueError, match=r"\./toy_base.*pass base_model="):
+        merge_stack("me/stack", tmp_path / "merged")
+    moved = shutil.copytree(toy_base, tmp_path / "elsewhere")
+    ContinualRun.from_stack("me/stack", stream[2:], tmp_path / "second", base_model=moved, **more).train()
+    complete(hub)
+    pushed = hub.repos["me/stack"].resolve("main").files
+    root = str(tmp_path_factory.getbasetemp()).encode()
+    assert root in (tmp_path / "second" / "task_002" / "adapter_config.json").read_bytes()
+    assert [name for name, content in pushed.items() if root in content or b"elsewhere" in content] == []
+    load_stack("me/stack", moved)
+    assert list(push_stack(first, "me/other")) == TAGS[:2]  # its own paths, and none of the task that others added
+    there = [json.loads(hub.repos[name].resolve("task-001").files["stack.json"]) for name in ("me/other", "me/stack")]
+    assert there[0]["tasks"] == there[1]["tasks"]
+    hub.requests.clear()
+    push_stack(tmp_path / "second", "me/stack")
+    assert hub.count("POST", "/commit/|/tag/") == 0
 
 
 def test_own_template(folder, hub, tmp_path):

@@ -93,7 +93,11 @@ def test_through_peft(on_hub, toy_run, toy_base):
         f"base = LlamaForCausalLM.from_pretrained({toy_base!r})\n"
         "show(PeftModel.from_pretrained(base, 'me/stack', subfolder='task_001'))\n"
         f"show(AutoPeftModelForCausalLM.from_pretrained({str(toy_run.output_dir / 'task_001')!r}))\n"
+        "from huggingface_hub import snapshot_download\n"
+        "show(AutoPeftModelForCausalLM.from_pretrained(snapshot_download('me/stack') + '/task_001'))\n"
     )
     expected = logits(load_stack(toy_run.output_dir, tasks=slice(2)))
-    for found in script(code)[0]:
+    shown = script(code)[0]
+    assert len(shown) == 3
+    for found in shown:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
