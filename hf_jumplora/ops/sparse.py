@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 
-_RAW = 255  # first byte of a code: this value means "plain bitmap", any other is the Rice parameter
-_HEADER = 9  # one byte kind + int64 number of set bits
+# First byte of a code: this value means "plain bitmap", any other is the Rice parameter, plus _UNSET where the code
+# lists the entries that are not set (more than half are).
+_RAW, _UNSET = 255, 128
+_HEADER = 9  # one byte kind + int64 number of listed entries (of a bitmap: set ones)
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -35,11 +37,13 @@ def _pack_fields(values: torch.Tensor, width: int) -> torch.Tensor:
 def encode_support(mask: torch.Tensor) -> torch.Tensor:
     """Code a support, bool [out, in], as uint8 [bytes]: the gaps between set entries in a Rice code, or the bitmap.
 
-    The smaller of the two is taken. A Rice code of parameter k writes gap >> k in unary and the low k bits as they
+    The smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of parameter k writes gap >> k in unary and the low k bits as they
     are; the two streams stand one after the other so that both directions are a few vector operations. For
     independent entries it is within a few percent of the entropy.
     """
-    index = mask.reshape(-1).nonzero().view(-1).cpu()
+    flat = mask.reshape(-1)
+    unset = 2 * int(flat.sum()) > flat.numel()
+    index = (~flat if unset else flat).nonzero().view(-1).cpu()
     count = index.numel()
     density = count / mask.numel()
     k = max(0, round(math.log2(math.log(2) / density))) if 0 < density < 1 else 0
@@ -49,9 +53,9 @@ def encode_support(mask: torch.Tensor) -> torch.Tensor:
     if (unary_length + 7) // 8 + (count * k + 7) // 8 < (mask.numel() + 7) // 8:
         unary = torch.zeros(unary_length, dtype=torch.bool)
         unary[unary_ends] = True
-        kind, body = k, torch.cat([pack_bits(unary), _pack_fields(gaps, k)])
+        kind, body = k + _UNSET * unset, torch.cat([pack_bits(unary), _pack_fields(gaps, k)])
     else:
-        kind, body = _RAW, pack_bits(mask).cpu()
+        kind, body, count = _RAW, pack_bits(mask).cpu(), int(flat.sum())
     header = torch.tensor([kind, *count.to_bytes(8, "little")], dtype=torch.uint8)
     return torch.cat([header, body])
 
@@ -75,6 +79,7 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         if body.numel() != (numel + 7) // 8:
             raise broken
         return unpack_bits(body, 0, numel).view(shape)
+    unset, kind = kind >= _UNSET, kind % _UNSET
     low_bytes = (count * kind + 7) // 8
     split = body.numel() - low_bytes
     if kind > 62 or split < 0:
@@ -88,8 +93,8 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     index = (gaps + 1).cumsum(0) - 1
     if count and (int(index.min()) < 0 or int(index.max()) >= numel):  # negative: the sum has overflowed
         raise broken
-    mask = torch.zeros(numel, dtype=torch.bool)
-    mask[index] = True
+    mask = torch.full((numel,), unset)
+    mask[index] = not unset
     return mask.view(shape)
 
 
