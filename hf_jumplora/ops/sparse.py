@@ -37,9 +37,9 @@ def _pack_fields(values: torch.Tensor, width: int) -> torch.Tensor:
 def encode_support(mask: torch.Tensor) -> torch.Tensor:
     """Code a support, bool [out, in], as uint8 [bytes]: the gaps between set entries in a Rice code, or the bitmap.
 
-    The smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of parameter k writes gap >> k in unary and the low k bits as they
-    are; the two streams stand one after the other so that both directions are a few vector operations. For
-    independent entries it is within a few percent of the entropy.
+    The smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of
+    parameter k writes gap >> k in unary and the low k bits as they are; the two streams stand one after the other so
+    that both directions are a few vector operations. For independent entries it is within a few percent of the entropy.
     """
     flat = mask.reshape(-1)
     unset = 2 * int(flat.sum()) > flat.numel()

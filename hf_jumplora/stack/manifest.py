@@ -155,7 +155,7 @@ def is_folder(name: str) -> bool:
 
 
 def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
-    """A stack as it may leave this machine: its manifest, and {path: content} of the files that differ from the folder's.
+    """A stack as it may leave this machine: its manifest, and {path: content} of the files that then differ.
 
     A base that was loaded from a folder is named "./llama" in place of "/home/me/models/llama", here and in each
     task's adapter_config.json, which is the only other file of a task that PEFT writes the name into. The result is
