@@ -73,7 +73,7 @@ def load_base(
     if base_model is None:
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
-        base_is_here(base_model, where)
+        base_is_here(manifest.base_model["name_or_path"], where)
     if isinstance(base_model, (str, os.PathLike)):
         architecture = getattr(transformers, manifest.base_model["architecture"], None)
         known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
