@@ -1,8 +1,8 @@
 """Continual text classification with a sentence encoder, on a laptop, on real weights.
 
 Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier (the code is in
-`hf_jumplora.bench.encoder`). JumpLoRA adapts the query and value layers. Answers are chosen among the labels of the
-example's own task (as a prompt that lists them would).
+`hf_jumplora.bench.encoder`). JumpLoRA adapts the query and value layers. Training is over the labels of all tasks;
+evaluation takes the best among the labels of the example's own task (as a prompt that lists them would).
 
     python recipes/encoder_cl.py --stream order1 --data_dir CL_BENCHMARK --method jumplora \
         --max_train 1920 --max_eval 500 --output_dir runs/encoder

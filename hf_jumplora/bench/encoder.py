@@ -1,9 +1,12 @@
 """Continual text classification with a sentence encoder: real weights and real text at a laptop's cost.
 
-Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier. Answers are chosen among
-the labels of the example's own task (as a prompt that lists them would).
+Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier. Training is over the
+labels of all tasks, as a language model's is over its whole vocabulary: what a task learns pushes the other tasks' answers
+away, and that is most of what is forgotten. Evaluation takes the best among the labels of the example's own task (as a
+prompt that lists them would).
 """
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,27 +22,19 @@ from ..trainer import Task, TextTask
 
 
 class LabelEmbeddingClassifier(nn.Module):
-    """An encoder whose classifier is the frozen embeddings of the label names [labels, hidden].
-
-    candidates: bool [tasks, labels], the labels each task may answer with.
-    """
+    """An encoder whose classifier is the frozen embeddings of the label names [labels, hidden]."""
 
     label_embeddings: torch.Tensor
-    candidates: torch.Tensor
 
-    def __init__(
-        self, encoder: nn.Module, label_embeddings: torch.Tensor, candidates: torch.Tensor, logit_scale: float
-    ):
+    def __init__(self, encoder: nn.Module, label_embeddings: torch.Tensor, logit_scale: float):
         super().__init__()
         self.encoder, self.config, self.name_or_path = encoder, encoder.config, encoder.name_or_path
         self.logit_scale = logit_scale
         self.register_buffer("label_embeddings", label_embeddings)
-        self.register_buffer("candidates", candidates)
 
-    def forward(self, input_ids, attention_mask, task_id, labels=None, **kwargs):
-        """Logits [batch, labels], -inf for the labels of other tasks than the example's `task_id` [batch]."""
+    def forward(self, input_ids, attention_mask, labels=None, **kwargs):
+        """Logits [batch, labels] over the labels of all tasks."""
         logits = self.logit_scale * embed(self.encoder, input_ids, attention_mask) @ self.label_embeddings.T
-        logits = logits.masked_fill(~self.candidates[task_id], float("-inf"))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -68,9 +63,10 @@ def default_encoder() -> str:
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def accuracy(prediction) -> dict[str, float]:
-    """`compute_metrics` of the encoder's tasks."""
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+def accuracy(candidates: list[int], prediction) -> dict[str, float]:
+    """`compute_metrics` of a task: the best of the labels it may answer with (`candidates`, their numbers) counts."""
+    best = np.take(candidates, np.argmax(prediction.predictions[:, candidates], -1))
+    return {"accuracy": float((best == prediction.label_ids).mean())}
 
 
 def encoder_setting(
@@ -81,24 +77,26 @@ def encoder_setting(
     Eval rows are sorted by length, so that a batch holds little padding. max_length: longer texts are cut.
     """
     labels = sorted({label for task in texts for label in task.labels})
-    candidates = torch.tensor([[label in task.labels for label in labels] for task in texts])
     max_length = min(max_length, encoder.config.max_position_embeddings)
     label_embeddings = embed_texts(encoder, tokenizer, labels, max_length)
 
-    def rows(task_id: int, task: TextTask, examples: list[dict] | None, by_length: bool = False) -> Dataset | None:
+    def rows(task: TextTask, examples: list[dict] | None, by_length: bool = False) -> Dataset | None:
         if examples is None:
             return None
         sentences = [row[task.text_column].strip() for row in examples]
         ids = tokenizer(sentences, truncation=True, max_length=max_length).input_ids
         answers = [labels.index(row[task.label_column]) for row in examples]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else range(len(ids))
-        columns = [(ids[i], [1] * len(ids[i]), answers[i], task_id) for i in order]
+        columns = [(ids[i], [1] * len(ids[i]), answers[i]) for i in order]
         return Dataset.from_list(
-            [dict(zip(("input_ids", "attention_mask", "labels", "task_id"), row, strict=True)) for row in columns]
+            [dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True)) for row in columns]
         )
 
+
+    def metric(task: TextTask):
+        return functools.partial(accuracy, [labels.index(label) for label in task.labels])
+
     tasks = [
-        Task(t.name, rows(i, t, t.train_dataset), rows(i, t, t.eval_dataset, True), accuracy, source=t.source)
-        for i, t in enumerate(texts)
+        Task(t.name, rows(t, t.train_dataset), rows(t, t.eval_dataset, True), metric(t), source=t.source) for t in texts
     ]
-    return LabelEmbeddingClassifier(encoder, label_embeddings, candidates, logit_scale), tasks
+    return LabelEmbeddingClassifier(encoder, label_embeddings, logit_scale), tasks

@@ -8,13 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toy
 import yaml
 
 from hf_jumplora import ContinualTrainingArguments, load_stack
-from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, embed
+from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, accuracy, embed
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
 from hf_jumplora.trainer.streams import _read_stream
@@ -169,7 +170,7 @@ def bert(tmp_path_factory):
 
 
 def test_label_embedding_classifier(bert):
-    """The classifier is the labels' own embeddings: a label as text is its own best answer, among the task's labels."""
+    """The classifier is the labels' own embeddings: a label as text is its own best answer."""
     from transformers import AutoModel
 
     labels = ["tiny", "huge slow", "dark", "pale"]
@@ -180,14 +181,21 @@ def test_label_embedding_classifier(bert):
         alone = embed(encoder, batch.input_ids[:1, :1], torch.ones(1, 1))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
     torch.testing.assert_close(embeddings[:1], alone)  # padding does not count
-    candidates = torch.tensor([[True, True, False, False], [False, False, True, True]])
-    model = LabelEmbeddingClassifier(encoder, embeddings, candidates, 20.0).eval()
-    task = torch.tensor([0, 0, 1, 1])
-    output = model(batch.input_ids, batch.attention_mask, task, labels=torch.arange(4))
+    model = LabelEmbeddingClassifier(encoder, embeddings, 20.0).eval()
+    output = model(batch.input_ids, batch.attention_mask, labels=torch.arange(4))
     assert output.logits.argmax(-1).tolist() == [0, 1, 2, 3]
-    assert torch.isinf(output.logits[0, 2:]).all()
+    assert torch.isfinite(output.logits).all()  # training is over the labels of all tasks
     torch.testing.assert_close(output.logits[0, 0], torch.tensor(20.0))
     assert torch.isfinite(output.loss)
+
+
+def test_answers_are_chosen_among_the_tasks_own_labels():
+    from transformers import EvalPrediction
+
+    logits = np.array([[9.0, 0.0, 1.0, 0.0], [9.0, 0.0, 0.0, 1.0]])
+    prediction = EvalPrediction(predictions=logits, label_ids=np.array([2, 1]))
+    assert accuracy([1, 2], prediction) == {"accuracy": 0.5}  # 2, and of two equals the first
+    assert accuracy([0, 1, 2, 3], prediction) == {"accuracy": 0.0}
 
 
 def write_stream(folder):
