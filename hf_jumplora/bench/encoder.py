@@ -92,7 +92,6 @@ def encoder_setting(
             [dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True)) for row in columns]
         )
 
-
     def metric(task: TextTask):
         return functools.partial(accuracy, [labels.index(label) for label in task.labels])
 
