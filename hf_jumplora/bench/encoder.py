@@ -2,8 +2,8 @@
 
 Labels are embedded once by the untouched encoder; these frozen embeddings are the classifier. Training is over the
 labels of all tasks, as a language model's is over its whole vocabulary: what a task learns pushes the other tasks'
-answers away, and that is most of what is forgotten. Evaluation takes the best among the labels of the example's own task
-(as a prompt that lists them would).
+answers away, and that is most of what is forgotten. Evaluation takes the best among the labels of the example's own
+task (as a prompt that lists them would).
 """
 
 import functools
