@@ -193,8 +193,8 @@ def test_answers_are_chosen_among_the_tasks_own_labels():
     from transformers import EvalPrediction
 
     logits = np.array([[9.0, 0.0, 1.0, 0.0], [9.0, 0.0, 0.0, 1.0]])
-    prediction = EvalPrediction(predictions=logits, label_ids=np.array([2, 1]))
-    assert accuracy([1, 2], prediction) == {"accuracy": 0.5}  # 2, and of two equals the first
+    prediction = EvalPrediction(predictions=logits, label_ids=np.array([2, 2]))
+    assert accuracy([1, 2], prediction) == {"accuracy": 0.5}  # 2 and 1: of two equals the first
     assert accuracy([0, 1, 2, 3], prediction) == {"accuracy": 0.0}
 
 
