@@ -6,6 +6,7 @@ is lost: the retained energy is printed for each layer, and with --stream the ch
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: options of the other format, or as `export_lora` and `export_sparse`.
     """
+    of_stream = [name for name in ("data_dir", "max_eval", "base_model") if getattr(args, name) is not None]
     if args.format == "sparse":
-        given = [
-            name for name in ("rank", "energy", "stream", "data_dir", "base_model") if getattr(args, name) is not None
-        ]
+        given = [*of_stream, *(name for name in ("rank", "energy", "stream") if getattr(args, name) is not None)]
         if given or args.force:
             raise ValueError(f"--{(given or ['force'])[0]} has no meaning for --format sparse")
         sizes = export_sparse(args.stack, args.out, args.tasks, args.revision, DTYPES[args.dtype])
@@ -52,33 +52,51 @@ def run(args: argparse.Namespace) -> None:
             f"{sizes['bytes_per_nonzero']:.2f} bytes a value"
         )
         return
+    if of_stream and not args.stream:
+        raise ValueError(f"--{of_stream[0]} has no meaning without --stream")
+    scores = _prepare(args) if args.stream else list
     rows = export_lora(
         args.stack, args.out, args.rank, args.energy, args.tasks, args.revision, args.min_energy, args.force
     )
     for layer, (rank, energy) in rows.items():
         print(f"{layer:<50} rank {rank:>4}  retained energy {energy:.4%}")
-    if args.stream:
-        for name, before, after in _scores(args):
-            print(f"{name:<24} accuracy {100 * before:.2f} % with the stack, {100 * after:.2f} % with the LoRA export")
+    for name, before, after in scores():
+        print(
+            f"{name:<24} accuracy {100 * before:.2f} % with the stack, {100 * after:.2f} % with the LoRA export "
+            f"({100 * (after - before):+.2f})"
+        )
     print(f"{args.out}: a LoRA adapter for stock PEFT")
 
 
-def _scores(args: argparse.Namespace) -> list[tuple[str, float, float]]:
-    """(task, accuracy of the stack, accuracy of the export) for each task of the stream."""
+def _prepare(args: argparse.Namespace) -> Callable[[], list[tuple[str, float, float]]]:
+    """A function for after the export: (task, accuracy of the stack, accuracy of the export) of each task with an eval
+    set. What can be wrong with stream, base and texts shows here, before anything is written."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from ..stack.load import load_stack
+    from ..stack.load import load_base, load_stack, open_stack
     from ..trainer.evaluation import evaluate_task
     from ..trainer.streams import load_tasks
     from ..trainer.tasks import Encoder
 
-    tasks = load_tasks(args.stream, args.data_dir, max_train=1, max_eval=args.max_eval)
+    # All training rows: where the stream lists no labels, they are those of these rows.
+    tasks = [task for task in load_tasks(args.stream, args.data_dir, max_eval=args.max_eval) if task.eval_dataset]
+    if not tasks:
+        raise ValueError(f"{args.stream}: no task has an eval set")
+    folder, manifest, _ = open_stack(args.stack, args.tasks, args.revision)
     model: Any = load_stack(args.stack, args.base_model, args.tasks, args.revision, merge=True)
-    source = model.config.name_or_path
-    encoder = Encoder(AutoTokenizer.from_pretrained(source), 512, model.config.is_encoder_decoder)
-    text = [task for task in tasks if task.eval_dataset is not None]
-    before = [evaluate_task(model, encoder, task, "score", 8) for task in text]
-    lora = PeftModel.from_pretrained(type(model).from_pretrained(source), args.out).eval()
-    after = [evaluate_task(lora, encoder, task, "score", 8) for task in text]
-    return [(task.name, a, b) for task, a, b in zip(text, before, after, strict=True)]
+    named = {} if args.base_model else {"revision": manifest.base_model["revision"]}
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model or manifest.base_model["name_or_path"], **named)
+    length = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
+    encoder = Encoder(tokenizer, length, model.config.is_encoder_decoder)
+    for task in tasks:
+        for row in task.eval_dataset:
+            encoder.prompt_ids(task, row[task.text_column])
+
+    def scores() -> list[tuple[str, float, float]]:
+        before = [evaluate_task(model, encoder, task, "score", 8) for task in tasks]
+        lora = PeftModel.from_pretrained(load_base(manifest, args.base_model, str(folder)), args.out).eval()
+        after = [evaluate_task(lora, encoder, task, "score", 8) for task in tasks]
+        return [(task.name, a, b) for task, a, b in zip(tasks, before, after, strict=True)]
+
+    return scores

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ..ops.sparse import decode_support, support_sha256
 from ..tuner import JumpLoraConfig
-from .load import verify
+from .load import not_a_task
 from .manifest import Manifest
 
 
@@ -18,24 +18,37 @@ _PREFIX = "base_model.model."
 
 
 class TaskFile:
-    """One finished task of a stack in a folder, verified. A layer's tensors are read when they are asked for.
+    """One finished task of a stack in a folder, verified by `open_stack`. A layer's tensors are read when asked for.
 
     Raises:
-        ValueError: a file is missing or damaged; the message names it.
+        ValueError: the file does not hold what a task's should; the message names it.
     """
 
     def __init__(self, folder: Path, entry: dict[str, Any], manifest: Manifest):
-        verify(folder, entry)
         self.name, self.folder = entry["name"], entry["folder"]
         self.path = folder / self.folder / "adapter_model.safetensors"
         self.config: Any = JumpLoraConfig.from_pretrained(str(folder / self.folder))
-        self._file = safe_open(self.path, "pt")
+        with not_a_task(self.path):
+            self._file = safe_open(self.path, "pt")
         keys = set(self._file.keys())
         self.shapes = {n: s for n, s in manifest.base_model["layers"].items() if f"{_PREFIX}{n}.jumplora_A" in keys}
         if not self.shapes:
             raise ValueError(f"{self.path} holds none of the layers that stack.json names")
         # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
         self.others = sorted(key for key in keys if ".jumplora_" not in key)
+        for layer in self.shapes:  # hashes tell damage; a stack that somebody made may have right ones
+            with not_a_task(self.path):
+                self._check(layer)
+
+    def _check(self, layer: str) -> None:
+        (out_features, in_features), (A, B) = self.shapes[layer], (self._shape(layer, name) for name in "AB")
+        if len(A) != 2 or not A[0] or A[1] != in_features or [out_features, A[0]] != B:
+            raise ValueError(f"the factors of {layer}, {A} and {B}, are not those of a layer {self.shapes[layer]}")
+        if self.config.gate and self._shape(layer, "support") != [self.config.support[layer][0]]:
+            raise ValueError(f"the support of {layer} is not of the size that its config says")
+
+    def _shape(self, layer: str, name: str) -> list[int]:
+        return self._file.get_slice(f"{_PREFIX}{layer}.jumplora_{name}").get_shape()
 
     def _tensor(self, layer: str, name: str) -> torch.Tensor:
         return self._file.get_tensor(f"{_PREFIX}{layer}.jumplora_{name}")

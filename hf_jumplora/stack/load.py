@@ -1,6 +1,8 @@
 """Loading a stack: whole, in part, or merged into a plain model."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
 from ..tuner import JumpLoraConfig, named_layers
@@ -137,6 +140,15 @@ def open_stack(
     return folder, manifest, chosen
 
 
+@contextmanager
+def not_a_task(path: Path) -> Iterator[None]:
+    """Errors about what a task's file holds become a ValueError that names it: hashes may be right, tensors missing."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the stack: {error}") from error
+
+
 def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate: bool = False) -> PeftModel:
     """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active.
 
@@ -149,12 +161,13 @@ def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate:
         if stack_support_sha256(config.support) != task["support_sha256"]:
             raise ValueError(f"{folder / task['folder']}/adapter_config.json: its supports are not those of stack.json")
         config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
-        if isinstance(model, PeftModel):
-            model.add_adapter(task["folder"], config)
-        else:
-            model = PeftModel(model, config, adapter_name=task["folder"])
-        weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
-        result: Any = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
+        with not_a_task(folder / task["folder"] / "adapter_model.safetensors"):
+            if isinstance(model, PeftModel):
+                model.add_adapter(task["folder"], config)
+            else:
+                model = PeftModel(model, config, adapter_name=task["folder"])
+            weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
+            result: Any = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
         missing = [key for key in result.missing_keys if f".{task['folder']}" in key]
         if missing or result.unexpected_keys:
             raise ValueError(

@@ -28,6 +28,9 @@ from hf_jumplora.stack import (
     verify_stack,
 )
 from hf_jumplora.stack.export import low_rank
+from hf_jumplora.stack.manifest import file_sha256, stack_support_sha256, write_manifest
+from hf_jumplora.trainer.evaluation import evaluate_task
+from hf_jumplora.trainer.tasks import Encoder
 
 
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9]])
@@ -309,6 +312,111 @@ def test_lora_that_loses_too_much_is_refused(stack, tmp_path):
 def test_lora_options_that_cannot_be(options, stack, tmp_path):
     with pytest.raises(ValueError, match=r"rank"):
         export_lora(stack, tmp_path / "out", **options)
+
+
+def write_stream(folder, rows=None):
+    """The toy tasks as a stream file with its data beside it; the labels are not listed in it."""
+    for number, name in enumerate(("size", "light")):
+        (folder / f"{name}.json").write_text(json.dumps(toy.rows(number, 8, 5) if rows is None else rows))
+    entries = [
+        {"name": n, "train_file": f"{n}.json", "eval_file": f"{n}.json", "instruction": n} for n in ("size", "light")
+    ]
+    (folder / "stream.yaml").write_text(json.dumps({"prompt": toy.PROMPT, "tasks": entries}))
+    return folder / "stream.yaml"
+
+
+@pytest.mark.parametrize("data_dir", [True, False], ids=["data_dir", "beside"])
+def test_export_says_what_it_costs(data_dir, stack, tmp_path, capsys):
+    """The accuracies are those of the stack and, at full rank, the same; the change is printed."""
+    write_stream(tmp_path)
+    where = tmp_path
+    if data_dir:
+        where = tmp_path / "streams"
+        where.mkdir()
+        shutil.move(tmp_path / "stream.yaml", where / "stream.yaml")
+    argv = ["export", str(stack), "--format", "lora", "--rank", "32", "--out", str(tmp_path / "out"), "--tasks", "size"]
+    argv += ["--stream", str(where / "stream.yaml"), *(["--data_dir", str(tmp_path)] if data_dir else [])]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    tasks = toy.tasks(2)
+    model, encoder = load_stack(stack, tasks=["size"], merge=True), Encoder(toy.tokenizer(), 64, False)
+    for task in tasks:
+        score = f"{100 * evaluate_task(model, encoder, task, 'score', 8):.2f} %"
+        assert f"accuracy {score} with the stack, {score} with the LoRA export (+0.00)" in printed
+    assert printed.count("retained energy") == 4
+
+
+def test_export_with_a_bad_stream_writes_nothing(stack, tmp_path, capsys):
+    def fails(*options):
+        argv = [
+            "export",
+            str(stack),
+            "--format",
+            "lora",
+            "--rank",
+            "32",
+            "--out",
+            str(tmp_path / "out"),
+            *map(str, options),
+        ]
+        assert main(argv) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    stream = write_stream(tmp_path)
+    assert "does not exist" in fails("--stream", tmp_path / "none.yaml")
+    assert "does not exist" in fails("--stream", stream, "--data_dir", "/nowhere")
+    assert "has no meaning without --stream" in fails("--data_dir", tmp_path)
+    assert "pass base_model=" in fails("--stream", stream, "--base_model", "/nowhere/llama")
+    write_stream(tmp_path, [{"sentence": "the ant", "team": "x"}])
+    assert "column 'label' does not exist" in fails("--stream", stream)
+    stream.write_text("tasks: 3")
+    assert "must be a list of tasks" in fails("--stream", stream)
+
+
+def crafted(folder, change, config=None):
+    """Rewrite a task's tensors (and config), with every hash as it should be."""
+    task = folder / "task_000"
+    tensors = safetensors.torch.load_file(task / "adapter_model.safetensors")
+    key = next(iter(sorted(tensors))).rsplit(".", 1)[0]
+    change(tensors, key)
+    safetensors.torch.save_file(tensors, task / "adapter_model.safetensors", metadata={"format": "pt"})
+    manifest = read_manifest(folder)
+    if config is not None:
+        content = json.loads((task / "adapter_config.json").read_text())
+        config(content)
+        (task / "adapter_config.json").write_text(json.dumps(content))
+        manifest.tasks[0]["support_sha256"] = stack_support_sha256(content["support"])
+    manifest.tasks[0]["files"] = {name: file_sha256(task / name) for name in manifest.tasks[0]["files"]}
+    write_manifest(folder, manifest)
+
+
+CRAFTED = {
+    "no A": (lambda t, k: t.pop(f"{k}.jumplora_A"), None),
+    "no B": (lambda t, k: t.pop(f"{k}.jumplora_B"), None),
+    "no support": (lambda t, k: t.pop(f"{k}.jumplora_support"), None),
+    "B of another layer": (lambda t, k: t.update({f"{k}.jumplora_B": torch.ones(3, 2)}), None),
+    "A of rank 0": (lambda t, k: t.update({f"{k}.jumplora_A": torch.ones(0, 32)}), None),
+    "a short support": (lambda t, k: t.update({f"{k}.jumplora_support": torch.ones(3).byte()}), None),
+    "a config without it": (lambda t, k: None, lambda c: c["support"].pop(next(iter(c["support"])))),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_stack(name, copied, tmp_path, capsys):
+    """Right hashes, wrong content: one line that names the file, from every command that needs the tensors."""
+    crafted(copied, *CRAFTED[name])
+    verify_stack(copied)
+    out = str(tmp_path / "out")
+    commands = [["merge", str(copied), "--out", out], ["export", str(copied), "--format", "sparse", "--out", out]]
+    for argv in (["inspect", str(copied)], *commands):
+        assert (main(argv), argv[0]) == (2, argv[0])
+        error = capsys.readouterr().err
+        assert "adapter_model.safetensors" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"task_000.adapter_model\.safetensors does not fit"):
+        load_stack(copied)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
