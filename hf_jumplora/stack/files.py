@@ -31,7 +31,8 @@ class TaskFile:
         with not_a_task(self.path):
             self._file = safe_open(self.path, "pt")
         keys = set(self._file.keys())
-        self.shapes = {n: s for n, s in manifest.base_model["layers"].items() if f"{_PREFIX}{n}.jumplora_A" in keys}
+        held = {key.removeprefix(_PREFIX).rpartition(".jumplora_")[0] for key in keys}
+        self.shapes = {name: shape for name, shape in manifest.base_model["layers"].items() if name in held}
         if not self.shapes:
             raise ValueError(f"{self.path} holds none of the layers that stack.json names")
         # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
