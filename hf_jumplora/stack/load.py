@@ -20,7 +20,8 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from safetensors import SafetensorError
 from torch import nn
 
-from ..tuner import JumpLoraConfig, named_layers
+from ..tuner import JumpLoraConfig, fold_finished, named_layers
+from ..tuner.model import check_adapter_name
 from .manifest import MANIFEST, Manifest, check_base, file_sha256, is_folder, read_manifest, stack_support_sha256
 from .save import STRATEGIES
 
@@ -149,24 +150,34 @@ def not_a_task(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} does not fit the stack: {error}") from error
 
 
-def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate: bool = False) -> PeftModel:
+def attach(
+    base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate: bool = False, fold: bool = False
+) -> PeftModel:
     """Put verified tasks onto a base model or a PeftModel, each on top of the one before; the last one is active.
 
-    separate: each on top of the base alone, and none merged.
+    separate: each on top of the base alone, and none merged. fold: keep the last one alone as an adapter, and the sum
+    of the others (see [`fold_finished`]).
     """
     model: Any = base
     before: list[str] = []
+    check_adapter_name(base, *(task["folder"] for task in tasks))
     for task in tasks:
+        if fold and len(before) > 1:
+            model.set_adapter(before[-1], inference_mode=True)
+            fold_finished(model, before[-2:-1])
         config = JumpLoraConfig.from_pretrained(str(folder / task["folder"]))
         if stack_support_sha256(config.support) != task["support_sha256"]:
             raise ValueError(f"{folder / task['folder']}/adapter_config.json: its supports are not those of stack.json")
         config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
+        before.append(task["folder"])
         with not_a_task(folder / task["folder"] / "adapter_model.safetensors"):
+            weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
+            if isinstance(model, PeftModel) and model.base_model.add_finished(task["folder"], config, weights):  # type: ignore[operator]
+                continue
             if isinstance(model, PeftModel):
                 model.add_adapter(task["folder"], config)
             else:
                 model = PeftModel(model, config, adapter_name=task["folder"])
-            weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
             result: Any = set_peft_model_state_dict(model, weights, adapter_name=task["folder"])
         missing = [key for key in result.missing_keys if f".{task['folder']}" in key]
         if missing or result.unexpected_keys:
@@ -174,8 +185,9 @@ def attach(base: nn.Module, folder: Path, tasks: list[dict[str, Any]], separate:
                 f"{folder / task['folder']}/adapter_model.safetensors does not fit: missing {missing[:3]}, "
                 f"unexpected {result.unexpected_keys[:3]}"
             )
-        before.append(task["folder"])
     model.set_adapter(before[-1], inference_mode=True)
+    if fold and len(before) > 1:
+        fold_finished(model, before[-2:-1])
     if not separate:
         merge_finished(model, before)
     return model.eval()

@@ -27,6 +27,11 @@ class Strategy:
     A restarted run compares the `repr` of its strategies: make a strategy with options a dataclass.
     """
 
+    # In a run, earlier tasks are kept as the sum of their updates (`layer.total_update(parents)` at task start), so
+    # that nothing grows with their number. A strategy that reads the factors or supports of single earlier tasks
+    # (`layer.factors("task_000")`) sets this; the run then keeps all finished adapters in the model.
+    needs_past_factors = False
+
     def __repr__(self) -> str:
         return type(self).__name__
 

@@ -40,7 +40,7 @@ from ..stack.manifest import (
 from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import JumpLoraConfig, density, finish_adapter, named_layers
+from ..tuner import JumpLoraConfig, density, finish_adapter, fold_finished, named_layers
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
@@ -206,6 +206,10 @@ class ContinualRun:
             if self.pusher is not None and self.args.hub_strategy != "end":
                 self.pusher.push()
         result = self._write_metrics()
+        if self.manifest is not None and len(self.manifest.tasks) > 1 and self._folds():
+            # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
+            self.model.unmerge_adapter()
+            self.model = attach(self.model.unload(), self.output_dir, self.manifest.tasks)
         if PartialState().is_main_process:
             print(table(result, self.method_name))
         return result
@@ -236,13 +240,19 @@ class ContinualRun:
             self.info.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
         separate = self.manifest.separate
         tasks_now = tasks if self.manifest.additive or separate else tasks[-1:]
-        self.model = attach(self.model, self.output_dir, tasks_now, separate)
+        self.model = attach(self.model, self.output_dir, tasks_now, separate, self._folds())
         state = self.output_dir / tasks[-1]["folder"] / STRATEGIES
         if state.is_file():
             saved = load_file(state)
             for number, strategy in enumerate(self.strategies):
                 strategy.load_state_dict(state_of(number, saved))
         return len(tasks)
+
+    def _folds(self) -> bool:
+        """Whether earlier tasks are kept as their sum alone while a new one is trained."""
+        return self.method.mode not in ("sequential", "separate") and not any(
+            s.needs_past_factors for s in self.strategies
+        )
 
     def _new_adapter(self, index: int) -> None:
         """Put the adapter `default` into the model, on top of the finished ones; seeded by the task's number."""
@@ -268,10 +278,12 @@ class ContinualRun:
             config.parent_adapters = finished
             self.model.add_adapter("default", config)
             self.model.set_adapter("default")
+            if self._folds():
+                fold_finished(self.model, finished[-1:])
             merge_finished(self.model, finished)
 
     def _train_task(self, index: int, name: str, train_sets: list[Any]) -> None:
-        start = time.perf_counter()
+        start, main = time.perf_counter(), PartialState().is_main_process
         self._new_adapter(index)
         train_set = mixed = train_sets[index]
         for strategy in self.strategies:
@@ -309,10 +321,10 @@ class ContinualRun:
                 * self.args.world_size
                 * self.args.gradient_accumulation_steps,
                 "seconds": round(time.perf_counter() - start, 1),
-                **(overlaps(self.model, index) if self.config.gate else {}),
+                **(overlaps(self.model, self.output_dir, index) if self.config.gate and main else {}),
             }
         )
-        if PartialState().is_main_process:
+        if main:
             with explain_disk_errors(self.output_dir, name):
                 self._commit(name, folder)
             shutil.rmtree(checkpoints.parent, ignore_errors=True)

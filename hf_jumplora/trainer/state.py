@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import metrics as formulas
 from ..hub import stack_card
 from ..methods import get_method
+from ..ops.sparse import decode_support
 from ..report.report import PICTURES
 from ..stack.manifest import MANIFEST, Manifest, write_atomic, write_json
 from ..tuner import named_layers
@@ -78,20 +79,27 @@ def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
 
 
-def overlaps(model: nn.Module, index: int) -> dict[str, list[float]]:
-    """Collision rate and overlap of the support of finished task number `index` with each earlier one's."""
-    names = [f"task_{k:03d}" for k in range(index + 1)]
-    shared, sizes, entries = [0] * index, [0] * (index + 1), 0
-    for _, layer in named_layers(model, names[index]):
-        supports = [layer.support(name) for name in names]
-        entries += supports[index].numel()
-        for k, support in enumerate(supports):
-            sizes[k] += int(support.sum())
-        for k in range(index):
-            shared[k] += int((supports[k] & supports[index]).sum())
+def overlaps(model: nn.Module, stack: Path, index: int) -> dict[str, list[float]]:
+    """Collision rate and overlap of the support of finished task number `index` with each earlier one's.
+
+    The supports of the earlier tasks are read from the stack, one layer of one task at a time.
+    """
+    name = f"task_{index:03d}"
+    shared, sizes, mine, entries = [0] * index, [0] * index, 0, 0
+    with contextlib.ExitStack() as opened:
+        paths = [stack / f"task_{k:03d}" / "adapter_model.safetensors" for k in range(index)]
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+        for layer_name, layer in named_layers(model, name):
+            support = layer.support(name).cpu()
+            mine, entries = mine + int(support.sum()), entries + support.numel()
+            for k, file in enumerate(files):
+                code = file.get_tensor(f"base_model.model.{layer_name}.jumplora_support")
+                other = decode_support(code, (layer.out_features, layer.in_features))
+                sizes[k] += int(other.sum())
+                shared[k] += int((other & support).sum())
     return {
         "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
-        "overlap": [formulas.overlap(shared[k], sizes[k], sizes[index]) for k in range(index)],
+        "overlap": [formulas.overlap(shared[k], sizes[k], mine) for k in range(index)],
     }
 
 

@@ -190,6 +190,23 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
         _rename(model, adapter, name)
 
 
+@torch.no_grad()
+def fold_finished(model: Any, adapters: list[str]) -> None:
+    """Keep of finished adapters only the sum of their updates and one bit per entry, and delete them from the model.
+
+    The model computes what it did before, at a cost that does not grow with the number of tasks. Every other adapter,
+    now and later, has to stand on all folded ones (`parent_adapters`). Unmerges the model, if it is merged.
+
+    Raises:
+        ValueError: one of them is not finished, or a remaining adapter does not stand on all of them.
+    """
+    model.unmerge_adapter()
+    for _, layer in named_layers(model):
+        layer.fold(adapters)
+    for adapter in adapters:
+        model.delete_adapter(adapter)
+
+
 def _rename(model: Any, old: str, new: str) -> None:
     configs = model.peft_config
     configs[new] = configs.pop(old)

@@ -6,6 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
@@ -21,7 +22,7 @@ from .layer import JumpLoraLayer, Linear
 ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
 
 
-def check_adapter_name(model: nn.Module, adapter: str) -> None:
+def check_adapter_name(model: nn.Module, *adapters: str) -> None:
     """PEFT tells adapters in a state dict by path components: a name that is also a module's would mix them up.
 
     Raises:
@@ -29,11 +30,12 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     """
     names = [name for name, _ in model.named_modules() if ".jumplora_" not in name and ".modules_to_save." not in name]
     parts = {part for name in names for part in name.split(".")} | {"log_tau", "mix", "weight", "bias"}
-    if adapter in parts or adapter.startswith("jumplora") or not ADAPTER_NAME.fullmatch(adapter):
-        raise ValueError(
-            f"adapter name {adapter!r}: use letters, digits, '-' and '_', starting with a letter, and no name of a "
-            "module of the model (for example 'default' or 'task_000')"
-        )
+    for adapter in adapters:
+        if adapter in parts or adapter.startswith("jumplora") or not ADAPTER_NAME.fullmatch(adapter):
+            raise ValueError(
+                f"adapter name {adapter!r}: use letters, digits, '-' and '_', starting with a letter, and no name of a "
+                "module of the model (for example 'default' or 'task_000')"
+            )
 
 
 def gate_key(layer_name: str, scope: str) -> str:
@@ -93,7 +95,8 @@ class JumpLoraModel(BaseTuner):
 
     def _load_parents(self, model: nn.Module, config: JumpLoraConfig) -> None:
         """Parents that are not in the model yet are loaded from the folders beside the adapter's own."""
-        for parent in [p for p in config.parent_adapters if p not in self.peft_config]:
+        folded = {name for _, layer in named_layers(model) for name in layer.folded}
+        for parent in [p for p in config.parent_adapters if p not in self.peft_config and p not in folded]:
             if config.origin is None:
                 raise ValueError(
                     f"parent adapter {parent!r} is not in the model: add or load it first, or load the whole stack "
@@ -125,9 +128,7 @@ class JumpLoraModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         name = current_key
-        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), name), peft_config.r)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        r, alpha = _rank_and_alpha(peft_config, name)
         base = target.get_base_layer() if isinstance(target, JumpLoraLayer) else target
         if peft_config.fan_in_fan_out and isinstance(base, nn.Linear):
             raise ValueError(
@@ -143,6 +144,40 @@ class JumpLoraModel(BaseTuner):
         layer._active_adapter = list(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, r, alpha, gate)
         self._replace_module(parent, target_name, layer, target)
+
+    def add_finished(self, adapter: str, config: JumpLoraConfig, weights: dict[str, torch.Tensor]) -> bool:
+        """Add a finished adapter of every layer that is adapted already, from the tensors of its file.
+
+        PEFT's own way walks over the modules of all adapters for each new one: a stack would load in the square of
+        the number of its tasks. False, with nothing done, if the tensors are not exactly those of these layers: then
+        PEFT's way adds it, or says what does not fit. The caller has checked the name.
+        """
+        layers = dict(named_layers(self.model))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, layer in layers.items():
+            r, key = _rank_and_alpha(config, name)[0], f"base_model.model.{name}.jumplora_"
+            shapes |= {f"{key}A": (r, layer.in_features), f"{key}B": (layer.out_features, r)}
+            if config.gate:
+                shapes |= {f"{key}gate.log_tau": (1,), f"{key}gate.mix": (1,)}
+            if config.support is not None and name in config.support:
+                shapes[f"{key}support"] = (config.support[name][0],)
+        whole = config.modules_to_save or config.trainable_token_indices
+        if whole or not config.inference_mode or shapes != {key: tuple(t.shape) for key, t in weights.items()}:
+            return False
+        gates: dict[str, JumpGate] = {}
+        for name, layer in layers.items():
+            key = f"base_model.model.{name}.jumplora_"
+            gate = gates.setdefault(gate_key(name, config.threshold_scope), JumpGate()) if config.gate else None
+            layer.update_layer(adapter, config, *_rank_and_alpha(config, name), gate)
+            layer.jumplora_A[adapter].data.copy_(weights[f"{key}A"])
+            layer.jumplora_B[adapter].data.copy_(weights[f"{key}B"])
+            if gate is not None:
+                gate.log_tau.data.copy_(weights[f"{key}gate.log_tau"])
+                gate.mix.copy_(weights[f"{key}gate.mix"])
+            if config.support is not None:
+                layer.jumplora_support[adapter].copy_(weights[f"{key}support"])
+        self.peft_config[adapter] = config
+        return True
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: adapters are float32 from the start and stay so (docs/decisions.md)."""
@@ -174,6 +209,12 @@ class JumpLoraModel(BaseTuner):
         return False
 
 
+def _rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:
+    """r and lora_alpha of a layer."""
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+
+
 def _near_names(model: nn.Module, targets) -> str:
     linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n})
     wanted = [targets] if isinstance(targets, str) else list(targets or [])
@@ -183,6 +224,16 @@ def _near_names(model: nn.Module, targets) -> str:
 
 def named_layers(model: nn.Module, adapter: str | None = None):
     """(name, layer) of every JumpLoraLayer of a model, or of those that hold an adapter; names without wrappers."""
-    for module in model.modules():
-        if isinstance(module, JumpLoraLayer) and (adapter is None or adapter in module.configs):
+    seen: set[nn.Module] = set()
+
+    def walk(module):  # as modules(), but not into the layers: what is in there grows with the number of adapters
+        if module in seen:
+            return
+        seen.add(module)
+        if not isinstance(module, JumpLoraLayer):
+            for child in module.children():
+                yield from walk(child)
+        elif adapter is None or adapter in module.configs:
             yield module.layer_name, module
+
+    yield from walk(model)

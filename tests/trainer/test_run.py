@@ -73,6 +73,29 @@ def test_method(method, toy_base, tmp_path):
     same(run.model, PeftModel.from_pretrained(base, tmp_path, subfolder=manifest.tasks[-1]["folder"]))
 
 
+# Those that read the earlier tasks while they train: their sum, the entries they take, the stack without the new one.
+@pytest.mark.parametrize("method", ["jumplora-hard", "jumplora-ella", "ella", "nullspace", "lwf", "olora"])
+def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkeypatch):
+    """Bit for bit: whether the earlier tasks are one sum, or all adapters as for a strategy that needs their factors."""
+    held = []
+    task = ContinualRun._train_task
+
+    def recorded(run, index, *rest):
+        task(run, index, *rest)
+        held.append(sorted(run.model.peft_config))
+
+    monkeypatch.setattr(ContinualRun, "_train_task", recorded)
+    folded = toy.make_run(toy_base, tmp_path / "folded", method)
+    folded.train()
+    monkeypatch.setattr(Strategy, "needs_past_factors", True)
+    live = toy.make_run(toy_base, tmp_path / "live", method)
+    live.strategies = live.strategies or [Strategy()]
+    live.train()
+    assert held == [["task_000"], ["task_001"], ["task_002"], *([f"task_00{k}" for k in range(n)] for n in (1, 2, 3))]
+    assert files(tmp_path / "folded") == files(tmp_path / "live")
+    assert torch.equal(logits(folded.model), logits(live.model))
+
+
 @pytest.mark.parametrize("scope", ["block", "layer"])
 def test_threshold_scopes_end_to_end(scope, toy_base, tmp_path):
     """A gate for each block or layer: saved and loaded to the same model."""

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from hf_jumplora.tuner import JumpLoraConfig, density, finish_adapter, named_layers, set_mix
+from hf_jumplora.tuner import JumpLoraConfig, density, finish_adapter, fold_finished, named_layers, set_mix
 
 
 @pytest.fixture
@@ -438,3 +438,115 @@ def test_weights_that_are_not_finite_are_not_a_task(gated):
     with pytest.raises(FloatingPointError, match=r"q_proj holds weights that are not finite"):
         finish_adapter(model, "default", "task_000")
     assert "task_000" not in model.peft_config
+
+
+# ---- folding -----------------------------------------------------------------------------------------------------
+
+
+def train_step(model, ids):
+    """Logits and gradients of the adapter in training."""
+    model.zero_grad()
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach(), **grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_folded_is_merged(stack, add_task, tiny_llama, ids, dtype):
+    """The same merged weights, output and gradients, whether earlier tasks are adapters or one sum; exact unmerge."""
+    base = tiny_llama(dtype)
+    original = {n: base.get_submodule(n).weight.detach().clone() for n, _ in named_layers(stack(tiny_llama(dtype)))}
+    models = [add_task(stack(tiny_llama(dtype)), ["task_000", "task_001", "task_002"]) for _ in range(2)]
+    fold_finished(models[1], ["task_000", "task_001"])
+    fold_finished(models[1], ["task_002"])
+    assert list(models[1].peft_config) == ["default"]
+    assert not [n for n in models[1].state_dict() if "task_" in n]
+    for model in models:
+        model.base_model.merge_adapter(["task_002"])
+    assert same(weights(models[0]), weights(models[1]))
+    steps = [train_step(model, ids) for model in models]
+    assert steps[0].keys() == steps[1].keys()
+    assert all(torch.equal(steps[0][k], steps[1][k]) for k in steps[0])
+    with models[1].disable_adapter():
+        assert torch.equal(models[1](ids).logits, tiny_llama(dtype)(ids).logits)
+    assert same(weights(models[0]), weights(models[1]))
+    models[1].unmerge_adapter()
+    assert all(torch.equal(layer.base_layer.weight, original[n]) for n, layer in named_layers(models[1]))
+    plain = models[1].merge_and_unload()
+    assert torch.equal(plain(ids).logits, models[0].merge_and_unload()(ids).logits)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])  # a sparse and a dense sum
+@pytest.mark.parametrize("gate", [True, False])
+def test_folded_but_not_merged(stack, gated, add_task, ids, gate, density):
+    """Over a quantised base the sum stays beside the weight."""
+    if gate:
+        model = stack(density=density)
+    else:
+        model = gated(gate=False)
+        finish_adapter(model, "default", "task_000")
+        for k in (1, 2):
+            add_task(model, [f"task_{i:03d}" for i in range(k)], seed=k, gate=False)
+            finish_adapter(model, "default", f"task_{k:03d}")
+    add_task(model, ["task_000", "task_001", "task_002"], gate=gate)
+    expected = train_step(model, ids)
+    fold_finished(model, ["task_000", "task_001", "task_002"])
+    found = train_step(model, ids)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_strategy_needs_of_folded_tasks(stack, add_task):
+    model = add_task(stack(), ["task_000", "task_001", "task_002"])
+    names = ["task_000", "task_001", "task_002"]
+    totals = [layer.total_update(layer.closure(["default"])[:-1]) for layer in layers(model)]
+    taken = [layer.occupied(["task_002"]) for layer in layers(model)]
+    fold_finished(model, names)
+    for layer, total, mask in zip(layers(model), totals, taken, strict=True):
+        assert layer.closure(["default"]) == [*names, "default"]
+        assert torch.equal(layer.total_update(names), total)
+        layer.total_update(names).zero_()  # a copy
+        assert torch.equal(layer.total_update(layer.closure(["default"])[:-1]), total)
+        assert torch.equal(layer.occupied(["task_002"]), mask)
+        with pytest.raises(ValueError, match=r"folded into one sum"):
+            layer.total_update(names[:1])
+        with pytest.raises(ValueError, match=r"'task_001' is folded.*needs_past_factors"):
+            layer.factors("task_001")
+
+
+def test_hard_isolation_above_folded_tasks(stack, add_task):
+    """The mask of a new task is the same whether its parents are adapters or folded."""
+    free = []
+    for fold in (False, True):
+        model = add_task(stack(isolation="hard"), ["task_000", "task_001", "task_002"], isolation="hard")
+        finish_adapter(model, "default", "task_003")
+        if fold:
+            fold_finished(model, ["task_000", "task_001", "task_002"])
+        add_task(model, [f"task_00{k}" for k in range(4)], isolation="hard")
+        free.append([layer.free["default"] for layer in layers(model)])
+    assert same(*free)
+
+
+def test_what_cannot_be_folded(stack, add_task):
+    model = add_task(stack(), ["task_000", "task_001", "task_002"])
+    with pytest.raises(ValueError, match="'default' is not finished"):
+        fold_finished(model, ["default"])
+    model.peft_config["task_001"].parent_adapters = []
+    with pytest.raises(ValueError, match=r"\['task_001'\] cannot be folded: adapter 'task_000' does not stand on"):
+        fold_finished(model, ["task_001"])
+    model = add_task(stack(), ["task_000", "task_001", "task_002"])
+    fold_finished(model, ["task_000"])
+    with pytest.raises(ValueError, match=r"must name \['task_000'\] in parent_adapters"):
+        model.add_adapter("alone", JumpLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
+def test_closure_of_a_hundred_tasks(gated):
+    """Each task names all earlier ones: walking every path would take 2 to the 100 steps."""
+    layer = layers(gated())[0]
+    names = [f"task_{k:03d}" for k in range(100)]
+    for k, name in enumerate(names):
+        layer.configs[name] = JumpLoraConfig(parent_adapters=names[:k])
+    assert layer.closure(names[-1:]) == names
+    assert layer.closure(names[-1:], without=names[:98]) == names[98:]
