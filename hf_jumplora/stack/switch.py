@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..ops.sparse import pack_bits
 from ..tuner import JumpLoraLayer, named_layers
 
 
@@ -15,7 +14,6 @@ class _Touched:
     """Of one layer: the entries that any task changes (flat indices [n] into the base weight as it is stored), their
     values in the base [n], and for each adapter where its entries stand in that list [k] and what it adds [k]."""
 
-    packed: torch.Tensor  # the same entries as packed bits
     index: torch.Tensor
     original: torch.Tensor
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -74,7 +72,7 @@ def _touched(layer: JumpLoraLayer, adapters: list[str]) -> _Touched:
     place = torch.empty(weight.numel(), dtype=torch.int32, device=weight.device)
     place[index] = torch.arange(index.numel(), dtype=torch.int32, device=weight.device)
     updates = {adapter: (place[where].long(), values) for adapter, (where, values) in sparse.items()}
-    return _Touched(pack_bits(union), index, weight.take(index), updates)
+    return _Touched(index, weight.take(index), updates)
 
 
 def _check_place(layer: JumpLoraLayer, touched: _Touched) -> None:
@@ -88,6 +86,8 @@ def _check_place(layer: JumpLoraLayer, touched: _Touched) -> None:
 
 def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None:
     weight = layer._base_weight()
+    if layer._original is None:  # unmerged: before, or when the updates were computed
+        layer._original = weight.to("cpu", copy=True)
     total = torch.zeros(touched.index.numel(), device=weight.device)
     for adapter in adapters:
         place, values = touched.updates[adapter]
@@ -96,4 +96,3 @@ def _write(layer: JumpLoraLayer, touched: _Touched, adapters: list[str]) -> None
     new = (touched.original.to(wide) + total).to(weight.dtype)
     weight.put_(touched.index, torch.where(total != 0, new, touched.original))
     layer.merged_adapters = adapters
-    layer._restore = (touched.packed, touched.original)  # so that the layer's own unmerge() restores all of them
