@@ -13,9 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -40,10 +39,11 @@ from ..stack.manifest import (
 from ..stack.save import STRATEGIES, save_task
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import JumpLoraConfig, density, finish_adapter, fold_finished, named_layers
+from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
 from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
+from .next_adapter import new_adapter
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .resume import complete_row, continued
 from .state import METRICS, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
@@ -254,37 +254,10 @@ class ContinualRun:
             s.needs_past_factors for s in self.strategies
         )
 
-    def _new_adapter(self, index: int) -> None:
-        """Put the adapter `default` into the model, on top of the finished ones; seeded by the task's number."""
-        set_seed(self.args.seed + 1000 * index)
-        finished = [f"task_{k:03d}" for k in range(index)]
-        config = copy.deepcopy(self.config)
-        if index == 0:
-            self.model = get_peft_model(self.model, config)
-            return
-        self.model.unmerge_adapter()
-        if self.method.mode == "sequential":
-            self.model.add_adapter("default", config)
-            self.model.set_adapter("default")
-            with torch.no_grad():
-                for _, layer in named_layers(self.model):
-                    layer.jumplora_A["default"].copy_(layer.jumplora_A[finished[-1]])
-                    layer.jumplora_B["default"].copy_(layer.jumplora_B[finished[-1]])
-            self.model.delete_adapter(finished[-1])
-        elif self.method.mode == "separate":
-            self.model.add_adapter("default", config)
-            self.model.set_adapter("default")
-        else:
-            config.parent_adapters = finished
-            self.model.add_adapter("default", config)
-            self.model.set_adapter("default")
-            if self._folds():
-                fold_finished(self.model, finished[-1:])
-            merge_finished(self.model, finished)
-
     def _train_task(self, index: int, name: str, train_sets: list[Any]) -> None:
         start, main = time.perf_counter(), PartialState().is_main_process
-        self._new_adapter(index)
+        set_seed(self.args.seed + 1000 * index)
+        self.model = new_adapter(self.model, copy.deepcopy(self.config), index, self.method.mode, self._folds())
         train_set = mixed = train_sets[index]
         for strategy in self.strategies:
             mixed = strategy.training_data(mixed, index, train_sets[:index])
