@@ -76,7 +76,7 @@ def test_method(method, toy_base, tmp_path):
 # Those that read the earlier tasks while they train: their sum, the entries they take, the stack without the new one.
 @pytest.mark.parametrize("method", ["jumplora-hard", "jumplora-ella", "ella", "nullspace", "lwf", "olora"])
 def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkeypatch):
-    """Bit for bit: whether the earlier tasks are one sum, or all adapters as for a strategy that needs their factors."""
+    """Bit for bit, whether earlier tasks are one sum, or all adapters as for a strategy that reads their factors."""
     held = []
     task = ContinualRun._train_task
 
