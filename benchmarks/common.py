@@ -75,3 +75,18 @@ def append(benchmark: str, setting: dict, **values) -> None:
     print(f"\n{benchmark} {setting}: {values}", flush=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def _resident(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise ValueError(field)
+
+
+def peak_growth(step: Callable[[], None]) -> int:
+    """MiB by which the peak of this process during one step exceeds what was resident before (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _resident("VmRSS")
+    step()
+    return round(_resident("VmHWM") - before)

@@ -5,16 +5,18 @@ python benchmarks/pieces.py {quantile,penalty,model} [--rounds 7]
 
 import argparse
 import functools
+import subprocess
+import sys
 
 import torch
-from common import DEVICE, interleave, report
+from common import DEVICE, append, interleave, peak_growth, report
 
 from hf_jumplora.ops.penalty import overlap_penalty, sparse_past
 from hf_jumplora.ops.quantile import kth_magnitude, update_blocks
 
 
-def quantile(rounds: int = 7) -> None:
-    """Six layers of 4096 x 4096, 1e8 entries, 2 % kept: exact, against torch.cat and kthvalue."""
+def finders():
+    """(the same k-th magnitude by each provider, what they found), over six layers of 4096 x 4096, 2 % kept."""
     torch.manual_seed(0)
     factors = [
         (torch.randn(8, 4096, device=DEVICE) * 0.02, torch.randn(4096, 8, device=DEVICE) * 0.02, None) for _ in range(6)
@@ -28,20 +30,26 @@ def quantile(rounds: int = 7) -> None:
     def streamed(name, **options):
         found[name] = kth_magnitude(functools.partial(update_blocks, factors), k, **options)
 
-    def by_bits():
-        streamed("by bits", reduce=lambda counts: None)
+    return {
+        "dense": dense,
+        "streamed": lambda: streamed("streamed"),
+        "near": lambda: streamed("near", near=found["dense"] * 1.003),
+        "by bits": lambda: streamed("by bits", reduce=lambda counts: None),
+    }, found
 
-    seconds = interleave(
-        {
-            "dense": dense,
-            "streamed": lambda: streamed("streamed"),
-            "near": lambda: streamed("near", near=found["dense"] * 1.003),
-            "by bits": by_bits,
-        },
-        rounds,
-    )
+
+def quantile(rounds: int = 7) -> None:
+    """1e8 entries, exact, against torch.cat and kthvalue: time, and memory of each in a fresh process."""
+    providers, found = finders()
+    setting = {"entries": 6 * 4096**2, "kept": 0.02}
+    seconds = interleave(providers, rounds)
     assert len(set(found.values())) == 1, found
-    report("quantile", {"entries": 6 * 4096**2, "kept": 0.02}, seconds, "dense")
+    report("quantile", setting, seconds, "dense")
+    if sys.platform == "linux":
+        for name in ("dense", "streamed", "by bits"):
+            command = [sys.executable, __file__, "quantile", "--memory", name]
+            peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+            append("memory", {**setting, "provider": name}, peak_mib=int(peak), saved_mib=0)
 
 
 def penalty(density: float, rounds: int = 7) -> None:
@@ -99,20 +107,29 @@ def model(rounds: int = 7) -> None:
     providers = {"lora": build(LoraConfig(r=8, target_modules=targets))[0]}
     providers |= {name: step for name, (step, _) in ours.items()}
     providers["density"] = lambda: set_threshold(ours["f = 1"][1], "default", 0.02)  # threshold_update, not a step
-    report("model", {"hidden": 1024, "layers": 8, "tokens": 512, "r": 8}, interleave(providers, rounds), "lora")
+    seconds, setting = interleave(providers, rounds), {"hidden": 1024, "layers": 8, "tokens": 512, "r": 8}
+    density = {name: seconds[name] for name in ("f = 1", "density")}
+    report("density step", setting, density, "f = 1")
+    del seconds["density"]
+    report("model", setting, seconds, "lora")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quantile", "penalty", "model"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--memory", choices=["dense", "streamed", "by bits"], help="MiB of the quantile in this process"
+    )
     args = parser.parse_args()
-    if args.what == "quantile":
+    if args.memory:
+        print(peak_growth(finders()[0][args.memory]))
+    elif args.what == "quantile":
         quantile(args.rounds)
     elif args.what == "model":
         model(args.rounds)
     else:
-        for density in (0.05, 0.13, 1.0):
+        for density in (0.05, 0.08, 0.13, 1.0):
             penalty(density, args.rounds)
 
 

@@ -1,4 +1,4 @@
-"""`make bench`: the settings of docs/performance.md (about 7 minutes on 2 cores), then a table and a plot of them.
+"""`make bench`: the settings of docs/performance.md (about 5 minutes on 2 cores), then a table and a plot of them.
 
 python benchmarks/run.py [--rounds 7] [--table]      --table: no measurements, only the table and the plot
 """
@@ -17,11 +17,11 @@ COLUMNS = ("size", "hidden", "r", "tokens", "mix", "density", "dtype", "entries"
 
 def measure(rounds: int) -> None:
     """The default settings."""
-    layer.run(4096, 8, 512, 0.7, 0.02, "float32", rounds, compiled=True)
+    layer.run(4096, 8, 512, 0.7, 0.02, "float32", rounds)
     for mix, density in ((0.0, 0.02), (1.0, 0.004), (1.0, 0.016), (1.0, 0.1)):
         layer.run(4096, 8, 512, mix, density, "float32", rounds, only=("frozen", "lora", "blocked"))
     layer.run(4096, 8, 512, 0.7, 0.02, "bfloat16", rounds)
-    for density in (0.05, 0.13, 1.0):
+    for density in (0.05, 0.08, 0.13, 1.0):
         pieces.penalty(density, rounds)
     pieces.quantile(rounds)
     pieces.model(rounds)

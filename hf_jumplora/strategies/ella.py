@@ -9,7 +9,7 @@ from ..tuner import named_layers
 from .base import Strategy
 
 
-SPARSE_PAST = 0.08  # share of non-zero entries up to which the penalty goes over them alone (docs/performance.md)
+SPARSE_PAST = 0.12  # share of non-zero entries up to which the penalty goes over them alone (docs/performance.md)
 
 
 @dataclass
