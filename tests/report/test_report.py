@@ -7,7 +7,7 @@ import pytest
 
 from hf_jumplora.metrics.derived import derive
 from hf_jumplora.report import comparison, table, write_report
-from hf_jumplora.report.report import draw_matrix, pairs
+from hf_jumplora.report.report import PICTURES, draw_matrix, pairs
 
 
 def info(name, **more):
@@ -96,7 +96,8 @@ def test_cards_of_a_run(toy_run):
 
     folder = toy_run.output_dir
     manifest, result = read_manifest(folder), json.loads((folder / "metrics.json").read_text())
-    card = stack_card(manifest, result)
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    card = stack_card(manifest, result, json.loads((folder / "run.json").read_text()), pictures=pictures)
     assert card == (folder / "README.md").read_text()
     assert str(manifest.base_model["name_or_path"]) not in card
     assert "base_model:" not in card.split("---")[1]

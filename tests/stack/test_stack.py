@@ -267,7 +267,7 @@ def test_base_of_another_revision(stack, base):
 def test_base_that_is_gone(stack):
     """A folder that was moved: named, with the way out."""
     edit(stack, lambda data: data["base_model"].update(name_or_path="/nowhere/llama"))
-    with pytest.raises(ValueError, match=r"base model /nowhere/llama cannot be loaded; pass base_model="):
+    with pytest.raises(ValueError, match=r"/nowhere/llama, which is not on this machine; pass base_model="):
         load_stack(stack)
 
 
