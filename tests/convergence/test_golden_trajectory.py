@@ -111,7 +111,7 @@ def test_published_trajectory(name, golden, relative_error, tmp_path):
             penalties = [run.run["ella_lambda"] * value for value in published["ella_penalty"]]
             ours = [log["penalty"] for log in watch.logs]
             assert ours == pytest.approx(penalties, rel=2e-2, abs=1e-7)
-            # An entry that lies within rounding of tau is kept in one step and not in the next: in few steps, not in many.
+            # An entry within rounding of tau is kept in one step and not in the next: in few steps, not in many.
             flips = [n for n, (a, b) in enumerate(zip(ours, penalties, strict=True)) if abs(a - b) > 2e-3 * b + 1e-7]
             assert len(flips) <= 3
 
