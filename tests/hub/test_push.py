@@ -29,7 +29,7 @@ def folder(toy_run, hub, monkeypatch, tmp_path):
     """A copy of a finished stack, with the client of this process talking to the stand-in."""
     hub.patch(monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return shutil.copytree(toy_run.output_dir, tmp_path / "run")
+    return shutil.copytree(toy_run.output_dir, tmp_path / "run", ignore=shutil.ignore_patterns("hub.json"))
 
 
 def titles(hub, name="me/stack", branch="main"):
