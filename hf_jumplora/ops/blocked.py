@@ -1,9 +1,10 @@
 """The gated linear layer in row blocks: same function as `naive`, and never an [out, in] tensor of its own.
 
 Every block of D = B A is computed again in the backward pass; only x, W (as they are), A, B and the threshold are kept.
-Of E = (1 - f) D + f J the first part stays a product of rank r over the tokens, as in LoRA. J is added to the rows of W
-(one matrix product for both), in float32 also where the base is narrower and the CPU has no products of that dtype;
-where it has, J's product is one of its own: W + J rounded to bf16 would lose updates below 2^-9 of the weight.
+E = (1 - f) D + f J is added to the rows of W (one matrix product for both), in float32 also where the base is narrower
+and the CPU has no products of that dtype. Where it has, J's product is one of its own, because W + J rounded to bf16
+would lose updates below 2^-9 of the weight, and (1 - f) D stays a product of rank r over the tokens; so it does in all
+gradients.
 The gradient of J needs dY^T X only where |D| > tau, and the threshold's only near tau: few entries are computed one by
 one (`sampled_product`), many by the whole product. While f = 0 the layer is plain LoRA and costs what LoRA costs. It is
 a custom operator, opaque to torch.compile: no graph break, and no recompilation when the mix changes.
@@ -156,13 +157,14 @@ def _forward(
     log_tau: torch.Tensor, mix: torch.Tensor, scaling: float, bandwidth: float, mean: bool, free: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     out_features, in_features = B.shape[0], A.shape[1]
-    tau, (low_rank, gated, inner) = log_tau.to(A.dtype).exp().item(), _parts(mix.item(), scaling, free)
+    f, tau, dtype = mix.item(), log_tau.to(A.dtype).exp().item(), _product_dtype(x, A)
+    # In the dtype of D the whole of E goes into W's rows: a pass more over the block, a product over the tokens less.
+    low_rank, gated, inner = (0.0, scaling, f) if f and dtype == A.dtype else _parts(f, scaling, free)
     y: torch.Tensor | None = None
     with torch.autocast(x.device.type, enabled=False):
         if not gated and weight is not None:
             y = F.linear(x, weight.to(x.dtype), bias)
         if gated:
-            dtype = _product_dtype(x, A)
             tokens, folded = x.to(dtype), weight if dtype == A.dtype else None
             y = tokens.new_empty(x.shape[0], out_features)
             for start, stop in row_blocks(out_features, in_features):
