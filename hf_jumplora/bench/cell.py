@@ -90,6 +90,9 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     budget, tune = Budget(**spec["budget"]), spec["stage"] == "tune"
     texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune)
     method, strategies = get_method(spec["method"]), strategies_of(spec["method"], spec["weight"])
+    for strategy in strategies:
+        if hasattr(strategy, "seed"):  # what a strategy draws differs between the seeds of the table too
+            strategy.seed = spec["seed"]
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model: Any
     tasks: list[Task]
