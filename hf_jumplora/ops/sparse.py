@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -82,20 +83,21 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     unset, kind = kind >= _UNSET, kind % _UNSET
     low_bytes = (count * kind + 7) // 8
     split = body.numel() - low_bytes
-    if kind > 62 or split < 0:
+    if kind > 52 or split < 0:
         raise broken
-    ends = unpack_bits(body[:split], 0, 8 * split).nonzero().view(-1)
-    if ends.numel() != count:
+    unary, low = body[:split].numpy(), body[split:].numpy()  # NumPy unpacks bits at several times torch's speed
+    ends = np.flatnonzero(np.unpackbits(unary, bitorder="little").view(bool))
+    if ends.size != count:
         raise broken
-    low = unpack_bits(body[split:], 0, count * kind).view(count, kind).long()
-    gaps = (torch.diff(ends, prepend=torch.tensor([-1])) - 1) << kind
-    gaps += (low << torch.arange(kind)).sum(1)
-    index = (gaps + 1).cumsum(0) - 1
+    fields = np.unpackbits(low, count=count * kind, bitorder="little").reshape(count, kind)
+    values = (fields @ 2.0 ** np.arange(kind)).astype(np.int64)  # exact up to 2^53
+    order = np.arange(count)
+    index = ((ends - order) << kind) + values.cumsum() + order  # sums of (unary part, low part, 1) of the gaps
     if count and (int(index.min()) < 0 or int(index.max()) >= numel):  # negative: the sum has overflowed
         raise broken
-    mask = torch.full((numel,), unset)
+    mask = np.full(numel, unset)
     mask[index] = not unset
-    return mask.view(shape)
+    return torch.from_numpy(mask).view(shape)
 
 
 def support_sha256(code: torch.Tensor) -> str:

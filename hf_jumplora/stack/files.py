@@ -75,7 +75,7 @@ class TaskFile:
         A, B = self._tensor(layer, "A"), self._tensor(layer, "B")
         E = B @ A
         if self.config.gate:
-            E = E * self.support(layer)
+            E *= self.support(layer)
         config, r = self.config, A.shape[0]
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
         return E.mul_(alpha / math.sqrt(r) if config.use_rslora else alpha / r)

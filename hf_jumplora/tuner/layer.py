@@ -66,11 +66,12 @@ class JumpLoraLayer(SummedUpdates):
                 f"r = {r} is larger than layer {self.layer_name} ({self.out_features} x {self.in_features}): lower r, "
                 "or give this layer its own rank in `rank_pattern`"
             )
-        self.jumplora_A[adapter] = nn.Parameter(torch.empty(r, self.in_features, dtype=torch.float32))
+        self.jumplora_A[adapter] = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32))
         self.jumplora_B[adapter] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.jumplora_A[adapter], a=math.sqrt(5))  # as PEFT's LoRA
-        if not config.init_weights:
-            nn.init.normal_(self.jumplora_B[adapter], std=1 / r)
+        if config.support is None:  # else the values are those of a finished task and come from its file
+            nn.init.kaiming_uniform_(self.jumplora_A[adapter], a=math.sqrt(5))  # as PEFT's LoRA
+            if not config.init_weights:
+                nn.init.normal_(self.jumplora_B[adapter], std=1 / r)
         if gate is not None:
             self.jumplora_gate[adapter] = gate
             if config.threshold_update != "learned":  # the schedule sets it, no optimizer may move it
@@ -118,7 +119,7 @@ class JumpLoraLayer(SummedUpdates):
         if device is None or device == meta:
             return
         for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.free):
-            if adapter_name in container and container[adapter_name].device != meta:
+            if adapter_name in container and container[adapter_name].device not in (meta, device):
                 container[adapter_name] = container[adapter_name].to(device)
         if adapter_name in self.jumplora_gate and self.gate(adapter_name).log_tau.device != meta:
             self.jumplora_gate[adapter_name].to(device)

@@ -137,7 +137,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         """scaling * E as it acts now: float32 [out, in], without gradient. Raises ValueError if folded."""
         E = self.product(adapter)
         if adapter in self.jumplora_support:
-            E = E * self.support(adapter)
+            E *= self.support(adapter)
         elif adapter in self.jumplora_gate:
             kept = E * (E.abs() > self.gate(adapter).log_tau.exp())
             E = torch.lerp(E, kept, self.gate(adapter).mix)
