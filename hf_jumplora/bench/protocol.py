@@ -41,7 +41,7 @@ FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01)
 
 # Strategies with another option to tune than `weight`, or on another scale: option -> values in the order of trying.
 OPTIONS: dict[str, tuple[float, ...]] = {
-    "kfac.weight": (10.0, 50.0, 2.0, 250.0, 0.5),
+    "kfac.weight": (10.0, 50.0, 250.0, 2.0, 0.5),
     "migu.threshold": (0.7, 0.5, 0.9, 0.3, 0.95),
     "gorp.energy": (0.95, 0.8, 0.99, 0.5, 0.999),
     "nullspace.directions": (64, 16, 128, 8, 256),
