@@ -26,6 +26,16 @@ def test_help_lists_all_commands_and_imports_none():
     assert done.stdout.strip().endswith("[]")
 
 
+def test_python_m():
+    """`python -m hf_jumplora` is the command: its help, its errors, its exit codes."""
+    command = [sys.executable, "-m", "hf_jumplora"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("hf-jumplora ")
+    done = subprocess.run([*command, "inspect", "/nowhere"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hf-jumplora: ")
+
+
 @pytest.mark.parametrize("argv", [["inspect", "/nowhere"], ["verify", "/nowhere"]], ids=" ".join)
 def test_an_error_is_one_line(argv, capsys):
     assert main(argv) == 2
