@@ -79,17 +79,24 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(vars(value))
 
 
-def strategies_of(method: str, weight: float | None) -> list[Strategy]:
-    """The method's strategies, the tuned option at `weight` (None: all at their defaults)."""
+def base_method(spec: dict[str, Any]) -> str:
+    """The method that a spec runs: its own, or that of its variant."""
+    return spec.get("variant", spec)["method"]
+
+
+def strategies_of(method: str, weight: float | None, options: list[str] | None = None) -> list[Strategy]:
+    """The method's strategies with these options, the tuned one at `weight` (None: as it is without tuning)."""
     option = tuned_option(method)
-    return make_strategies(method, [] if option is None or weight is None else [f"{option[0]}={weight!r}"])
+    tuned = [] if option is None or weight is None else [f"{option[0]}={weight!r}"]
+    return make_strategies(method, [*(options or ()), *tuned])
 
 
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate as the spec says; returns what the cell's file holds beside the spec."""
     budget, tune = Budget(**spec["budget"]), spec["stage"] == "tune"
     texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune)
-    method, strategies = get_method(spec["method"]), strategies_of(spec["method"], spec["weight"])
+    name, variant = base_method(spec), spec.get("variant", {})
+    method, strategies = get_method(name), strategies_of(name, spec["weight"], variant.get("strategy"))
     for strategy in strategies:
         if hasattr(strategy, "seed"):  # what a strategy draws differs between the seeds of the table too
             strategy.seed = spec["seed"]
@@ -103,7 +110,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     else:
         model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
-    steps = budget.tune_steps if tune else budget.steps
+    steps, adapter = budget.tune_steps if tune else budget.steps, variant.get("adapter", {})
     clock = _Clock(strategies)
     with tempfile.TemporaryDirectory() as folder:
         args = ContinualTrainingArguments(
@@ -124,8 +131,8 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
             use_cpu=not torch.cuda.is_available(),
         )
         run = ContinualRun(
-            model, tasks, spec["method"], args, tokenizer, data_collator=collator, strategies=strategies,
-            adapter_config=JumpLoraConfig(r=8, lora_alpha=32, target_modules=targets), callbacks=[clock],
+            model, tasks, name, args, tokenizer, data_collator=collator, strategies=strategies, callbacks=[clock],
+            adapter_config=JumpLoraConfig(**{"r": 8, "lora_alpha": 32, "target_modules": targets, **adapter}),
         )  # fmt: skip
         result = run.train()
     rows = result["matrix"][1:]
@@ -162,8 +169,9 @@ def score(cell: dict[str, Any]) -> float | None:
 
 def tune(spec: dict[str, Any], folder: Path) -> None:
     """Run a method's points one after the other, each into a file of its own; finished ones are not repeated."""
-    while (point := next_point(spec["method"], Budget(**spec["budget"]), points(folder, spec["method"]))) is not None:
-        finish_cell({**spec, **point}, next_file(folder, spec["method"]))
+    name, budget = spec["method"], Budget(**spec["budget"])
+    while (point := next_point(base_method(spec), budget, points(folder, name))) is not None:
+        finish_cell({**spec, **point}, next_file(folder, name))
 
 
 def points(folder: Path, method: str) -> list[dict[str, Any]]:
@@ -179,7 +187,8 @@ def next_file(folder: Path, method: str) -> Path:
 
 
 def _tuning_files(folder: Path, method: str) -> list[tuple[int, Path]]:
-    return sorted((int(p.stem.rsplit("-p", 1)[1]), p) for p in folder.glob(f"tune-{method}-p*.json"))
+    files = ((p.stem.removeprefix(f"tune-{method}-p"), p) for p in folder.glob(f"tune-{method}-p*.json"))
+    return sorted((int(number), p) for number, p in files if number.isdigit())  # others are a variant's
 
 
 def commit() -> str:

@@ -1,10 +1,14 @@
 """What a budget buys, which options are tried, and how a learning rate and a weight are chosen on dev rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from ..methods import METHODS, get_method
-from ..options import strategy_name
+from ..options import make_strategies, strategy_name
+from ..tuner import JumpLoraConfig
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,50 @@ def best_point(done: list[dict[str, Any]]) -> dict[str, Any]:
     return max((p for p in done if p["score"] is not None), key=lambda p: p["score"], default={})
 
 
-def chosen_methods(names: list[str]) -> list[str]:
-    """The methods asked for, `all` for every one in the table. Raises ValueError for an unknown name."""
+def chosen_methods(names: list[str], variants: dict[str, dict[str, Any]] | None = None) -> list[str]:
+    """The methods and variants asked for, `all` for every one of both. Raises ValueError for an unknown name."""
+    known = [*METHODS, *(variants or {})]
     if names == ["all"]:
-        return list(METHODS)
+        return known
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; known: all, {', '.join(METHODS)}")
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; known: all, {', '.join(known)}")
     return list(dict.fromkeys(names))
+
+
+def read_variants(path: Path) -> dict[str, dict[str, Any]]:
+    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy}`.
+
+    method: the method it is a variant of, whose option is tuned. adapter: fields of [`JumpLoraConfig`]. strategy: a
+    list of NAME.OPTION=VALUE, as recipes take them. Returns {name: {"method", "adapter", "strategy"}}.
+
+    Raises:
+        ValueError: the file is not of this form, or names something that does not exist; the message says which.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: write NAME: {{method: ..., adapter: {{...}}, strategy: [...]}}")
+    variants, options = {}, {f.name for f in fields(JumpLoraConfig)}
+    for name, given in content.items():
+        where = f"{path}, variant {name!r}"
+        if not isinstance(given, dict) or given.keys() - {"method", "adapter", "strategy"} or "method" not in given:
+            raise ValueError(f"{where}: it has a method and may have adapter and strategy; got {given!r}")
+        if not isinstance(name, str) or name in METHODS or not name.replace("-", "").replace(".", "").isalnum():
+            raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
+        variant = {
+            "method": given["method"],
+            "adapter": given.get("adapter", {}),
+            "strategy": given.get("strategy", []),
+        }
+        try:
+            make_strategies(variant["method"], variant["strategy"])
+            if unknown := variant["adapter"].keys() - options:
+                raise ValueError(f"the adapter has no option {sorted(unknown)[0]!r}")
+            JumpLoraConfig(**variant["adapter"])
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        variants[name] = variant
+    return variants

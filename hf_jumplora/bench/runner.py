@@ -13,7 +13,7 @@ from typing import Any
 
 from ..stack.manifest import write_json
 from ..trainer.streams import stream_path
-from .cell import next_file, points
+from .cell import base_method, next_file, points
 from .data import bench_tasks
 from .encoder import default_encoder
 from .protocol import BUDGETS, Budget, best_point, next_point
@@ -33,6 +33,7 @@ class Bench:
     model: folder or Hub id; None: all-MiniLM-L6-v2, or a tiny Llama pre-trained on the stream's own training text.
     jobs: cells at once, `threads` threads each (None: the cores divided by the jobs).
     prefix: words put before each cell's command, such as "nice -n 5".
+    variants: methods with other options ([`read_variants`]), which may be run beside the methods.
 
     Raises:
         ValueError: an unknown budget or setting, or the folder holds a bench of other settings.
@@ -48,6 +49,7 @@ class Bench:
     jobs: int = 1
     threads: int | None = None
     prefix: str = ""
+    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.budget not in BUDGETS:
@@ -115,35 +117,42 @@ class Bench:
             }
             for t in tasks
         ]
+        same["variants"] = self.variants
         same, path = json.loads(json.dumps(same)), self.output_dir / SETTINGS
         if path.is_file():
             before = json.loads(path.read_text())
-            differ = [key for key in same if before.get(key) != same[key]]
+            known = before.get("variants", {})
+            same["variants"] = known | self.variants
+            differ = [key for key in same if key != "variants" and before.get(key) != same[key]]
+            differ += ["variants"] if any(same["variants"][name] != value for name, value in known.items()) else []
             if differ:
                 shown = "; ".join(f"{key}: {before.get(key)!r} there, {same[key]!r} now" for key in differ)
                 raise ValueError(f"{self.output_dir} holds a bench of other settings ({shown}): use another output_dir")
         write_json(path, same)
 
+    def _spec(self, name: str) -> dict[str, Any]:
+        return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})
+
     def _tune(self, method: str) -> None:
-        before = points(self.cells, method)
-        if next_point(method, self.limits, before) is None:
+        spec = {**self._spec(method), "stage": "tune", "seed": 1000}
+        base = base_method(spec)
+        if next_point(base, self.limits, points(self.cells, method)) is None:
             return
-        spec = {**self.spec, "method": method, "stage": "tune", "seed": 1000}
         code = self._process(f"tune-{method}", {"spec": spec, "folder": str(self.cells)})
-        point = next_point(method, self.limits, points(self.cells, method))
+        point = next_point(base, self.limits, points(self.cells, method))
         while code and point is not None:  # the process died: what it was at has failed
             write_json(
                 next_file(self.cells, method),
                 {"error": f"the process ended with code {code}", "spec": {**spec, **point}},
             )
-            point = next_point(method, self.limits, points(self.cells, method))
+            point = next_point(base, self.limits, points(self.cells, method))
 
     def _final(self, method: str, seed: int) -> None:
         path = self.cells / f"final-{method}-s{seed}.json"
         if path.is_file():
             return
         best = best_point(points(self.cells, method))
-        spec = {**self.spec, "method": method, "stage": "final", "seed": seed}
+        spec = {**self._spec(method), "stage": "final", "seed": seed}
         if not best:
             errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{method}-p*.json")})
             write_json(path, {"error": f"tuning failed: {'; '.join(errors)}", "spec": spec})

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, type=Path, help="where cells, table and plot are written")
     parser.add_argument("--data_dir", help="folder with the data; without it: as the stream says")
     parser.add_argument("--methods", nargs="+", default=["all"], help="names of methods (docs/methods.md), or all")
+    parser.add_argument("--variants", type=Path, help="YAML file of methods with other options, for ablations")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
     parser.add_argument("--budget", default="small", help="tiny, small (the default) or full: docs/bench.md")
     parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, the default) or causal")
@@ -28,14 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing and print the table."""
-    from ..bench.protocol import chosen_methods
+    from ..bench.protocol import chosen_methods, read_variants
     from ..bench.runner import Bench
 
-    methods = chosen_methods(args.methods)
+    variants = read_variants(args.variants) if args.variants else {}
+    methods = chosen_methods(args.methods, variants)
     if args.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {args.seeds}")
     bench = Bench(
         args.stream, args.output_dir, args.data_dir, args.budget, args.setting, args.model_name_or_path,
-        args.prompt_style, args.jobs, args.threads, args.prefix,
+        args.prompt_style, args.jobs, args.threads, args.prefix, variants,
     )  # fmt: skip
     print(bench.run(methods, args.seeds, args.retry_failed))

@@ -10,7 +10,15 @@ import toy
 from hf_jumplora.bench import cell as cell_module
 from hf_jumplora.bench import runner
 from hf_jumplora.bench.data import bench_tasks
-from hf_jumplora.bench.protocol import BUDGETS, best_point, chosen_methods, grid, next_point, tuned_option
+from hf_jumplora.bench.protocol import (
+    BUDGETS,
+    best_point,
+    chosen_methods,
+    grid,
+    next_point,
+    read_variants,
+    tuned_option,
+)
 from hf_jumplora.bench.table import mean_matrix, spread, summary
 from hf_jumplora.methods import METHODS
 from hf_jumplora.strategies import Ella
@@ -194,6 +202,64 @@ def test_a_process_that_dies(stream, bert, tmp_path, monkeypatch):
     monkeypatch.setattr(runner.Bench, "_process", lambda self, name, job: -9)
     text = runner.Bench(str(stream), tmp_path / "out", budget="tiny", model=bert).run(["inclora"], 1)
     assert "failed: tuning failed: the process ended with code -9" in text
+
+
+def write_variants(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_variants(stream, bert, tmp_path, monkeypatch):
+    """A method with other options is a row of its own, trained with them; other options under its name are refused."""
+    started = []
+    in_this_process(monkeypatch, started)
+    variants = read_variants(
+        write_variants(
+            tmp_path / "v.yaml",
+            "jumplora-p30:\n  method: jumplora\n  adapter: {threshold_update: density, target_density: 0.3, r: 4}\n"
+            "ella-new:\n  method: ella\n  strategy: [ella.weight=5]\n",
+        )
+    )
+
+    def bench(variants):
+        return runner.Bench(str(stream), tmp_path / "out", budget="tiny", model=bert, threads=1, variants=variants)
+
+    names = ["jumplora", "jumplora-p30", "ella-new"]
+    text = bench(variants).run(chosen_methods(names, variants), 1)
+    assert len(started) == 6
+    assert all(f"| {name} |" in text for name in names)
+    cell = json.loads((tmp_path / "out" / "cells" / "final-jumplora-p30-s0.json").read_text())
+    assert cell["error"] is None
+    assert all(0.25 < info["density"] < 0.35 for info in cell["metrics"]["trained"])
+    assert json.loads((tmp_path / "out" / "cells" / "final-ella-new-s0.json").read_text())["spec"]["weight"] == 3e4
+    started.clear()
+    bench({}).run(["jumplora"], 1)
+    bench(variants).run(names, 1)
+    assert started == []
+    variants["jumplora-p30"]["adapter"]["target_density"] = 0.1
+    with pytest.raises(ValueError, match=r"holds a bench of other settings \(variants: .*0\.3.* there"):
+        bench(variants).run(names, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[a]", "write NAME: {method"),
+        ("a: {method: [", "is no YAML file"),
+        ("a: {adapter: {}}", "it has a method"),
+        ("a: {method: ella, weight: 3}", "it has a method and may have"),
+        ("ella: {method: ella}", "the name must be new"),
+        ("a/b: {method: ella}", "the name must be new"),
+        ("a: {method: elle}", "unknown method 'elle'"),
+        ("a: {method: ella, strategy: [kfac.weight=3]}", "'ella' has ella"),
+        ("a: {method: ella, adapter: {rank: 3}}", "no option 'rank'"),
+        ("a: {method: ella, adapter: [r]}", "variant 'a'"),
+        ("a: {method: jumplora, adapter: {threshold_update: often}}", "threshold_update"),
+    ],
+)
+def test_bad_variants(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_variants(write_variants(tmp_path / "v.yaml", text))
 
 
 @pytest.mark.slow
