@@ -44,7 +44,8 @@ class GateCallback(TrainerCallback):
             return
         start, _ = ramp_steps(state.max_steps, config)
         if state.global_step == start or (state.global_step > start and config.threshold_update == "density"):
-            set_threshold(model, self.adapter, density_at(state.global_step, state.max_steps, config))
+            share = density_at(state.global_step, state.max_steps, config)
+            set_threshold(model, self.adapter, share, together=True)
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
 
 
@@ -97,19 +98,15 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
     @torch.compiler.disable  # it reads numbers of tensors: one break after the model's graph instead of many in it
     def _add_penalty(self, model, args, kwargs, output):
-        if not model.training:
-            return output
+        # Without gradient TRL's trainers compute the outputs a second time, for `return_outputs=True`.
+        if not (model.training and torch.is_grad_enabled()):
+            return
         terms = [s.penalty(model, kwargs, self.adapter, output) for s in self.strategies]
         terms = [t for t in terms if t is not None]
         if terms:
             if not isinstance(output, dict):
                 raise ValueError("the model returned a tuple; penalties need return_dict=True")
-            output["penalty"] = torch.stack([t.reshape(()) for t in terms]).sum()
-        return output
-
-    def _take_penalty(self, model, args, output):
-        if torch.is_grad_enabled() and isinstance(output, dict) and "penalty" in output:
-            self._penalty = output["penalty"]
+            self._penalty = torch.stack([t.reshape(()) for t in terms]).sum()
 
     def train(self, *args, **kwargs):
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
@@ -147,19 +144,12 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             yield self._prepare_inputs(collate([data[i] for i in some.tolist()]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        # Taken from the wrapped model's output by a hook: with `return_outputs=True` TRL's trainers compute the outputs
-        # a second time, without gradient.
-        self._penalty = None
-        handle = model.register_forward_hook(self._take_penalty)
-        try:
-            result = super().compute_loss(
-                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-            )
-        finally:
-            handle.remove()
+        self._penalty = None  # not in the model's output: DDP rebuilds that from its class's fields
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._penalty is None:
             return result
-        penalty = self._penalty.mean()  # a list of equal ones under nn.DataParallel
+        # That of any replica under nn.DataParallel: they are equal.
+        penalty = self._penalty.to((result[0] if return_outputs else result).device)
         self._penalty_sum += penalty.detach()
         self._penalty_count += 1
         if self._is_scaled(num_items_in_batch):

@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from ..hub import Pusher, explain, open_repository
 from ..strategies import Osf, Replay
 from ..tuner import ramp_steps
+from .processes import sharding
 from .tasks import TextTask
 
 
@@ -27,7 +28,7 @@ _RESULT_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
-    "dataloader_drop_last", "train_sampling_strategy", "world_size", "gate_learning_rate", "factor_optimizer",
+    "dataloader_drop_last", "train_sampling_strategy", "gate_learning_rate", "factor_optimizer",
     "loraplus_lr_ratio", "riemannian_reg", "max_length", "eval_mode",
     "eval_tasks",
 )  # fmt: skip
@@ -115,6 +116,7 @@ def run_settings(run: "ContinualRun") -> dict[str, Any]:
     skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
     settings = {f"adapter.{key}": value for key, value in config.items() if key not in skip}
     settings |= {f"args.{key}": getattr(run.args, key) for key in _RESULT_SETTINGS if hasattr(run.args, key)}
+    settings |= {"args.world_size": run.args.world_size, "args.sharding": sharding(run.args)}
     settings["method"] = run.method_name
     settings["strategies"] = [repr(strategy) for strategy in run.strategies]
     settings["base_model"] = getattr(run.model, "name_or_path", "")

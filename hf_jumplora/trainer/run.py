@@ -45,8 +45,9 @@ from .evaluation import evaluate_task, own_adapter
 from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
+from .processes import check_same_settings, check_shared_folder, on_main, sharding
 from .resume import complete_row, continued
-from .state import METRICS, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
+from .state import METRICS, RUN, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
 from .tasks import Encoder, Task, TextTask, collate
 
 
@@ -174,16 +175,20 @@ class ContinualRun:
                     "with a fresh base model, it continues from output_dir"
                 )
             return self._write_metrics()
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                check_settings(self.output_dir, run_settings(self))
-                self.pusher = start_push(self)
+        settings = run_settings(self)
+        check_same_settings(settings)
+        on_main(lambda: self._prepare(settings))
+        check_shared_folder(self.output_dir / RUN)
         try:
             return self._train(stages)
         finally:
             if self.pusher is not None:
                 self.pusher.finish()
+
+    def _prepare(self, settings: dict[str, Any]) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        check_settings(self.output_dir, settings)
+        self.pusher = start_push(self)
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = encode_tasks(self)
@@ -193,6 +198,7 @@ class ContinualRun:
         for row in zero_shot:
             complete_row(self, row)
         done = self._restore()
+        PartialState().wait_for_everyone()  # all have read what the main process is about to change
         if done:
             self.matrix[0] = zero_shot[0]
             complete_row(self, self.matrix[done])
@@ -293,15 +299,19 @@ class ContinualRun:
                 "effective_batch": self.args.train_batch_size
                 * self.args.world_size
                 * self.args.gradient_accumulation_steps,
+                "processes": self.args.world_size,
+                "sharding": sharding(self.args),
                 "seconds": round(time.perf_counter() - start, 1),
                 **(overlaps(self.model, self.output_dir, index) if self.config.gate and main else {}),
             }
         )
-        if main:
-            with explain_disk_errors(self.output_dir, name):
-                self._commit(name, folder)
-            shutil.rmtree(checkpoints.parent, ignore_errors=True)
-        PartialState().wait_for_everyone()
+        if self.manifest is None:
+            mode = self.method.mode
+            additive = mode not in ("sequential", "separate")
+            self.manifest = Manifest(describe_base(self.model), self.method_name, additive, separate=mode == "separate")
+        on_main(lambda: self._commit(name, folder))
+        if not main:
+            self.manifest = read_manifest(self.output_dir)
 
     def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:
         args = copy.copy(self.args)
@@ -345,16 +355,15 @@ class ContinualRun:
 
     def _commit(self, name: str, folder: str) -> None:
         """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""
-        if self.manifest is None:
-            mode = self.method.mode
-            additive = mode not in ("sequential", "separate")
-            self.manifest = Manifest(describe_base(self.model), self.method_name, additive, separate=mode == "separate")
+        assert self.manifest is not None
         self.manifest.versions = library_versions()
         states = join_states(strategy.state_dict() for strategy in self.strategies)
         card = task_card(self.manifest, name, folder, self.info[-1], self.repo_id or ".")
-        entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
-        self.manifest.tasks.append(entry)
-        self._write_metrics()
+        with explain_disk_errors(self.output_dir, name):
+            entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
+            self.manifest.tasks.append(entry)
+            self._write_metrics()
+        shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
 
     def _write_metrics(self) -> dict[str, Any]:
         continual = self.method.mode != "joint"

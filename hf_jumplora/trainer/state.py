@@ -15,12 +15,13 @@ from ..hub import stack_card
 from ..methods import get_method
 from ..ops.sparse import decode_support
 from ..report.report import PICTURES
-from ..stack.manifest import MANIFEST, Manifest, write_atomic, write_json
+from ..stack.manifest import MANIFEST, Manifest, read_manifest, write_atomic, write_json
 from ..tuner import named_layers
 
 
 RUN = "run.json"
 METRICS = "metrics.json"
+PROCESSES = ("args.world_size", "args.sharding")  # settings that are a task's, not a run's
 
 
 def task_settings(settings: dict[str, Any]) -> list[str]:
@@ -31,7 +32,7 @@ def task_settings(settings: dict[str, Any]) -> list[str]:
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write run.json, or compare it with the one that is there. A run that trained nothing yet may change its settings;
-    later ones may add tasks at the end.
+    later ones may add tasks at the end. The number of processes may change from task to task, but not inside one.
 
     Raises:
         ValueError: the folder holds work of a run with other settings; the message says which differ and how.
@@ -50,8 +51,19 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
     added = {key for key in settings if key.startswith("task ") and key not in before}
+    finished = len(read_manifest(folder).tasks) if (folder / MANIFEST).is_file() else 0
+    inside = sorted(folder.glob(f"checkpoints/task_{finished:03d}/checkpoint-*"))
+    moved = [key for key in PROCESSES if key in before and before[key] != settings.get(key)]
+    if inside and moved:
+        raise ValueError(
+            f"{folder} was interrupted inside a task ("
+            + ", ".join(f"{key}: {before[key]!r} there, {settings.get(key)!r} now" for key in moved)
+            + "). Checkpoints hold one part for each process, and the batches of a task depend on their number: go on "
+            f"with the processes of before, or delete {inside[0].parent} to train this task again from its start. "
+            "Between tasks the number of processes may change"
+        )
     # The base is known by its weights (`check_base`): on another machine it may stand elsewhere.
-    ignored = added | ({"base_model"} if (folder / MANIFEST).is_file() else set())
+    ignored = added | set(PROCESSES) | ({"base_model"} if finished else set())
     differ = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
         for key in sorted({*before, *settings} - ignored)
@@ -65,7 +77,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if added:
         if get_method(settings["method"]).mode == "joint":
             raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
-        write_json(path, {**before, **{key: settings[key] for key in settings if key in added}})
+    if added or moved:
+        write_json(path, {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}})
 
 
 def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
@@ -108,14 +109,23 @@ def _entries(layers: list[JumpLoraLayer]) -> int:
     return sum(layer.out_features * layer.in_features for layer in layers)
 
 
-def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None:
+def _add_over_processes(counts: torch.Tensor) -> None:
+    moved = counts.to(PartialState().device)  # NCCL adds up on GPUs alone
+    torch.distributed.all_reduce(moved)
+    counts.copy_(moved)
+
+
+def set_threshold(model: nn.Module, adapter: str, density: float | None, together: bool = False) -> None:
     """Set tau of every gate to the exact quantile of |D| over its layers.
 
     `density` is the fraction of entries kept (a layer that `density_pattern` names has its own). None keeps as many as
     A and B have parameters, which is the published start (for the global scope the published code takes the next larger
     entry, keeping one less). Entries closed by hard isolation are not kept, and count as entries.
+
+    together: every process of a run calls this with the same adapter. They share the work, each taking some of the
+    layers, and all set the same tau.
     """
-    config = adapter_config(model, adapter)
+    config, state = adapter_config(model, adapter), PartialState() if together else None
     for gate, layers in gate_groups(model, adapter):
         total = _entries(layers)
         factors = [layer.factors(adapter) for layer in layers]
@@ -127,7 +137,11 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None) -> None
             kept = round(share * total)
         k = min(max(1, total - kept), total)
         near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
-        tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)
+        if state is not None and state.num_processes > 1:
+            mine = factors[state.process_index :: state.num_processes]
+            tau = kth_magnitude(functools.partial(update_blocks, mine), k, _add_over_processes)
+        else:
+            tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)
         if tau == 0:
             raise ValueError(
                 f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "

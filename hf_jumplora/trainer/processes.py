@@ -1,0 +1,69 @@
+"""What the processes of one run have to agree on: their settings, what is on the disk, and errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+
+
+def on_main(work: Callable[[], Any]) -> None:
+    """Do something on the main process while the others wait.
+
+    Raises:
+        Exception: what `work` raised. RuntimeError: in the other processes, with its message.
+    """
+    state, failed = PartialState(), None
+    if state.is_main_process:
+        try:
+            work()
+        except Exception as error:
+            if state.num_processes == 1:
+                raise
+            failed = error
+    if state.num_processes == 1:
+        return
+    message = broadcast_object_list([None if failed is None else f"{type(failed).__name__}: {failed}"])[0]
+    if failed is not None:
+        raise failed
+    if message is not None:
+        raise RuntimeError(f"the main process stopped: {message}")
+
+
+def check_same_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError in every process, naming what differs, unless all processes have the same settings."""
+    if PartialState().num_processes == 1:
+        return
+    everybody = gather_object([{key: str(value) for key, value in settings.items()}])
+    for rank, theirs in enumerate(everybody):
+        first = everybody[0]
+        differ = [
+            f"{key}: {first.get(key)!r} in process 0, {theirs.get(key)!r} in process {rank}"
+            for key in sorted({*first, *theirs})
+            if first.get(key) != theirs.get(key)
+        ]
+        if differ:
+            raise ValueError(
+                f"the processes of this run have different settings ({'; '.join(differ)}): start all of them with the "
+                "same command, files and versions"
+            )
+
+
+def check_shared_folder(path: Path) -> None:
+    """Raise ValueError in every process unless all of them see a file that the main process has written."""
+    missing = [rank for rank, there in enumerate(gather_object([path.is_file()])) if not there]
+    if missing:
+        raise ValueError(
+            f"processes {missing} do not see {path}, which process 0 has written: output_dir must be on a file system "
+            "that all machines share"
+        )
+
+
+def sharding(args: Any) -> str:
+    """How the model and its training are spread: "none" (one process), "ddp", "zero1" to "zero3" or "fsdp"."""
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    if args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    return "ddp" if args.world_size > 1 else "none"

@@ -1,0 +1,84 @@
+"""Two processes, launched with the shipped configurations, train the model that one process trains."""
+
+import json
+
+import launch
+import pytest
+import toy
+import torch
+
+from hf_jumplora import load_stack
+from hf_jumplora.stack import read_manifest, verify_stack
+from hf_jumplora.tuner import named_layers
+
+
+NAMES = {
+    "ella": {"method": "jumplora-ella"},
+    "olora": {"method": "olora"},
+    "hard": {"adapter": {"isolation": "hard"}},
+}
+ENGINES = {"cpu2": "DistributedDataParallel"}
+
+
+def jobs(base, folder, batch: int) -> list[dict]:
+    """The same global batch whatever the number of processes."""
+    options = {"per_device_train_batch_size": batch}
+    return [{"base": base, "output_dir": str(folder / name), "options": options, **job} for name, job in NAMES.items()]
+
+
+@pytest.fixture(scope="module")
+def alone(toy_base, tmp_path_factory):
+    """The runs in one process: {name: what worker.py leaves}."""
+    import worker
+
+    folder = tmp_path_factory.mktemp("alone")
+    worker.main(jobs(toy_base, folder, 4))
+    return folder
+
+
+def merged(base: str, stack) -> dict[str, torch.Tensor]:
+    model = load_stack(stack, toy.load_base(base), merge=True)
+    return {name: weight for name, weight in model.state_dict().items() if "q_proj" in name or "v_proj" in name}
+
+
+def supports(base: str, stack) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    """{(task, layer): (support, how far |D| is from tau)}."""
+    model, found = load_stack(stack, toy.load_base(base)), {}
+    for name, layer in named_layers(model):
+        for task in layer.jumplora_support:
+            distance = (layer.product(task).abs() - layer.gate(task).log_tau.exp()).abs()
+            found[task, name] = (layer.support(task), distance)
+    return found
+
+
+@pytest.mark.parametrize("config", ENGINES)
+def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
+    """Losses <= 1e-5 relative at every step, scores, supports (but for entries within 1e-6 of tau), merged weights."""
+    todo = jobs(toy_base, tmp_path, 2)
+    launch.run(todo, tmp_path, launch.CONFIGS / f"{config}.yaml")
+    differ, worst, worst_weight = 0, 0.0, 0.0
+    for name, job in zip(NAMES, todo, strict=True):
+        expected = json.loads((alone / f"{name}.0.json").read_text())
+        for found in launch.results(job):
+            assert found["world_size"] == 2
+            assert found["engines"] == [ENGINES[config]]
+            assert found["matrix"] == expected["matrix"]
+            assert len(found["logs"]) == len(expected["logs"]) == 16
+            for mine, one in zip(found["logs"], expected["logs"], strict=True):
+                assert (mine["task"], mine["step"], mine.get("mix")) == (one["task"], one["step"], one.get("mix"))
+                worst = max(worst, abs(mine["loss"] / one["loss"] - 1))
+        verify_stack(tmp_path / name)
+        assert read_manifest(tmp_path / name).task_names == ["size", "light"]
+        for (key, (mine, _)), (other, (one, distance)) in zip(
+            supports(toy_base, tmp_path / name).items(), supports(toy_base, alone / name).items(), strict=True
+        ):
+            assert key == other
+            differ += int((mine != one).sum())
+            assert (distance[mine != one] < 1e-6).all()
+        ours, theirs = merged(toy_base, tmp_path / name), merged(toy_base, alone / name)
+        for key in theirs:
+            worst_weight = max(worst_weight, ((ours[key] - theirs[key]).norm() / theirs[key].norm()).item())
+    with capsys.disabled():
+        print(f"\n{config}: losses {worst:.1e}, weights {worst_weight:.1e}, {differ} entries of supports differ")
+    assert worst <= 1e-5
+    assert worst_weight <= 1e-5

@@ -1,0 +1,73 @@
+"""One process of a run over the toy tasks: `worker.py JOBS.json`, under accelerate launch or torchrun.
+
+JOBS.json is a list of runs, done one after the other in the same processes: {"base", "output_dir", and what
+`toy.make_run` takes, "losses": file, ...}. Every process leaves `output_dir`.rank.json: what it was, losses and scores.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toy
+from transformers import TrainerCallback
+
+
+class Record(TrainerCallback):
+    """Loss, threshold and density after every step; what the trainer's engine is."""
+
+    def __init__(self):
+        self.logs: list[dict] = []
+        self.engines: list[str] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logs.append({"task": Path(args.output_dir).name, "step": state.global_step, **logs})
+
+
+def watch_engines(run, seen: list) -> None:
+    """Records the class of the module that every step of training runs."""
+
+    class Watched(run.trainer_cls):
+        def training_step(self, model, *args, **kwargs):
+            kind = type(model).__name__
+            if kind == "DeepSpeedEngine":
+                kind = f"DeepSpeedEngine {model.zero_optimization_stage()}"
+            if not seen or seen[-1] != kind:
+                seen.append(kind)
+            return super().training_step(model, *args, **kwargs)
+
+    run.trainer_cls = Watched
+
+
+def main(jobs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    import hf_jumplora.report.report as report
+
+    report.draw_matrix = report.draw_overlap = lambda result, path: None
+    for job in jobs:
+        record, engines = Record(), []
+        tasks = toy.tasks(job.get("tasks", 2), job.get("train", 32), job.get("evaluate", 7))
+        run = toy.make_run(
+            job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), [record],
+            **{"logging_steps": 1, **job.get("options", {})},
+        )  # fmt: skip
+        watch_engines(run, engines)
+        result = run.train()
+        out = {
+            "world_size": run.args.world_size,
+            "rank": run.args.process_index,
+            "type": str(run.args.distributed_state.distributed_type),
+            "engines": engines,
+            "logs": record.logs,
+            "matrix": result["matrix"],
+        }
+        Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
