@@ -1,9 +1,12 @@
 """`ContinualTrainingArguments`: `TrainingArguments` and what a sequence of tasks needs on top."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments
+
+from .processes import check_compiler
 
 
 _CHOICES = {
@@ -55,7 +58,14 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        check_compiler(self)
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and self.world_size == 1:  # transformers and accelerate then train `started` models, silently
+            raise ValueError(
+                f"{started} processes were started, and each is alone: there is no GPU for them. Give use_cpu=True "
+                "(--use_cpu true) to train on the CPU"
+            )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")

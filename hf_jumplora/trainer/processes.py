@@ -1,9 +1,12 @@
 """What the processes of one run have to agree on: their settings, what is on the disk, and errors."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
@@ -57,6 +60,25 @@ def check_shared_folder(path: Path) -> None:
         raise ValueError(
             f"processes {missing} do not see {path}, which process 0 has written: output_dir must be on a file system "
             "that all machines share"
+        )
+
+
+def check_compiler(args: Any) -> None:
+    """Raise RuntimeError when DeepSpeed would have to compile an extension and cannot.
+
+    On a CPU its communication is one, compiled when the first process group is made and then kept in
+    TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's.
+    """
+    wanted = args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if not wanted or torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    compiler = os.environ.get("CXX", "c++")
+    missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed compiles an extension for training on a CPU, and {' and '.join(missing)} cannot be found: "
+            "install a C++ compiler and ninja (apt install g++; pip install ninja), name the compiler in the "
+            "environment variable CXX, or train without DeepSpeed (recipes/accelerate/cpu2.yaml)"
         )
 
 

@@ -74,9 +74,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds a run with other settings ({'; '.join(differ)}). Use another output_dir, or the settings "
             "of that run to continue it; tasks can be added at the end of the list only"
         )
-    if added:
-        if get_method(settings["method"]).mode == "joint":
-            raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
+    if added and get_method(settings["method"]).mode == "joint":
+        raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
     if added or moved:
         write_json(path, {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}})
 

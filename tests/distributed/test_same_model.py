@@ -4,8 +4,8 @@ import json
 
 import launch
 import pytest
-import toy
 import torch
+import toy
 
 from hf_jumplora import load_stack
 from hf_jumplora.stack import read_manifest, verify_stack

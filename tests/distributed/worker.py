@@ -5,7 +5,6 @@ JOBS.json is a list of runs, done one after the other in the same processes: {"b
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
