@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
@@ -44,6 +44,28 @@ class ModelArguments:
         default=None, metadata={"help": "Folder or Hub repository of a stack that the stream's tasks are added to."}
     )
     compare: list[str] = field(default_factory=list, metadata={"help": "Further methods to train on the same data."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4 bits (needs bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bits (needs bitsandbytes)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "'nf4' or 'fp4'."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "4 bits: the scales are quantised too."})
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "4 bits: dtype they are packed into."})
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        own = [f for f in dataclasses.fields(self) if "bnb" in f.name and getattr(self, f.name) != f.default]
+        if own and not self.load_in_4bit:
+            raise ValueError(f"{own[0].name} has no meaning without load_in_4bit")
+
+    def quantization(self, name: str) -> BitsAndBytesConfig | None:
+        """For `from_pretrained`; products are computed in the dtype of the other weights, as TRL does."""
+        if not self.load_in_4bit:
+            return BitsAndBytesConfig(load_in_8bit=True) if self.load_in_8bit else None
+        dtype = self.dtype if self.dtype != "auto" else AutoConfig.from_pretrained(name).dtype
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant, bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+        )  # fmt: skip
 
 
 def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[str, list]:
@@ -66,6 +88,9 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
     return str(build_tiny_llama(texts, model.cache_dir, steps=model.tiny_steps)), tasks
 
 
+_WITH_STACK = ("from_stack", "model_name_or_path")  # the other options of the model are the stack's own
+
+
 def add_to_stack(
     model: ModelArguments,
     stream: StreamArguments,
@@ -74,7 +99,8 @@ def add_to_stack(
     given: set,
 ) -> None:
     """Train the stream's tasks on top of a stack; options of the command line alone are compared with the stack's."""
-    if wrong := sorted(given & ({f.name for f in dataclasses.fields(method)} | {"config", "compare", "dtype"})):
+    own = {f.name for f in (*dataclasses.fields(method), *dataclasses.fields(model)) if f.name not in _WITH_STACK}
+    if wrong := sorted(given & (own | {"config"})):
         raise SystemExit(f"--{wrong[0]} has no meaning with --from_stack: method and settings are the stack's own")
     if stream.stream is None:
         raise SystemExit("--from_stack needs --stream: the tasks to add")
@@ -102,7 +128,10 @@ def main() -> None:
     for which, (config, strategies) in plans.items():
         if model_args.compare:
             args.output_dir = str(folder / which)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
+        options = {"dtype": model_args.dtype}
+        if (quantization := model_args.quantization(name)) is not None:
+            options["quantization_config"] = quantization
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
         run = ContinualRun(model, tasks, which, args, tokenizer, adapter_config=config, strategies=strategies)
         results[which] = run.train()
     if model_args.compare:

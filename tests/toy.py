@@ -1,7 +1,9 @@
 """Runs of a few seconds: base models, a tokenizer and tasks of a few words, made in code and the same every time."""
 
 import gc
+import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -57,10 +59,10 @@ def save_base(folder: Path, seq2seq: bool = False, dtype: torch.dtype = torch.fl
     return str(folder)
 
 
-def load_base(folder: str):
+def load_base(folder: str, **options):
     """The base model of a folder, in the dtype it was saved in."""
     cls = T5 if AutoConfig.from_pretrained(folder).is_encoder_decoder else LlamaForCausalLM
-    return cls.from_pretrained(folder, dtype="auto")
+    return cls.from_pretrained(folder, dtype="auto", **options)
 
 
 def rows(task: int, size: int, first: int = 0) -> list[dict[str, str]]:
@@ -90,9 +92,9 @@ def arguments(output_dir, **options) -> ContinualTrainingArguments:
     return ContinualTrainingArguments(str(output_dir), **{**defaults, **options})
 
 
-def make_run(base: str, output_dir, method: str = "jumplora", stream=None, adapter=None, callbacks=(), **options):
-    """A run over the toy tasks with q and v adapted; `options` are training arguments."""
-    model = load_base(base)
+def make_run(base, output_dir, method: str = "jumplora", stream=None, adapter=None, callbacks=(), **options):
+    """A run over the toy tasks with q and v adapted. base: a folder or a model. `options` are training arguments."""
+    model = load_base(base) if isinstance(base, str) else base
     seq2seq = model.config.is_encoder_decoder
     targets = ["q", "v"] if seq2seq else ["q_proj", "v_proj"]
     return ContinualRun(
@@ -165,6 +167,17 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
         run_module.write_manifest = dies
     run.train()
     os._exit(0)  # the moment never came
+
+
+def killed(*arguments) -> None:
+    """[`run_and_die`] in a process of its own that ends by os._exit(9)."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server imports toy once, every process starts from there
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy"])
+    process = context.Process(target=run_and_die, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 9
 
 
 def run_once(base: str, output_dir: str, options: dict, endpoint: str | None = None) -> None:

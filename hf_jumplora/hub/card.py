@@ -103,6 +103,7 @@ def stack_card(
         base_revision=manifest.base_model["revision"],
         architecture=manifest.base_model["architecture"],
         method=manifest.method,
+        quantization=(settings or {}).get("quantization"),
         strategies=(settings or {}).get("strategies") or [],
         additive=manifest.additive,
         separate=manifest.separate,

@@ -134,7 +134,10 @@ def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
     if expected not in (config.architectures or []):
         raise ValueError(f"{where} was trained on a {expected}; {source} is a {', '.join(config.architectures or [])}")
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{source} is quantised: merging would quantise the updates away; use the base in bf16")
+        raise ValueError(
+            f"{source} is quantised: merging would quantise the updates away. Pass the base in bf16 or float32 as "
+            "base_model= (--base_model): the updates are added to its weights"
+        )
     with torch.device("meta"):
         model = architecture(config)
     check_shapes(manifest, model, where)

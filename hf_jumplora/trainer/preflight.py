@@ -121,6 +121,9 @@ def run_settings(run: "ContinualRun") -> dict[str, Any]:
     settings["strategies"] = [repr(strategy) for strategy in run.strategies]
     settings["base_model"] = getattr(run.model, "name_or_path", "")
     settings["base_dtype"] = str(getattr(run.model, "dtype", ""))
+    quantization = getattr(getattr(run.model, "config", None), "quantization_config", None)
+    if quantization is not None:
+        settings["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
     for number, task in enumerate(run.tasks):
         settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
     return settings

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..methods import get_method
 from ..stack.load import load_base, verify
@@ -101,8 +101,11 @@ def continued(
         options = {"hub_model_id": str(path), **options}
     args = ContinualTrainingArguments(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
     if not isinstance(base_model, nn.Module):
-        dtype = getattr(torch, settings["base_dtype"].removeprefix("torch."))
-        base_model = load_base(manifest, base_model, str(path), dtype=dtype)
+        how: dict[str, Any] = {"dtype": getattr(torch, settings["base_dtype"].removeprefix("torch."))}
+        quantization = settings.get("quantization", {})
+        if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
+            how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
+        base_model = load_base(manifest, base_model, str(path), **how)
     if processing_class is None and any(isinstance(task, TextTask) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})

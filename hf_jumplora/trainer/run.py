@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -346,6 +346,14 @@ class ContinualRun:
         if isinstance(task, TextTask):
             mode = getattr(self.args, "eval_mode", "generate")
             return evaluate_task(self.model, self.encoder, task, mode, self.args.per_device_eval_batch_size)
+        if getattr(self.model, "is_quantized", False) and not isinstance(self.model, PeftModel):
+            # The Trainer refuses a quantised model without an adapter, even to evaluate it.
+            self.model = get_peft_model(self.model, copy.deepcopy(self.config))
+            try:
+                with self.model.disable_adapter():
+                    return self._score(task)
+            finally:
+                self.model = self.model.unload()
         folder = self.output_dir / "checkpoints"
         options = {"eval_dataset": task.eval_dataset, "compute_metrics": task.compute_metrics}
         scores = self._trainer(folder, 0, **options).evaluate()

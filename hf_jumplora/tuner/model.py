@@ -86,6 +86,7 @@ class JumpLoraModel(BaseTuner):
                 f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add "
                 f"a new adapter with parent_adapters=[{adapter_name!r}] instead"
             )
+        _keep_differentiable(model, config)
         self._load_parents(model, config)
         self._gates: dict[str, JumpGate] = {}  # of this adapter, by gate_key
         try:
@@ -204,9 +205,34 @@ class JumpLoraModel(BaseTuner):
             layer.check_no_children(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def _check_merge_allowed(self) -> None:
+        """Before any weight is changed. Raises ValueError when a layer is quantised."""
+        super()._check_merge_allowed()
+        for _, layer in named_layers(self.model):
+            layer.check_mergeable()
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a masked product has no exact low rank."""
         return False
+
+
+def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first forward pass in evaluation mode. From
+    then on a layer gives no gradient to what is before it, and rounds its scales to bf16: switch that off.
+
+    Raises:
+        ValueError: it has happened already, and the adapter is to be trained.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False) and not config.inference_mode:
+            raise ValueError(
+                f"bitsandbytes has repacked the 4-bit weights of {name} for inference on this CPU, where they give no "
+                "gradients: load the base model again and add the adapter before its first forward pass"
+            )
 
 
 def _rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:

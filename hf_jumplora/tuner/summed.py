@@ -187,11 +187,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         names = [n for n in wanted if n not in self.merged_adapters]
         if not names:
             return
-        if self.quantization_backend is not None:
-            raise ValueError(
-                f"layer {self.layer_name} is quantised ({self.quantization_backend.backend_name}): merging would "
-                "quantise the updates away. Keep the adapters live, or load the base model in bf16 or float32 and merge"
-            )
+        self.check_mergeable()
         names = [*self.merged_adapters, *names]
         delta = self.total_update(names)
         if safe_merge and not torch.isfinite(delta).all():
@@ -202,6 +198,15 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         original = self._original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         weight.copy_(original + (delta.T if self.transposed else delta))
         self.merged_adapters = names
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError, saying what to do instead, when the base is quantised."""
+        if self.quantization_backend is not None:
+            raise ValueError(
+                f"layer {self.layer_name} is quantised ({self.quantization_backend.backend_name}): merging would "
+                "quantise the updates away. Keep the adapters live, or load the base model in bf16 or float32 and "
+                "merge there (load_stack(..., dtype='bfloat16', merge=True), without quantization_config)"
+            )
 
     def _base_weight(self) -> torch.Tensor:
         weight = self.get_base_layer().weight

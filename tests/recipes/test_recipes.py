@@ -294,6 +294,39 @@ def test_llama2_cl_with_own_model_and_stream(toy_base, tmp_path, monkeypatch, ca
     assert len(load_stack(tmp_path / "out").peft_config) == 2
 
 
+def test_llama2_cl_in_4_bits(toy_base, tmp_path, monkeypatch):
+    """The base is loaded as the options say, and the products are computed in the dtype of its other weights."""
+    pytest.importorskip("bitsandbytes")
+    llama2_cl = recipe("llama2_cl")
+    line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", toy_base, "--eval_mode", "score"]
+    line += ["--output_dir", str(tmp_path / "out"), "--load_in_4bit", "--use_bnb_nested_quant", "true", *COMMON]
+    monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
+    llama2_cl.main()
+    found = json.loads((tmp_path / "out" / "run.json").read_text())["quantization"]
+    assert found["load_in_4bit"]
+    assert found["bnb_4bit_use_double_quant"]
+    assert (found["bnb_4bit_quant_type"], found["bnb_4bit_compute_dtype"]) == ("nf4", "float32")
+    assert len(load_stack(tmp_path / "out").peft_config) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--load_in_4bit", "--load_in_8bit"], "load_in_4bit and load_in_8bit exclude each other"),
+        (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no meaning without load_in_4bit"),
+        (["--from_stack", "x", "--load_in_4bit"], "--load_in_4bit has no meaning with --from_stack"),
+    ],
+    ids=["both", "no-4bit", "from-stack"],
+)
+def test_llama2_cl_bits_that_do_not_fit(line, message, toy_base, tmp_path, monkeypatch, capsys):
+    llama2_cl = recipe("llama2_cl")
+    line = [*line, "--model_name_or_path", toy_base, "--output_dir", str(tmp_path / "out"), *COMMON]
+    monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
+    with pytest.raises(SystemExit) as stop:
+        llama2_cl.main()
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

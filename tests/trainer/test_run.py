@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -256,17 +253,6 @@ def straight(toy_base, tmp_path_factory):
     return get
 
 
-def killed(*arguments):
-    """Run in a process of its own that ends by os._exit(9)."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server imports toy once, every process starts from there
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy"])
-    process = context.Process(target=toy.run_and_die, args=arguments)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 9
-
-
 @pytest.mark.parametrize(
     ("method", "moments"),
     [
@@ -286,7 +272,7 @@ def killed(*arguments):
 def test_killed_and_started_again(method, moments, straight, toy_base, tmp_path):
     """The same command after a kill gives the same adapters and matrix, bit for bit."""
     for moment in moments:
-        killed(toy_base, str(tmp_path), method, moment, RESTART)
+        toy.killed(toy_base, str(tmp_path), method, moment, RESTART)
     toy.make_run(toy_base, tmp_path, method, **RESTART).train()
     assert files(tmp_path) == straight(method)
     leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
