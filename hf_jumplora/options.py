@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from .methods import METHODS, get_method
 from .strategies import Ella, Strategy
+from .trainer.streams import load_tasks
 from .tuner import JumpLoraConfig
 
 
@@ -30,6 +31,20 @@ class StreamArguments:
     prompt_style: str | None = field(
         default=None, metadata={"help": "'jumplora' (no data-set name) or 'olora' (task and data set named)."}
     )
+    held_out: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of the stream or its catalogue to evaluate and never to train on."}
+    )
+    general_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of no task, whose cross-entropy is measured before and after: a file (.txt, .jsonl, ...) or "
+            "a Hub data set, ID or ID:CONFIG, with a column 'text'."
+        },
+    )
+
+    def load(self) -> list:
+        """The tasks of the stream. Raises what [`load_tasks`] raises."""
+        return load_tasks(self.stream or "", **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]})
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
-from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
+from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.bench.encoder import default_encoder, encoder_setting
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 
@@ -35,9 +35,8 @@ def main() -> None:
         raise SystemExit("--stream is missing: a name such as order1, or a file (docs/streams.md)")
     name = encoder_args.model_name_or_path or default_encoder()
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
-    texts = load_tasks(stream.stream, stream.data_dir, stream.max_train, stream.max_eval, stream.prompt_style)
     model, tasks = encoder_setting(
-        encoder, tokenizer, texts, max_length=args.max_length, logit_scale=encoder_args.logit_scale
+        encoder, tokenizer, stream.load(), max_length=args.max_length, logit_scale=encoder_args.logit_scale
     )
     run = ContinualRun(
         model, tasks, method.method, args, tokenizer, adapter_config=method.adapter_config(["query", "value"]),

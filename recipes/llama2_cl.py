@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
+from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.report import comparison
@@ -75,7 +75,7 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
 
     embedded = stream.stream is None
     path = write_demo_stream(Path(model.cache_dir) / "demo_stream") if embedded else stream.stream
-    tasks = load_tasks(path, stream.data_dir, stream.max_train, stream.max_eval, stream.prompt_style)
+    tasks = dataclasses.replace(stream, stream=str(path)).load()
     if model.model_name_or_path is not None:
         if model.tiny_from_text:
             raise SystemExit("--tiny_from_text makes the model itself: leave --model_name_or_path out")
@@ -84,7 +84,7 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
         raise SystemExit("--stream needs --model_name_or_path, or --tiny_from_text for a tiny Llama made from its text")
     texts = demo_corpus()
     if model.tiny_from_text:  # the texts in their prompts, without any label's answer
-        texts = [task.render(row["sentence"]) for task in tasks for row in task.train_dataset]
+        texts = [task.render(row[task.text_column]) for task in tasks for row in task.train_dataset or ()]
     return str(build_tiny_llama(texts, model.cache_dir, steps=model.tiny_steps)), tasks
 
 
@@ -104,7 +104,7 @@ def add_to_stack(
         raise SystemExit(f"--{wrong[0]} has no meaning with --from_stack: method and settings are the stack's own")
     if stream.stream is None:
         raise SystemExit("--from_stack needs --stream: the tasks to add")
-    tasks = load_tasks(stream.stream, stream.data_dir, max_train=stream.max_train, max_eval=stream.max_eval)
+    tasks = stream.load()
     options = {name: getattr(args, name) for name in given if hasattr(args, name) and name != "output_dir"}
     base = model.model_name_or_path
     ContinualRun.from_stack(model.from_stack, tasks, args.output_dir, base_model=base, **options).train()

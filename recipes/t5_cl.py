@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hf_jumplora import ContinualRun, ContinualTrainingArguments, load_tasks
+from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
     run = ContinualRun(
         model,
-        load_tasks(stream.stream, stream.data_dir, stream.max_train, stream.max_eval, stream.prompt_style),
+        stream.load(),
         method.method,
         args,
         AutoTokenizer.from_pretrained(model_args.model_name_or_path),

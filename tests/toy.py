@@ -120,6 +120,7 @@ class _Kill(TrainerCallback):
 def run_and_die(base: str, output_dir: str, method: str, moment: str, options: dict) -> None:
     """A run in a process of its own, killed like by `kill -9` at a moment such as 'step task_001 5'."""
     import hf_jumplora.stack.save as save
+    import hf_jumplora.trainer.beside as beside
     import hf_jumplora.trainer.run as run_module
 
     torch.set_num_threads(1)
@@ -137,7 +138,7 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
 
         run.trainer_cls = Dies
     elif what == "evaluate":
-        evaluate_task, calls = run_module.evaluate_task, []
+        evaluate_task, calls = beside.evaluate_task, []
 
         def dies(*args):
             if isinstance(run.model, PeftModel) and len(run.info) == index:
@@ -146,7 +147,7 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
                 os._exit(9)
             return evaluate_task(*args)
 
-        run_module.evaluate_task = dies
+        beside.evaluate_task = dies
     elif what == "folder":  # the task's files are complete, under their temporary name
         replace = os.replace
 

@@ -94,7 +94,8 @@ def strategies_of(method: str, weight: float | None, options: list[str] | None =
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate as the spec says; returns what the cell's file holds beside the spec."""
     budget, tune = Budget(**spec["budget"]), spec["stage"] == "tune"
-    texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune)
+    beside = {key: spec.get(key) for key in ("held_out", "general_text")}
+    texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune, **beside)
     name, variant = base_method(spec), spec.get("variant", {})
     method, strategies = get_method(name), strategies_of(name, spec["weight"], variant.get("strategy"))
     for strategy in strategies:
@@ -111,11 +112,12 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
         model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
     steps, adapter = budget.tune_steps if tune else budget.steps, variant.get("adapter", {})
+    count = sum(not task.held_out for task in tasks)
     clock = _Clock(strategies)
     with tempfile.TemporaryDirectory() as folder:
         args = ContinualTrainingArguments(
             folder,
-            max_steps=steps * (len(tasks) if method.mode == "joint" else 1),
+            max_steps=steps * (count if method.mode == "joint" else 1),
             per_device_train_batch_size=budget.batch,
             per_device_eval_batch_size=64,
             learning_rate=spec["rate"],
@@ -136,7 +138,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
         result = run.train()
     rows = result["matrix"][1:]
-    seen = range(len(tasks) - len(rows) + 1, len(tasks) + 1)  # joint training has one row, of all tasks
+    seen = range(count - len(rows) + 1, count + 1)  # joint training has one row, of all tasks
     return {
         "metrics": result,
         "learning_curve": [formulas.average_accuracy([row[:n]]) for n, row in zip(seen, rows, strict=True)],

@@ -75,7 +75,15 @@ def encoder_setting(
     """The classifier over the labels of all tasks, and the tasks as token ids.
 
     Eval rows are sorted by length, so that a batch holds little padding. max_length: longer texts are cut.
+
+    Raises:
+        ValueError: a task without labels (plain text, free answers).
     """
+    for task in texts:
+        if not getattr(task, "labels", None):
+            raise ValueError(
+                f"the encoder chooses among labels, and task {task.name!r} has none: take a causal language model"
+            )
     labels = sorted({label for task in texts for label in task.labels})
     max_length = min(max_length, encoder.config.max_position_embeddings)
     label_embeddings = embed_texts(encoder, tokenizer, labels, max_length)
@@ -95,7 +103,8 @@ def encoder_setting(
     def metric(task: TextTask):
         return functools.partial(accuracy, [labels.index(label) for label in task.labels])
 
-    tasks = [
-        Task(t.name, rows(t, t.train_dataset), rows(t, t.eval_dataset, True), metric(t), source=t.source) for t in texts
-    ]
-    return LabelEmbeddingClassifier(encoder, label_embeddings, logit_scale), tasks
+    def encoded(task: TextTask) -> Task:
+        train, evaluated = rows(task, task.train_dataset), rows(task, task.eval_dataset, True)
+        return Task(task.name, train, evaluated, metric(task), source=task.source, held_out=task.held_out)
+
+    return LabelEmbeddingClassifier(encoder, label_embeddings, logit_scale), list(map(encoded, texts))

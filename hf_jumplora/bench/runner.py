@@ -31,6 +31,7 @@ class Bench:
     setting: "encoder" (label-embedding classifier on a sentence encoder) or "causal" (a causal language model, answers
     scored by their likelihood).
     model: folder or Hub id; None: all-MiniLM-L6-v2, or a tiny Llama pre-trained on the stream's own training text.
+    held_out, general_text: what general ability is measured on, see [`load_tasks`]; general_text for "causal" only.
     jobs: cells at once, `threads` threads each (None: the cores divided by the jobs).
     prefix: words put before each cell's command, such as "nice -n 5".
     variants: methods with other options ([`read_variants`]), which may be run beside the methods.
@@ -46,6 +47,8 @@ class Bench:
     setting: str = "encoder"
     model: str | None = None
     prompt_style: str | None = None
+    held_out: list[str] | None = None
+    general_text: str | None = None
     jobs: int = 1
     threads: int | None = None
     prefix: str = ""
@@ -58,6 +61,8 @@ class Bench:
             raise ValueError(f"setting is 'encoder' or 'causal', got {self.setting!r}")
         if self.setting == "encoder" and self.prompt_style is not None:
             raise ValueError("the encoder reads texts without a prompt: prompt_style is for the setting 'causal'")
+        if self.setting == "encoder" and self.general_text is not None:
+            raise ValueError("the encoder is no language model: general_text is for the setting 'causal'")
         if self.jobs < 1:
             raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
         self.output_dir = Path(self.output_dir).absolute()
@@ -88,7 +93,12 @@ class Bench:
 
     def _prepare(self) -> None:
         """Check the folder's settings and the data; make the model if there is none."""
-        tasks = bench_tasks(self.stream, self.data_dir, self.prompt_style, self.limits, tune=False)
+        beside: dict[str, Any] = {"held_out": self.held_out, "general_text": self.general_text}
+        tasks = bench_tasks(self.stream, self.data_dir, self.prompt_style, self.limits, tune=False, **beside)
+        for task in tasks if self.setting == "encoder" else ():
+            if not getattr(task, "labels", None):
+                raise ValueError(f"task {task.name!r} has no labels: the setting 'encoder' needs them, take 'causal'")
+        held, tasks = [t for t in tasks if t.held_out], [t for t in tasks if not t.held_out]
         model = self.model
         if model is None and self.setting == "encoder":
             model = default_encoder()
@@ -102,9 +112,10 @@ class Bench:
             "data_dir": self.data_dir and str(Path(self.data_dir).absolute()),
             "prompt_style": self.prompt_style,
             "budget": dataclasses.asdict(self.limits),
+            **beside,
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
         }
-        own = ("data_dir", "stream", "threads", "model")  # may differ from machine to machine
+        own = ("data_dir", "stream", "threads", "model", "general_text")  # may differ from machine to machine
         same: dict[str, Any] = {key: value for key, value in self.spec.items() if key not in own}
         same |= {"stream": Path(self.stream).stem, "model": Path(model).name}
         same["tasks"] = [
@@ -114,10 +125,14 @@ class Bench:
                 "test_examples": len(t.eval_dataset),
                 "fingerprint": t.fingerprint(),
                 "names_in_prompt": t.names_in_prompt() if self.setting == "causal" else [],
+                **({} if t.metric == "accuracy" else {"metric": t.metric}),
             }
             for t in tasks
         ]
         same["variants"] = self.variants
+        same["held_out"] = [
+            {"name": t.name, "test_examples": len(t.eval_dataset), "fingerprint": t.fingerprint()} for t in held
+        ] or None
         same, path = json.loads(json.dumps(same)), self.output_dir / SETTINGS
         if path.is_file():
             before = json.loads(path.read_text())

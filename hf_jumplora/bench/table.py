@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import FORMULAS
+from ..report.report import general_name, in_nats
 from ..stack.manifest import write_atomic, write_json
 
 
@@ -109,8 +110,9 @@ def write_table(folder: Path) -> str:
         f"Setting {settings['setting']}, model {settings['model']}, prompt style: {style}; "
         f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {budget['max_length']} tokens. "
         "Mean ± standard deviation over seeds.",
-        _markdown([["task", "training examples", "test examples"]]
-                  + [[t["name"], str(t["train_examples"]), str(t["test_examples"])] for t in tasks]),
+        _markdown([["task", "training examples", "test examples", "measured"]]
+                  + [[t["name"], str(t["train_examples"]), str(t["test_examples"]), t.get("metric", "accuracy")]
+                     for t in tasks]),
     ]  # fmt: skip
     named = {t["name"]: t["names_in_prompt"] for t in tasks if t["names_in_prompt"]}
     if named:
@@ -128,6 +130,16 @@ def write_table(folder: Path) -> str:
         "tensors the method holds when the last task starts, beside the adapters; grows: more than when the second "
         "task started"
     )
+    general = _general_rows(cells)
+    parts.append("## General ability")
+    if len(general) > 1:
+        parts.append(
+            "Before training → after the last task, mean ± standard deviation over seeds: accuracies in % on what no "
+            "method was trained on, cross-entropy of plain text in nats a token."
+        )
+        parts.append(_markdown(general))
+    else:
+        parts.append("Not measured: give `--held_out` tasks or, in the setting causal, `--general_text`.")
     if cells:
         write_json(folder / "results.json", {m: [c.get("metrics") for c in runs] for m, runs in cells.items()})
     if any(not run["error"] for runs in cells.values() for run in runs):
@@ -141,6 +153,20 @@ def write_table(folder: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     write_atomic(folder / "table.md", text)
     return text
+
+
+def _general_rows(cells: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """A row a method, a column for each thing that was measured before and after; the head alone without any."""
+    good = {m: [run["metrics"].get("general") for run in runs if not run["error"]] for m, runs in cells.items()}
+    measured = {method: runs for method, runs in good.items() if runs and all(rows and rows[0] for rows in runs)}
+    keys = list(dict.fromkeys(key for runs in measured.values() for key in runs[0][0]))
+
+    def change(runs: list[list[dict[str, float]]], key: str) -> str:
+        scale, digits = (1.0, 4) if in_nats(key) else (100.0, 1)
+        return " → ".join(spread([rows[end].get(key) for rows in runs], scale, digits) for end in (0, -1))
+
+    head = ["method", *map(general_name, keys)]
+    return [head, *([method, *(change(runs, key) for key in keys)] for method, runs in measured.items())]
 
 
 def mean_matrix(matrices: list[list[list[float | None]]]) -> list[list[float | None]]:

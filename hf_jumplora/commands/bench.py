@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, the default) or causal")
     parser.add_argument("--model_name_or_path", help="folder or Hub id; without it: all-MiniLM-L6-v2, or a tiny Llama")
     parser.add_argument("--prompt_style", help="jumplora or olora (data set named in the prompt); causal only")
+    parser.add_argument("--held_out", nargs="+", metavar="NAME", help="tasks to evaluate and never to train on")
+    parser.add_argument("--general_text", help="text of no task: a file, or a Hub data set; causal only")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
     parser.add_argument("--threads", type=int, help="threads a run (the cores divided by the jobs)")
     parser.add_argument("--prefix", default="", help="words before each run's command, such as 'nice -n 5'")
@@ -38,6 +40,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"seeds must be 1 or more, got {args.seeds}")
     bench = Bench(
         args.stream, args.output_dir, args.data_dir, args.budget, args.setting, args.model_name_or_path,
-        args.prompt_style, args.jobs, args.threads, args.prefix, variants,
+        args.prompt_style, args.held_out, args.general_text, args.jobs, args.threads, args.prefix, variants,
     )  # fmt: skip
     print(bench.run(methods, args.seeds, args.retry_failed))

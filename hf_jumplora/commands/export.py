@@ -77,12 +77,13 @@ def _prepare(args: argparse.Namespace) -> Callable[[], list[tuple[str, float, fl
     from ..stack.load import load_base, load_stack, open_stack
     from ..trainer.evaluation import evaluate_task
     from ..trainer.streams import load_tasks
-    from ..trainer.tasks import Encoder
+    from ..trainer.tasks import Encoder, TextTask
 
     # All training rows: where the stream lists no labels, they are those of these rows.
-    tasks = [task for task in load_tasks(args.stream, args.data_dir, max_eval=args.max_eval) if task.eval_dataset]
+    stream = load_tasks(args.stream, args.data_dir, max_eval=args.max_eval)
+    tasks = [task for task in stream if isinstance(task, TextTask) and task.eval_dataset]
     if not tasks:
-        raise ValueError(f"{args.stream}: no task has an eval set")
+        raise ValueError(f"{args.stream}: no task with answers has an eval set")
     folder, manifest, _ = open_stack(args.stack, args.tasks, args.revision)
     model: Any = load_stack(args.stack, args.base_model, args.tasks, args.revision, merge=True)
     named = {} if args.base_model else {"revision": manifest.base_model["revision"]}

@@ -6,7 +6,18 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..report.report import _NAMES, _markdown, _rows, pairs
+from ..report.report import (
+    _NAMES,
+    GENERAL,
+    NOT_MEASURED,
+    _markdown,
+    _measured,
+    _rows,
+    data_rows,
+    general_rows,
+    pairs,
+    warning,
+)
 from ..stack.manifest import Manifest, is_folder
 
 
@@ -36,8 +47,13 @@ def _base_name(manifest: Manifest) -> str:
     return _base_id(manifest) or PureWindowsPath(base).name or manifest.base_model["architecture"]
 
 
+def _metric(result: dict[str, Any], name: str) -> str:
+    """What is measured on a task."""
+    return next((info["metric"] for info in result.get("data", ()) if info["name"] == name), None) or "accuracy"
+
+
 def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-    """(info, accuracy in % after the last task) of each trained task that was evaluated."""
+    """(info, score in % after the last task) of each trained task that was evaluated."""
     columns = dict(zip(result["tasks"], result["matrix"][-1], strict=True))
     scores = [(info, columns.get(info["name"])) for info in result["trained"]]
     return [(info, round(100 * score, 2)) for info, score in scores if score is not None]
@@ -59,8 +75,8 @@ def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardDat
                 task_type="text-classification" if info.get("labels") else "other",
                 dataset_type=_dataset(info) or info["name"],
                 dataset_name=info["name"],
-                metric_type="accuracy",
-                metric_name="accuracy in % after the last task",
+                metric_type=_metric(result, info["name"]),
+                metric_name=f"{_metric(result, info['name'])} in % after the last task",
                 metric_value=score,
             )
             for info, score in _scores(result)
@@ -72,7 +88,9 @@ def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardDat
 def eval_results(result: dict[str, Any]) -> str | None:
     """`.eval_results/*.yaml`: the Hub's newer form of results, which knows data sets of the Hub only; None without."""
     entries = [
-        EvalResultEntry(dataset, info["name"], score, notes="accuracy in % after the last task of the stack")
+        EvalResultEntry(
+            dataset, info["name"], score, notes=f"{_metric(result, info['name'])} in % after the last task of the stack"
+        )
         for info, score in _scores(result)
         if (dataset := _dataset(info))
     ]
@@ -112,7 +130,13 @@ def stack_card(
         trained=[{**info, "dataset": _dataset(info)} for info in trained],
         seconds=f"{sum(info['seconds'] for info in trained):.0f}",
         settings=_markdown([["option", "value"], *hyper]) if hyper else "",
+        measured=_measured(result),
         matrix=_markdown(_rows(result)),
+        general=_markdown(general_rows(result)) if len(general_rows(result)) > 1 else "",
+        about_general=GENERAL,
+        not_measured=NOT_MEASURED,
+        data=_markdown(data_rows(result)) if len(data_rows(result)) > 1 else "",
+        warning=warning(result),
         metrics=[
             (name, f"{100 * result[key]:.2f}", result["formulas"][key]) for key, name in _NAMES.items() if key in result
         ],

@@ -177,7 +177,8 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
     trained = whole["trained"][: index + 1]
     continual = all(info["name"] in whole["tasks"] for info in trained)  # joint training has one stage of another name
     result = derive(whole["matrix"][: index + 2], whole["tasks"], continual)
-    result |= {"method": whole["method"], "trained": trained}
+    result |= {"method": whole["method"], "trained": trained, "general": whole.get("general", [])[: index + 2]}
+    result |= {key: whole[key] for key in ("data", "held_out") if key in whole}
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         for picture in pictures if newest else ():

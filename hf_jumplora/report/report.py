@@ -1,6 +1,7 @@
 """From the content of metrics.json to text and pictures."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,87 @@ def _align(rows: list[list[str]]) -> str:
 
 
 def table(result: dict[str, Any], method: str) -> str:
-    """The accuracy matrix in percent (rows: after which task, columns: on which) and the derived metrics."""
-    lines = [f"\n{method}: accuracy in % after each task", _align(_rows(result)), ""]
+    """The accuracy matrix in percent (rows: after which task, columns: on which), the derived metrics and, where it was
+    measured, general ability."""
+    lines = [f"\n{method}: {_measured(result)} after each task", _align(_rows(result)), ""]
     for key, name in _NAMES.items():
         if key in result:
             lines.append(f"{name:<24} {100 * result[key]:6.1f}   {result['formulas'][key]}")
+    if len(general := general_rows(result)) > 1:
+        lines += ["", "general ability", _align(general)]
     return "\n".join(lines)
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """What stands in the matrix: "accuracy in %", or each task's own measure."""
+    measures = {info["name"]: info["metric"] for info in result.get("data", ()) if not info["held_out"]}
+    if set(measures.values()) <= {"accuracy", None}:
+        return "accuracy in %"
+    return f"score in % ({', '.join(f'{name}: {metric}' for name, metric in measures.items())})"
+
+
+def general_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Scores on what nobody trained on and cross-entropy of plain text, before training, after each task, and the
+    change; the head alone where nothing was measured."""
+    rows, names = result.get("general", []), [info["name"] for info in result["trained"]]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shown = [["trained on", *(general_name(key) for key in keys)]]
+    for number, row in enumerate(rows if keys else ()):
+        label = f"{number}. {names[number - 1]}" if number else "nothing yet"
+        shown.append([label, *(_general(key, row.get(key)) for key in keys)])
+    if len(shown) > 2:
+        first, last = rows[0], rows[-1]
+        both = {key: last[key] - first[key] for key in keys if key in first and key in last}
+        shown.append(["change", *(_general(key, both.get(key), "+") for key in keys)])
+    return shown
+
+
+def general_name(key: str) -> str:
+    """The head of a column of general ability, "wikitext cross-entropy" of "wikitext cross_entropy"."""
+    task, measure = key.split(" ")
+    return f"{task} cross-entropy" if in_nats(key) else f"{task} {measure.replace('_', ' ')} %"
+
+
+def in_nats(key: str) -> bool:
+    """Whether a column of general ability is a cross-entropy (in nats a token), else a score in [0, 1]."""
+    return key.endswith(" cross_entropy")
+
+
+def _general(key: str, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.4f}" if in_nats(key) else f"{100 * value:{sign}.1f}"
+
+
+def data_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Of each task: where its rows are from, how many there are, what is measured, which prompt it has."""
+    rows = [["task", "data", "training rows", "evaluated rows", "measured", "prompt style", "trained on"]]
+    for info in result.get("data", ()):
+        sizes = ["-" if n is None else str(n) for n in (info["train_examples"], info["eval_examples"])]
+        cells = [info["name"], info["source"] or "-", *sizes, info["metric"] or "-", info["prompt_style"]]
+        rows.append([*cells, "no, held out" if info["held_out"] else "yes"])
+    return rows
+
+
+def warning(result: dict[str, Any]) -> str | None:
+    """What a report says when the prompts name their data set, else None."""
+    names = sorted({name for info in result.get("data", ()) for name in info["names_in_prompt"]})
+    if not names:
+        return None
+    return (
+        f"**Warning: the prompt names the data set** ({', '.join(names)}): the model is told which task it is. Such "
+        "numbers cannot be compared with those of prompts that do not."
+    )
+
+
+GENERAL = (
+    "Accuracies in %, cross-entropy in nats a token, on what nobody trained on and on plain text. The row `change` is "
+    "the last one less the first."
+)
+NOT_MEASURED = (
+    "not measured: give `general_text` (text of no task: its cross-entropy), or tasks with `held_out=True` "
+    "(their accuracy)"
+)
 
 
 def comparison(results: dict[str, dict[str, Any]]) -> str:
@@ -68,7 +144,7 @@ def _markdown(rows: list[list[str]]) -> str:
 def pairs(result: dict[str, Any]) -> list[list[str]]:
     """Rows (task, earlier task, collision rate, overlap) of every pair of finished tasks with a gate."""
     names = [info["name"] for info in result["trained"]]
-    rows = [["task", "earlier task", "collision |Si & Sj| / entries", "overlap |Si & Sj| / min(|Si|, |Sj|)"]]
+    rows = [["task", "earlier task", "collision Si & Sj / entries", "overlap Si & Sj / smaller of Si, Sj"]]
     for info in result["trained"]:
         for other, collision, overlap in zip(names, info.get("collision", ()), info.get("overlap", ()), strict=False):
             rows.append([info["name"], other, f"{collision:.4%}", f"{overlap:.2%}"])
@@ -77,15 +153,21 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
 
 def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None) -> None:
     """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES beside it."""
+    measured = _measured(result)
     parts = [
         f"# {result['method']}",
-        "Accuracy in %. Row: after training on that task. Column: evaluated on.",
+        f"{measured[0].upper()}{measured[1:]}. Row: after training on that task. Column: evaluated on.",
         _markdown(_rows(result)),
     ]
     metrics = [["metric", "value", "definition"]]
     metrics += [[n, f"{100 * result[k]:.2f}", f"`{result['formulas'][k]}`"] for k, n in _NAMES.items() if k in result]
     if len(metrics) > 1:
         parts.append(_markdown(metrics))
+    general = general_rows(result)
+    parts += [
+        "## General ability",
+        *([GENERAL, _markdown(general)] if len(general) > 1 else [f"General ability was {NOT_MEASURED}."]),
+    ]
     if len(pairs(result)) > 1:
         parts += ["## Supports", _markdown(pairs(result))]
     if result["trained"]:
@@ -100,6 +182,10 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
             ]
             cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])
         parts += ["## Training", _markdown(cost)]
+    if len(data := data_rows(result)) > 1:
+        parts += ["## Data", _markdown(data)]
+        prompts = dict.fromkeys(info["prompt"] for info in result["data"] if info["prompt"])
+        parts += [f"Prompt: `{json.dumps(prompt, ensure_ascii=False)}`" for prompt in prompts]
     if draw is not False and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
         draw_matrix(result, folder / "matrix.png")
         if len(pairs(result)) > 1:
@@ -108,6 +194,8 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
         parts.insert(parts.index("## Supports") + 2, "![overlap of the supports](overlap.png)")
     if (folder / "matrix.png").is_file():
         parts.insert(3, "![accuracy matrix](matrix.png)")
+    if text := warning(result):
+        parts.insert(1, text)
     write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
@@ -115,7 +203,8 @@ def draw_matrix(result: dict[str, Any], path: Path) -> None:
     """The accuracy matrix as a heat map with numbers."""
     rows = [[float("nan") if v is None else 100 * v for v in row] for row in result["matrix"]]
     labels = ["zero-shot", *(info["name"] for info in result["trained"])]
-    _heat_map(path, rows, labels, result["tasks"], result["method"], "accuracy in % on", "after training on")
+    measured = "accuracy" if _measured(result) == "accuracy in %" else "score"
+    _heat_map(path, rows, labels, result["tasks"], result["method"], f"{measured} in % on", "after training on")
 
 
 def draw_overlap(result: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Drift: keep the layers' outputs on the earlier tasks' texts as they are."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,10 +18,14 @@ class Drift(Strategy):
     of each earlier task, averaged over these tasks. dW is the scaled update as it acts now (with a gate: the
     interpolated one, whose threshold gets no gradient). No published method: kfac without its output factor. State: C
     of each layer, whatever the number of tasks.
+
+    general: texts (causal models), or rows as the trainer takes them, of no task: the zeroth task, which keeps what the
+    base model does there. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
     weight: float = 1.0
     examples: int = 512
+    general: Any = field(default=None, repr=False)
     tasks: int = field(default=0, init=False, repr=False)
     C: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -37,6 +42,8 @@ class Drift(Strategy):
             )
 
     def on_task_start(self, model, adapter, examples):
+        if self.general is not None and not self.tasks:
+            self._remember(model, adapter, examples(self.examples, self.general))
         for name, layer in named_layers(model, adapter):
             if name in self.C:
                 self.C[name] = self.C[name].to(layer.jumplora_A[adapter].device)
@@ -48,7 +55,10 @@ class Drift(Strategy):
         return self.weight * sum(layer_penalty(layer, adapter, [(None, self.C[name])]) for name, layer in layers)
 
     def on_task_end(self, model, adapter, examples):
-        for name, C in input_moments(model, adapter, examples(self.examples)).items():
+        self._remember(model, adapter, examples(self.examples))
+
+    def _remember(self, model, adapter, examples) -> None:
+        for name, C in input_moments(model, adapter, examples).items():
             self.C[name] = torch.lerp(self.C[name], C, 1 / (self.tasks + 1)) if self.tasks else C
         self.tasks += 1
 

@@ -24,7 +24,7 @@ class KFac(Strategy):
     sum of G and the mean of C (the same where the tasks' C are alike; does not grow). A number k keeps the k largest
     eigenvectors of that sum and mean: k * (in + out) floats a layer.
     general: texts (causal models), or rows as the trainer takes them, of no task: the zeroth task, which keeps what the
-    base model knows. They count as data: give the same ones when a run is restarted.
+    base model knows. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
     weight: float = 10.0

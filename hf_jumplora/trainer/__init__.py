@@ -5,7 +5,7 @@ from .evaluation import evaluate_task
 from .mixin import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, GateCallback, make_continual
 from .run import ContinualRun
 from .streams import load_tasks
-from .tasks import Task, TextTask
+from .tasks import LanguageModelTask, Task, TextTask
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ContinualTrainer",
     "ContinualTrainingArguments",
     "GateCallback",
+    "LanguageModelTask",
     "Task",
     "TextTask",
     "evaluate_task",

@@ -1,4 +1,4 @@
-"""Accuracy of a text task: the greedy answer, or the label of highest likelihood."""
+"""Scores of a text task (the greedy answer, or the label of highest likelihood) and of plain text."""
 
 import inspect
 from contextlib import contextmanager
@@ -10,41 +10,80 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
+from ..metrics.text import TEXT_METRICS, exact_match
 from ..stack.load import merge_finished
-from .tasks import Encoder, TextTask, fold, pad_rows
+from .tasks import Encoder, LanguageModelTask, TextTask, pad_rows
 
 
 @torch.no_grad()
 def evaluate_task(
     model: nn.Module, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32
 ) -> float:
-    """Accuracy in [0, 1] on the task's eval rows.
+    """Score in [0, 1] on the task's eval rows: accuracy, or the mean of the task's metric where answers are free.
 
     mode: "generate" (greedy, exact match after lower-casing and white-space folding: the papers' metric) or "score"
-    (the label with the largest log-likelihood given the prompt, end of sequence included). With several processes each
-    takes a share of the rows; every row counts once.
+    (the label with the largest log-likelihood given the prompt, end of sequence included). Free answers are generated
+    in both. With several processes each takes a share of the rows; every row counts once.
     """
+    compare = TEXT_METRICS.get(task.metric, exact_match)
+    if not task.labels:
+        mode = "generate"
     if mode == "score":  # the cache of a prompt is repeated for each label: so many sequences at once, not prompts
         batch_size = max(1, batch_size // len(task.labels))
     predict = {"generate": generate_answers, "score": score_labels}[mode]
     was_training = model.training
     model.eval()
     rows = task.eval_dataset
-    state = PartialState()
-    share = -(-len(rows) // state.num_processes)
-    # Equal shares, because under ZeRO-3 all processes must run the model equally often; surplus rows are dropped below.
-    mine = [min(i, len(rows) - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
+    mine = _share(len(rows))
     mine.sort(key=lambda i: len(rows[i][task.text_column]))  # texts of similar length share a batch: less padding
-    hits: list[tuple[int, bool]] = []
+    scores: list[tuple[int, float]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         prompts = [encoder.prompt_ids(task, rows[i][task.text_column]) for i in batch]
         answers = predict(model, encoder, task, prompts)
-        hits += [
-            (i, fold(answer) == fold(rows[i][task.label_column])) for i, answer in zip(batch, answers, strict=True)
-        ]
+        for i, answer in zip(batch, answers, strict=True):
+            scores.append((i, compare(answer, rows[i][task.label_column], rows[i][task.text_column])))
     model.train(was_training)
-    return sum(dict(gather_object(hits)).values()) / len(rows)
+    return sum(dict(gather_object(scores)).values()) / len(rows)
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: nn.Module, encoder: Encoder, task: LanguageModelTask, batch_size: int = 32
+) -> tuple[float, float]:
+    """(token accuracy in [0, 1], cross-entropy in nats a token) over the tokens of the task's eval texts, each given
+    those before it in its piece of `max_length` tokens; every token counts the same.
+
+    Raises:
+        ValueError: no text has two tokens.
+    """
+    pieces = sorted(encoder.pieces(row[task.text_column] for row in task.eval_dataset), key=len)
+    if not pieces:
+        raise ValueError(f"task {task.name!r}: no eval text has two tokens")
+    was_training = model.training
+    model.eval()
+    batch_size = max(1, batch_size // 4)  # the logits of every token are needed, not the last one's alone
+    mine, pad = _share(len(pieces)), _pad_token(encoder.tokenizer)
+    found: list[tuple[int, tuple[int, float]]] = []
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        ids = pad_rows([pieces[i] for i in batch], pad).to(model.device)
+        mask = pad_rows([[1] * len(pieces[i]) for i in batch], 0).to(ids.device)
+        logits, targets, kept = model(input_ids=ids, attention_mask=mask).logits[:, :-1], ids[:, 1:], mask[:, 1:].bool()
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        hits = ((logits.argmax(-1) == targets) & kept).sum(1).tolist()
+        found += zip(batch, zip(hits, (losses * kept).sum(1).tolist(), strict=True), strict=True)
+    model.train(was_training)
+    sums, tokens = dict(gather_object(found)).values(), sum(len(piece) - 1 for piece in pieces)
+    return sum(hits for hits, _ in sums) / tokens, sum(loss for _, loss in sums) / tokens
+
+
+def _share(rows: int) -> list[int]:
+    """The rows of this process. Equal shares, because under ZeRO-3 all processes must run the model equally often:
+    the last row may be there several times, and its results must count once."""
+    state = PartialState()
+    share = -(-rows // state.num_processes)
+    return [min(i, rows - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
 
 
 @contextmanager
@@ -74,9 +113,9 @@ def _left_padded(encoder: Encoder, prompts: list[list[int]], device) -> tuple[to
 
 
 def generate_answers(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers to a batch of prompts (token ids), as long as the longest label at most."""
+    """Greedy answers to a batch of prompts (token ids), as long as the task's longest answer at most."""
     ids, mask = _left_padded(encoder, prompts, model.device)
-    longest = max(len(encoder.answer_ids(label)) for label in task.labels)
+    longest = encoder.longest_answer(task)
     out = model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, num_beams=1,
         pad_token_id=_pad_token(encoder.tokenizer),

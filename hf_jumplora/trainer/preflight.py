@@ -13,9 +13,9 @@ from transformers.trainer_utils import HubStrategy
 
 from ..hub import Pusher, explain, open_repository
 from ..strategies import Osf, Replay
-from ..tuner import ramp_steps
+from ..tuner import can_continue, ramp_steps
 from .processes import sharding
-from .tasks import TextTask
+from .tasks import LanguageModelTask, TextTask
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check_run(run: "ContinualRun") -> None:
     """Everything that can be checked before the first step. Raises ValueError that names the option, task or file."""
     if not run.tasks:
         raise ValueError("a run needs at least one task")
-    names = [task.name for task in run.tasks]
+    names = [task.name for task in (*run.tasks, *run.held_out)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"two tasks are called {sorted(twice)[0]!r}; give each its own name")
@@ -67,6 +67,11 @@ def check_run(run: "ContinualRun") -> None:
         raise ValueError("text tasks need processing_class (the tokenizer)")
     if run._text_tasks() and run.processing_class.eos_token_id is None:
         raise ValueError("text tasks need a tokenizer with an end-of-sequence token (eos_token): it ends the answers")
+    if any(isinstance(task, LanguageModelTask) for task in run._text_tasks()) and not can_continue(run.model):
+        raise ValueError(
+            f"plain text is for causal language models, and {type(run.model).__name__} is none: leave "
+            f"{next(t.name for t in run._text_tasks() if isinstance(t, LanguageModelTask))!r} out"
+        )
     # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
     get_peft_model(run.model, copy.deepcopy(run.config)).unload()
     if run.config.gate:
@@ -124,6 +129,9 @@ def run_settings(run: "ContinualRun") -> dict[str, Any]:
     quantization = getattr(getattr(run.model, "config", None), "quantization_config", None)
     if quantization is not None:
         settings["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    texts = [task.fingerprint() for task in run.held_out if isinstance(task, LanguageModelTask)]
+    if texts and any(getattr(strategy, "general", None) is not None for strategy in run.strategies):
+        settings["general"] = texts
     for number, task in enumerate(run.tasks):
         settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
     return settings
@@ -169,9 +177,15 @@ def start_push(run: "ContinualRun") -> Pusher | None:
 
 def encode_tasks(run: "ContinualRun") -> list[Any]:
     """The training set of every stage; all texts are encoded before the first step, so that bad ones show now."""
-    sets = [run.encoder.train_rows(t) if isinstance(t, TextTask) else t.train_dataset for t in run.tasks]
-    for task in run.tasks:
+    encoded = (TextTask, LanguageModelTask)
+    sets = [run.encoder.train_rows(t) if isinstance(t, encoded) else t.train_dataset for t in run.tasks]
+    for task in (*run.tasks, *run.held_out):
         if isinstance(task, TextTask):
+            if names := task.names_in_prompt():
+                logger.warning(
+                    "task %s: every prompt names the data set (%s), which tells the model the task: such numbers "
+                    "cannot be compared with those of prompts that do not", task.name, ", ".join(names)
+                )  # fmt: skip
             for row in task.eval_dataset or ():
                 run.encoder.prompt_ids(task, row[task.text_column])
             if cut := run.encoder.truncated[task.name]:

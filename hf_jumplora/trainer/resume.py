@@ -18,9 +18,10 @@ from ..stack.load import load_base, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
+from .beside import measure, score
 from .evaluation import own_adapter
 from .state import METRICS, RUN, task_settings
-from .tasks import Task, TextTask
+from .tasks import LanguageModelTask, Task, TextTask
 
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def continued(
     everything: list[Any] = [given.get(name, PastTask(name, known[n].split()[-1])) for n, name in enumerate(names)]
     everything += [task for task in tasks if task.name not in names]
     if PartialState().is_main_process:
-        _forget_other_plans(folder, settings, everything, len(names))
+        planned = [task for task in everything if not getattr(task, "held_out", False)]
+        _forget_other_plans(folder, settings, planned, len(names))
 
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
     settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}
@@ -106,7 +108,7 @@ def continued(
         if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
             how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
         base_model = load_base(manifest, base_model, str(path), **how)
-    if processing_class is None and any(isinstance(task, TextTask) for task in tasks):
+    if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
     return base_model, everything, manifest.method, args, processing_class, adapter
@@ -127,9 +129,11 @@ def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any]
     write_json(folder / RUN, {key: value for key, value in settings.items() if key not in dropped})
 
 
-def complete_row(run: "ContinualRun", row: list[float | None]) -> None:
-    """Score the model as it is on tasks that were added since `row` was made, and on those given again."""
+def complete_row(run: "ContinualRun", row: list[float | None], general: dict[str, float]) -> None:
+    """Score the model as it is on tasks that were added since `row` (and `general`, of the held-out ones) was made, and
+    on those given again."""
     for index, task in enumerate(run.tasks):
         if row[index] is None and task.eval_dataset is not None and run._evaluates_all():
             with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
-                row[index] = run._score(task)
+                row[index] = score(run, task)
+    measure(run, general)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -41,14 +41,15 @@ from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
-from .evaluation import evaluate_task, own_adapter
+from .beside import describe_data, general_texts, lacks, measure, read_general, score
+from .evaluation import own_adapter
 from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
 from .resume import complete_row, continued
 from .state import METRICS, RUN, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
-from .tasks import Encoder, Task, TextTask, collate
+from .tasks import Encoder, LanguageModelTask, Task, TextTask, collate
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class ContinualRun:
 
     Args:
         model: the base model. It is changed in place (adapters are added, finished updates are merged into it).
-        tasks: [`Task`] or [`TextTask`], in order.
+        tasks: [`Task`], [`TextTask`] or [`LanguageModelTask`], in order. Those with `held_out=True` are no part of the
+            sequence: they are evaluated before the first task and after each one (general ability in the report).
         method: a name of [`methods.METHODS`].
         args: [`ContinualTrainingArguments`]; they hold for each task. Of a task's steps, `save_steps` make checkpoints.
         processing_class: the tokenizer (needed for text tasks).
@@ -92,7 +94,9 @@ class ContinualRun:
     ):
         self.method, self.method_name = get_method(method), method
         self.model: Any = model  # a PeftModel from the first task on
-        self.tasks, self.processing_class = list(tasks), processing_class
+        self.held_out: list[Any] = [task for task in tasks if getattr(task, "held_out", False)]
+        self.tasks = [task for task in tasks if not getattr(task, "held_out", False)]
+        self.processing_class = processing_class
         self.args = args or ContinualTrainingArguments()
         self.trainer_cls, self.callbacks = trainer_cls, list(callbacks or ())
         self.config = dataclasses.replace(adapter_config or JumpLoraConfig(), **self.method.adapter)
@@ -106,8 +110,13 @@ class ContinualRun:
         self.data_collator = data_collator
         if data_collator is None and self._text_tasks():
             self.data_collator = collate(processing_class, self.seq2seq)
+        for strategy in self.strategies:
+            if getattr(strategy, "general", None) is True:
+                strategy.general = general_texts(self)  # type: ignore[attr-defined]
         self.manifest: Manifest | None = None
         self.matrix: list[list[float | None]] = []
+        self.general: list[dict[str, float]] = []  # for each row of the matrix, see `measure`
+        self.cross_entropy: dict[str, float] = {}  # nats a token of the plain texts just evaluated, by task
         self.info: list[dict[str, Any]] = []
         self.truncated: Counter[str] = Counter()
         self.pusher: Pusher | None = None
@@ -155,8 +164,8 @@ class ContinualRun:
             strategies=strategies, data_collator=data_collator, callbacks=callbacks,
         )  # fmt: skip
 
-    def _text_tasks(self) -> list[TextTask]:
-        return [task for task in self.tasks if isinstance(task, TextTask)]
+    def _text_tasks(self) -> list[Any]:
+        return [task for task in (*self.tasks, *self.held_out) if isinstance(task, (TextTask, LanguageModelTask))]
 
     # ---- the sequence ---------------------------------------------------------------------------------------------
 
@@ -193,17 +202,19 @@ class ContinualRun:
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = encode_tasks(self)
         zero_shot = read_matrix(self.output_dir, len(self.tasks))[:1]
-        if not zero_shot or None in zero_shot[0]:
+        self.general = read_general(self.output_dir, self)
+        if not zero_shot or None in zero_shot[0] or lacks(self, self.general[0]):
             place_model(self)
         for row in zero_shot:
-            complete_row(self, row)
+            complete_row(self, row, self.general[0])
         done = self._restore()
         PartialState().wait_for_everyone()  # all have read what the main process is about to change
         if done:
             self.matrix[0] = zero_shot[0]
-            complete_row(self, self.matrix[done])
+            complete_row(self, self.matrix[done], self.general[done])
         if not self.matrix:
-            self.matrix = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]]
+            self.matrix, self.general = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]], [{}]
+            measure(self, self.general[0])
             self._write_metrics()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
         for index, (name, _) in enumerate(progress, start=done):
@@ -283,6 +294,8 @@ class ContinualRun:
         if self.method.mode != "separate":
             merge_finished(self.model, [folder])
         self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]
+        self.general = [*self.general[: index + 1], {}]
+        measure(self, self.general[-1])
         task = self.tasks[index] if self.method.mode != "joint" else None
         self.info.append(
             {
@@ -333,33 +346,14 @@ class ContinualRun:
             raise RuntimeError(f"{self.output_dir} holds finished tasks: call train() first, it loads them")
         limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
         row: list[float | None] = []
+        self.cross_entropy.clear()
         for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):
             if index >= limit or task.eval_dataset is None:
                 row.append(None)
                 continue
             with own_adapter(self.model, index) if self.method.mode == "separate" else nullcontext():
-                row.append(self._score(task))
+                row.append(score(self, task))
         return row
-
-    def _score(self, task: Task) -> float:
-        """Of the model as it is."""
-        if isinstance(task, TextTask):
-            mode = getattr(self.args, "eval_mode", "generate")
-            return evaluate_task(self.model, self.encoder, task, mode, self.args.per_device_eval_batch_size)
-        if getattr(self.model, "is_quantized", False) and not isinstance(self.model, PeftModel):
-            # The Trainer refuses a quantised model without an adapter, even to evaluate it.
-            self.model = get_peft_model(self.model, copy.deepcopy(self.config))
-            try:
-                with self.model.disable_adapter():
-                    return self._score(task)
-            finally:
-                self.model = self.model.unload()
-        folder = self.output_dir / "checkpoints"
-        options = {"eval_dataset": task.eval_dataset, "compute_metrics": task.compute_metrics}
-        scores = self._trainer(folder, 0, **options).evaluate()
-        if f"eval_{task.metric}" not in scores:
-            raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
-        return float(scores[f"eval_{task.metric}"])
 
     def _commit(self, name: str, folder: str) -> None:
         """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""
@@ -377,7 +371,8 @@ class ContinualRun:
         continual = self.method.mode != "joint"
         result = derive(self.matrix, [task.name for task in self.tasks], continual)
         result["method"] = self.method_name
-        result["trained"] = self.info
+        result |= {"trained": self.info, "data": describe_data(self), "general": self.general}
+        result["held_out"] = {task.name: task.fingerprint() for task in self.held_out}
         if PartialState().is_main_process:
             write_json(self.output_dir / METRICS, result)
             write_report(self.output_dir, result)

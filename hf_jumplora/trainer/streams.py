@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import yaml
 from datasets import load_dataset
 
-from .tasks import PROMPT_STYLES, TextTask
+from .tasks import PROMPT_STYLES, LanguageModelTask, TextTask
 
 
 _TASK_KEYS = {
     "name", "folder", "dataset", "config", "train_file", "eval_file", "train_split", "eval_split", "text", "label",
-    "labels", "skip_labels", "instruction", "max_train", "max_eval",
+    "labels", "skip_labels", "instruction", "max_train", "max_eval", "language_model", "metric", "max_answer",
 }  # fmt: skip
-_STREAM_KEYS = {"name", "prompt", "prompt_style", "catalogue", "tasks", "max_train", "max_eval"}
+_STREAM_KEYS = {"name", "prompt", "prompt_style", "catalogue", "tasks", "held_out", "max_train", "max_eval"}
+GENERAL_ROWS = 1024  # rows that `general_text` reads: one half is measured, the other is for a strategy's `general`
 
 
 def shipped_streams() -> Path:
@@ -44,17 +46,25 @@ def load_tasks(
     max_train: int | None = None,
     max_eval: int | None = None,
     prompt_style: str | None = None,
-) -> list[TextTask]:
+    held_out: list[str] | None = None,
+    general_text: str | None = None,
+) -> list[Any]:
     """Read a stream of text tasks from a YAML file (docs/streams.md describes every key), or a shipped one by its name.
 
     `tasks` holds the tasks, or names from the file that `catalogue` points to. Each task's rows come from `folder`
     (below `data_dir`, or below the file's own folder: `{train,test,labels}.json`), from `train_file` and `eval_file`
-    (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a `data_dir`, tasks of a folder are
-    read from there and the Hub is not asked.
+    (JSON, JSON lines, CSV, Parquet), or from the Hub data set `dataset`. With a `data_dir`, tasks of a folder or of
+    files are read from there and the Hub is not asked.
 
     Args:
         max_train, max_eval: at most so many rows a task (the first ones); overrides the file.
         prompt_style: a name of `PROMPT_STYLES`; overrides the file. "olora" names the data set in every prompt.
+        held_out: names of tasks of this file or its catalogue that are evaluated and never trained on; they stand
+            behind the others. Overrides the file's list.
+        general_text: text of no task to measure general ability on, see [`general_text`].
+
+    Returns:
+        list of [`TextTask`] and [`LanguageModelTask`].
 
     Raises:
         ValueError: a malformed file (line and key are named), a missing column, an unknown label.
@@ -62,28 +72,67 @@ def load_tasks(
     """
     path, given = stream_path(stream), {"max_train": max_train, "max_eval": max_eval}
     _check_keys({key: value for key, value in given.items() if value is not None}, set(given), set(), "load_tasks")
-    data, entries = _read_stream(path)
-    described = path
+    data, entries, kept_out = _read_stream(path)
+    described, listed = path, entries
     if "catalogue" in data:
-        described, wanted = path.parent / data["catalogue"], entries
-        _, listed = _read_stream(described)
-        for where, entry in listed:
-            _check_keys(entry, _TASK_KEYS, {"name"}, where)
-        catalogue = {entry["name"]: (where, entry) for where, entry in listed}
-        for where, name in wanted:
-            if not isinstance(name, str) or name not in catalogue:
-                raise ValueError(f"{where}: {described} has no task {name!r}, only {', '.join(catalogue)}")
-        entries = [catalogue[name] for _, name in wanted]
-    tasks = []
-    for where, entry in entries:
+        described = path.parent / data["catalogue"]
+        _, listed, _ = _read_stream(described)
+    for where, entry in listed:
         _check_keys(entry, _TASK_KEYS, {"name"}, where)
+    catalogue = {entry["name"]: (where, entry) for where, entry in listed}
+
+    def find(where: str, name: Any) -> tuple[str, dict]:
+        if not isinstance(name, str) or name not in catalogue:
+            raise ValueError(f"{where}: {described} has no task {name!r}, only {', '.join(catalogue)}")
+        return catalogue[name]
+
+    if "catalogue" in data:
+        entries = [find(where, name) for where, name in entries]
+    if held_out is not None:
+        kept_out = [("held_out", name) for name in held_out]
+    behind = [(where, entry) if isinstance(entry, dict) else find(where, entry) for where, entry in kept_out]
+    for where, entry in behind:
+        _check_keys(entry, _TASK_KEYS, {"name"}, where)
+    names = {entry["name"] for _, entry in behind}
+    tasks: list[Any] = []
+    for where, entry in [pair for pair in entries if pair[1]["name"] not in names] + behind:
         limits = {key: given[key] or entry.get(key) or data.get(key) for key in given}
         if prompt_style is None and "prompt" in data:
             prompt = data["prompt"]
         else:
             prompt = _styled(prompt_style or data.get("prompt_style", "jumplora"), entry, where)
-        tasks.append(_read_task(entry, prompt, described, data_dir, limits, where))
-    return tasks
+        tasks.append(_read_task(entry, prompt, described, data_dir, limits, where, entry["name"] in names))
+    return tasks if general_text is None else [*tasks, _general_task(general_text)]
+
+
+def _general_task(source: str) -> LanguageModelTask:
+    """Text of no task, for the cross-entropy before and after training: a held-out task called "general_text".
+
+    source: a file (`.txt`, a text a line; or JSON, JSON lines, CSV, Parquet with a column "text"), or the train split
+    of a Hub data set with such a column, `ID` or `ID:CONFIG`. Of its first 1024 texts, in the order of a fixed
+    shuffle, every second one is measured; the others are what a strategy with `general=True` keeps.
+
+    Raises:
+        FileNotFoundError: neither a file nor an id. ValueError: no column "text", or fewer than two texts.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"data file {path} does not exist")
+        rows: list[dict] = [{"text": line} for line in _read_text(path).split("\n")]
+    elif path.suffix.lower() in _READERS:
+        rows = read_rows(path)
+    else:
+        name, _, config = source.partition(":")
+        rows = _hub_rows(name, config or None, "train", 16 * GENERAL_ROWS, "", None)
+    texts = [_text_row(row, "text", None, f"general_text {source}, row {i}") for i, row in enumerate(rows)]
+    texts = [row for row in texts if row["text"].strip()]
+    random.Random(0).shuffle(texts)
+    if len(texts) < 2:
+        raise ValueError(f"general_text {source}: {len(texts)} texts; one is measured and one is kept, so 2 are needed")
+    where = str(path) if path.suffix else f"hf://datasets/{source.partition(':')[0]}"
+    measured, kept = texts[:GENERAL_ROWS:2], texts[1:GENERAL_ROWS:2]
+    return LanguageModelTask("general_text", kept, measured, source=where, held_out=True)
 
 
 def _styled(style: str, entry: dict, where: str) -> str:
@@ -91,16 +140,18 @@ def _styled(style: str, entry: dict, where: str) -> str:
     if style not in PROMPT_STYLES:
         raise ValueError(f"{where}: unknown prompt_style {style!r}; known: {', '.join(PROMPT_STYLES)}")
     prompt = PROMPT_STYLES[style]
+    if "metric" in entry:  # free answers: there are no options
+        prompt = prompt.replace("Options: {options}\n", "").replace("Option: {option_list} \n", "")
     if style == "olora":
         if not entry.get("instruction"):  # as published: such a task's text says everything
-            prompt = prompt.replace("{instruction}\nOption: {option_list} \n", "")
+            prompt = prompt.replace("{instruction}\nOption: {option_list} \n", "").replace("{instruction}\n", "")
         category, _, dataset = entry.get("folder", f"{entry['name']}/{entry['name']}").rpartition("/")
         prompt = prompt.replace("{category}", category or dataset).replace("{dataset}", dataset)
     return prompt
 
 
-def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """The content of a stream file, and (file and line, entry) of each of its tasks."""
+def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """The content of a stream file, and (file and line, entry) of each of its tasks and of those held out."""
     if not path.is_file():
         raise FileNotFoundError(f"stream file {path} does not exist")
     try:
@@ -109,8 +160,13 @@ def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
-    nodes = next(value.value for key, value in root.value if key.value == "tasks")
-    return data, [(f"{path}, line {n.start_mark.line + 1}", e) for n, e in zip(nodes, data["tasks"], strict=True)]
+    nodes = {key.value: value.value for key, value in root.value}
+
+    def entries(key: str) -> list[tuple[str, Any]]:
+        lines = [f"{path}, line {node.start_mark.line + 1}" for node in nodes.get(key, ())]
+        return list(zip(lines, data.get(key, ()), strict=True))
+
+    return data, entries("tasks"), entries("held_out")
 
 
 def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
@@ -119,9 +175,11 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
     for key, value in entry.items():
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
-        if key == "tasks":
+        if key in ("tasks", "held_out"):
             fits, wanted = isinstance(value, list) and bool(value), "a list of tasks"
-        elif key in ("max_train", "max_eval"):
+        elif key == "language_model":
+            fits, wanted = value is True, "true, or be left out"
+        elif key in ("max_train", "max_eval", "max_answer"):
             fits, wanted = type(value) is int and value > 0, "a number above 0"
         elif key in ("labels", "skip_labels"):
             fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -134,25 +192,34 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
         raise ValueError(f"{where}: key {key!r} is missing")
 
 
-def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str) -> TextTask:
-    text, label = entry.get("text", "sentence"), entry.get("label", "label")
-    labels = entry.get("labels")
-    if "folder" in entry and (data_dir is not None or "dataset" not in entry):
-        text, label = "sentence", "label"  # the layout's own columns; those of the entry are the Hub's
-        folder = Path(data_dir or stream.parent) / entry["folder"]
+def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str, held_out: bool):
+    text, label, labels = entry.get("text", "sentence"), entry.get("label", "label"), entry.get("labels")
+    plain = "language_model" in entry
+    if plain:
+        text, label = entry.get("text", "text"), None
+        if unused := {"label", "labels", "skip_labels", "instruction", "metric", "max_answer"} & set(entry):
+            raise ValueError(f"{where}: plain text (language_model) has no {sorted(unused)[0]!r}")
+    root = Path(data_dir or stream.parent)
+    local = data_dir is not None or "dataset" not in entry
+    if "folder" in entry and local:
+        text, label = ("text", None) if plain else ("sentence", "label")  # the layout's own; those given are the Hub's
+        folder = root / entry["folder"]
         splits = {"train": folder / "train.json", "eval": folder / "test.json"}
+        if held_out and not splits["train"].is_file():
+            del splits["train"]
         rows = {split: read_rows(file) for split, file in splits.items()}
         own, source = folder / "labels.json", str(entry["folder"])
-        if own.is_file():
+        if own.is_file() and not plain:
             labels = _read_json(own)
             _check_keys({"labels": labels}, {"labels"}, set(), str(own))
-    elif "train_file" in entry:
-        files = {"train": entry["train_file"], "eval": entry.get("eval_file")}
-        root = Path(data_dir or stream.parent)
+    elif ("train_file" in entry or "eval_file" in entry) and local:
+        files = {"train": entry.get("train_file"), "eval": entry.get("eval_file")}
         rows = {split: read_rows(root / file) if file else [] for split, file in files.items()}
-        source = str(entry["train_file"])
+        source = str(entry.get("train_file") or entry["eval_file"])
     elif "dataset" in entry:
         names = {"train": entry.get("train_split", "train"), "eval": entry.get("eval_split", "test")}
+        if held_out and labels is not None:
+            del names["train"]
         rows = {
             split: _hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
             for split, name in names.items()
@@ -162,31 +229,38 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
     for split in rows:
         part = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(rows[split])]
-        part = [row for row in part if row["label"] not in entry.get("skip_labels", ())]
+        if plain:
+            part = [row for row in part if row["text"].strip()]
+        else:
+            part = [row for row in part if row["label"] not in entry.get("skip_labels", ())]
         rows[split] = part[: limits[f"max_{split}"]]
-    if labels is None:
-        labels = sorted({row["label"] for row in rows["train"]})
+    train, found = rows.get("train"), rows["eval"] or None
     try:
+        if plain:
+            return LanguageModelTask(entry["name"], train, found, source=source, held_out=held_out)
+        if labels is None and "metric" not in entry:
+            labels = sorted({row["label"] for row in train or found or ()})
         return TextTask(
-            name=entry["name"], train_dataset=rows["train"], eval_dataset=rows["eval"] or None, labels=labels,
+            name=entry["name"], train_dataset=train, eval_dataset=found, labels=labels or [], held_out=held_out,
             instruction=entry.get("instruction", ""), prompt=prompt, source=source,
+            metric=entry.get("metric", "accuracy"), max_answer=entry.get("max_answer"),
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _text_row(row: dict, text: str, label: str, where: str) -> dict[str, str]:
+def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, str]:
     """`text` is a column, or a template over columns such as 'Title: {title}\\nText: {content}'."""
     columns = re.findall(r"\{(\w+)\}", text)
-    for column in [*(columns or [text]), label]:
+    for column in [*(columns or [text]), *([label] if label else [])]:
         if row.get(column) is None:
             problem = "is empty" if column in row else "does not exist"
             raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
     value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])
-    return {"sentence": value, "label": str(row[label])}
+    return {"sentence": value, "label": str(row[label])} if label else {"text": value}
 
 
-def _hub_rows(dataset: str, config, split: str, limit: int | None, label: str, labels: list[str] | None) -> list[dict]:
+def _hub_rows(dataset: str, config, split: str, limit: int | None, label: str | None, labels) -> list[dict]:
     """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names.
 
     Shuffled with a fixed seed before the first `limit` are taken: many data sets are sorted by class.
@@ -195,7 +269,7 @@ def _hub_rows(dataset: str, config, split: str, limit: int | None, label: str, l
     if limit is not None:
         part = part.select(range(min(limit, len(part))))
     names, rows = labels or getattr(part.features.get(label), "names", None), part.to_list()
-    if names is not None and rows and isinstance(rows[0].get(label), int):
+    if label and names is not None and rows and isinstance(rows[0].get(label), int):
         rows = [{**row, label: names[row[label]]} for row in rows if 0 <= row[label] < len(names)]
     return rows
 

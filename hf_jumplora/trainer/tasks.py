@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from ..metrics.text import TEXT_METRICS, fold
 
 
 # JumpLoRA's names no data set. O-LoRA's (N-LoRA uses it too) does, at training and at test.
@@ -28,6 +30,7 @@ class Task:
     name: unique in its stream; letters, digits, '-', '_', '.'.
     source: where the data is from, for the card; of an absolute path the last name is kept.
     compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
+    held_out: nobody trains on it; a run evaluates it before the first task and after each one, beside the matrix.
     """
 
     name: str
@@ -36,11 +39,15 @@ class Task:
     compute_metrics: Callable | None = None
     metric: str = "accuracy"
     source: str = ""
+    held_out: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"task name {self.name!r}: use letters, digits, '-', '_' and '.', starting with a letter")
-        if self.train_dataset is None or len(self.train_dataset) == 0:
+        if self.held_out:
+            if self.eval_dataset is None:
+                raise ValueError(f"task {self.name!r} is held out and has no eval set: there is nothing to do with it")
+        elif self.train_dataset is None or len(self.train_dataset) == 0:
             raise ValueError(f"task {self.name!r} has no training example")
         if self.eval_dataset is not None and len(self.eval_dataset) == 0:
             raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
@@ -49,9 +56,9 @@ class Task:
 
     def fingerprint(self) -> str:
         """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
-        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source"}
-        options = {key: value for key, value in vars(self).items() if key not in skip}
-        digest = hashlib.sha256(json.dumps([options, len(self.train_dataset)], sort_keys=True).encode())
+        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source", "held_out"}
+        options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
+        digest = hashlib.sha256(json.dumps([options, len(self.train_dataset or ())], sort_keys=True).encode())
         for part in (self.train_dataset, self.eval_dataset):
             if isinstance(part, list):
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode())
@@ -61,11 +68,39 @@ class Task:
 
 
 @dataclass
-class TextTask(Task):
-    """Text-to-text classification, for causal and seq2seq models.
+class LanguageModelTask(Task):
+    """Plain text for causal models: the loss is on every token, and a text longer than `max_length` becomes several.
 
-    train_dataset, eval_dataset: lists of rows (dicts) with a text and a label, both strings.
-    labels: all answers; an evaluation by `score` chooses among them.
+    train_dataset, eval_dataset: lists of rows (dicts) with a text, a string. Scored by the share of tokens that the
+    model finds likeliest given those before them (token accuracy, in the matrix) and by their cross-entropy.
+    """
+
+    metric: str = "token_accuracy"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metric != "token_accuracy":
+            raise ValueError(f"task {self.name!r}: plain text is scored by token_accuracy, not by {self.metric!r}")
+        _check_rows(self, [self.text_column])
+
+    def render(self, text: str) -> str:
+        """What the model sees of a text: all of it."""
+        return text.strip()
+
+    def names_in_prompt(self) -> list[str]:
+        """None: there is no prompt."""
+        return []
+
+
+@dataclass
+class TextTask(Task):
+    """Text-to-text tasks, for causal and seq2seq models.
+
+    train_dataset, eval_dataset: lists of rows (dicts) with a text and an answer ("label"), both strings.
+    labels: all answers; an evaluation by `score` chooses among them. Empty where answers are free text: then `metric`
+    says how they are compared (a name of `TEXT_METRICS`), and they are generated whatever `eval_mode` says.
+    max_answer: tokens of a free answer at most (64); longer ones are cut in training and evaluation.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -73,29 +108,37 @@ class TextTask(Task):
     text_column: str = "sentence"
     label_column: str = "label"
     prompt: str = PROMPT
+    max_answer: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         where = f"task {self.name!r}"
-        if not self.labels:
-            raise ValueError(f"{where} has no labels")
+        if self.metric == "accuracy":
+            if not self.labels:
+                raise ValueError(
+                    f"{where} has no labels; where answers are free text, a metric says how they are compared: "
+                    f"{', '.join(TEXT_METRICS)}"
+                )
+            if self.max_answer is not None:
+                raise ValueError(f"{where}: max_answer is for free answers; labels are as long as they are")
+        elif self.metric not in TEXT_METRICS:
+            raise ValueError(f"{where}: unknown metric {self.metric!r}; known: accuracy, {', '.join(TEXT_METRICS)}")
+        elif self.labels:
+            raise ValueError(f"{where}: metric {self.metric!r} compares free answers: leave the labels out")
+        else:
+            self.max_answer = 64 if self.max_answer is None else self.max_answer
         if not all(isinstance(label, str) and label.strip() for label in self.labels):
             raise ValueError(f"{where}: labels must be strings that are not empty, got {self.labels}")
         if len(set(map(fold, self.labels))) != len(self.labels):
             raise ValueError(f"{where}: two labels are the same but for case or spaces: {self.labels}")
         if "{text}" not in self.prompt:
             raise ValueError(f"{where}: the prompt needs a place for '{{text}}', got {self.prompt!r}")
-        for split, rows in (("train", self.train_dataset), ("eval", self.eval_dataset or [])):
-            for i, row in enumerate(rows):
-                for column in (self.text_column, self.label_column):
-                    if not isinstance(row.get(column), str):
-                        raise ValueError(
-                            f"{where}, {split} row {i}: no string in column {column!r}, only {sorted(row)}"
-                        )
-                if row[self.label_column] not in self.labels:
-                    raise ValueError(
-                        f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}"
-                    )
+        _check_rows(self, [self.text_column, self.label_column])
+        for split, i, row in _rows(self) if self.labels else ():
+            if row[self.label_column] not in self.labels:
+                raise ValueError(
+                    f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}"
+                )
 
     def render(self, text: str) -> str:
         """The prompt of one text. Plain replacement: braces in a text mean nothing."""
@@ -107,6 +150,14 @@ class TextTask(Task):
         }
         return re.sub(r"\{(instruction|options|option_list|text)\}", lambda match: parts[match[1]], self.prompt)
 
+    def style(self) -> str:
+        """Which of `PROMPT_STYLES` the prompt is, or "own"."""
+        plain = re.sub(r"^Task:.*\nDataset:.*\n", "Task:{category}\nDataset:{dataset}\n", self.prompt)
+        short = PROMPT_STYLES["olora"].replace("{instruction}\nOption: {option_list} \n", "")  # no instruction
+        if plain in (PROMPT_STYLES["olora"], short):
+            return "olora"
+        return "jumplora" if self.prompt == PROMPT else "own"
+
     def names_in_prompt(self) -> list[str]:
         """Names of the data set (the task's own, the last part of its source) that every prompt holds, texts and
         options aside. Such a prompt tells the model which task it is."""
@@ -116,21 +167,36 @@ class TextTask(Task):
         return sorted(n for n in names if f" {fold(re.sub(r'[^A-Za-z0-9_]+', ' ', n))} " in f" {words} ")
 
 
-def fold(text: str) -> str:
-    """Lower case, white space folded: how answers are compared (the published metric)."""
-    return " ".join(text.lower().split())
+def _rows(task: Task):
+    """(split, number, row) of every row of a task."""
+    for split, rows in (("train", task.train_dataset), ("eval", task.eval_dataset)):
+        for i, row in enumerate(rows or ()):
+            yield split, i, row
+
+
+def _check_rows(task: Task, columns: list[str]) -> None:
+    for split, i, row in _rows(task):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise ValueError(
+                    f"task {task.name!r}, {split} row {i}: no string in column {column!r}, only {sorted(row)}"
+                )
 
 
 class Encoder:
     """Turns rows of text tasks into token ids for a tokenizer; cuts texts that are too long, and only texts.
 
     max_length: tokens of prompt and answer together (causal), of the prompt alone (seq2seq).
-    truncated: how many prompts were cut, by task name.
+    truncated: how many prompts and free answers were cut, by task name.
     """
 
     def __init__(self, tokenizer, max_length: int, seq2seq: bool):
         self.tokenizer, self.max_length, self.seq2seq = tokenizer, max_length, seq2seq
         self.truncated: Counter[str] = Counter()
+
+    def longest_answer(self, task: TextTask) -> int:
+        """Tokens of the longest answer a task can have."""
+        return task.max_answer or max(len(self.answer_ids(label)) for label in task.labels)
 
     def answer_ids(self, label: str) -> list[int]:
         """Tokens of an answer, with the end-of-sequence token."""
@@ -146,7 +212,7 @@ class Encoder:
         """
         room = self.max_length
         if not self.seq2seq:
-            room -= max(len(self.answer_ids(label)) for label in task.labels)
+            room -= self.longest_answer(task)
         ids = self.tokenizer(task.render(text)).input_ids
         if len(ids) <= room:
             return ids
@@ -164,11 +230,28 @@ class Encoder:
             ids = self.tokenizer(task.render(self.tokenizer.decode(pieces[:keep]))).input_ids
         return ids
 
-    def train_rows(self, task: TextTask) -> Dataset:
-        """input_ids and labels of every training row; in a causal model the loss is on the answer alone."""
-        rows = []
+    def pieces(self, texts: Iterable[str]) -> list[list[int]]:
+        """Tokens of whole texts for language modelling, each ended by the end-of-sequence token and split where it is
+        longer than max_length; a piece of one token, which predicts nothing, is left out."""
+        pieces, size = [], self.max_length
+        for text in texts:
+            ids = list(self.tokenizer(text.strip()).input_ids)
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            pieces += [ids[i : i + size] for i in range(0, len(ids) - 1, size)]
+        return pieces
+
+    def train_rows(self, task: "TextTask | LanguageModelTask") -> Dataset:
+        """input_ids and labels of every training row; in a causal model the loss is on the answer alone, of plain text
+        on every token."""
+        if isinstance(task, LanguageModelTask):
+            pieces = self.pieces(row[task.text_column] for row in task.train_dataset)
+            return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in pieces])
+        rows, longest = [], self.longest_answer(task)
         for row in task.train_dataset:
             prompt, answer = self.prompt_ids(task, row[task.text_column]), self.answer_ids(row[task.label_column])
+            self.truncated[task.name] += len(answer) > longest
+            answer = answer[:longest]
             if self.seq2seq:
                 rows.append({"input_ids": prompt, "labels": answer})
             else:

@@ -72,6 +72,18 @@ def test_test_rows_are_never_tuned_on(stream):
         assert len(trained.train_dataset) == 39
 
 
+def test_held_out_tasks_are_evaluated_alone(stream, tmp_path):
+    """They are no part of tuning, stand behind the others, and lose no row to training."""
+    (tmp_path / "wiki.txt").write_text("\n".join(f"text {i}" for i in range(40)))
+    budget = dataclasses.replace(SMALL, dev_rows=9, batch=16, steps=1, test_rows=7)
+    options = {"held_out": ["light"], "general_text": str(tmp_path / "wiki.txt")}
+    tune = bench_tasks(stream, None, None, budget, tune=True, **options)
+    final = bench_tasks(stream, None, None, budget, tune=False, **options)
+    assert [t.name for t in tune] == ["size", "mood"]
+    assert [(t.name, t.held_out) for t in final][2:] == [("light", True), ("general_text", True)]
+    assert [len(t.eval_dataset) for t in final] == [7, 7, 7, 7]
+
+
 def test_coordinate_search():
     """All rates with the first weight, then the other weights with the best rate; failed points are never the best."""
     scores = {(1e-3, 3e4): 0.5, (3e-3, 3e4): 0.7, (3e-3, 3e5): None, (3e-3, 3e3): 0.6}
@@ -189,12 +201,39 @@ def test_bench(stream, bert, tmp_path, monkeypatch):
         ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, small, full"),
         ({"setting": "decoder"}, "setting is 'encoder' or 'causal'"),
         ({"prompt_style": "olora"}, "the encoder reads texts without a prompt"),
+        ({"general_text": "x.txt"}, "the encoder is no language model: general_text is for the setting 'causal'"),
         ({"jobs": 0}, "jobs must be 1 or more"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         runner.Bench("order1", tmp_path, **options)
+
+
+def test_general_ability(stream, toy_base, tmp_path, monkeypatch):
+    """In the causal setting: cross-entropy of text and accuracy of a held-out task, before and after, for each method.
+    A method that the setting cannot run stays in the table with its reason."""
+    (tmp_path / "wiki.txt").write_text("the cat very new\n" * 8)
+    in_this_process(monkeypatch, [])
+
+    def bench(**options):
+        return runner.Bench(str(stream), tmp_path / "out", budget="tiny", setting="causal", model=toy_base, **options)
+
+    tiny = dataclasses.replace(BUDGETS["tiny"], steps=2, tune_steps=2)
+    monkeypatch.setitem(BUDGETS, "tiny", tiny)
+    options = {"held_out": ["mood"], "general_text": str(tmp_path / "wiki.txt")}
+    text = bench(**options).run(["inclora", "mtl", "jumplora"], 1)
+    assert "| method | mood accuracy % | general_text token accuracy % | general_text cross-entropy |" in text
+    line = next(row for row in text.split("## General ability")[1].splitlines() if row.startswith("| inclora |"))
+    cell = json.loads((tmp_path / "out" / "cells" / "final-inclora-s0.json").read_text())
+    before, *_, after = (row["general_text cross_entropy"] for row in cell["metrics"]["general"])
+    assert f"| {before:.4f} → {after:.4f} |" in line
+    assert len(cell["learning_curve"]) == 2
+    assert "| jumplora | - | - |" in text  # two steps are too few for its ramp
+    assert "failed: tuning failed: ValueError: task 'size': " in text
+    assert "| trained on | size | light |" in text
+    with pytest.raises(ValueError, match=r"holds a bench of other settings .*held_out"):
+        bench(general_text=options["general_text"]).run(["inclora"], 1)
 
 
 def test_a_process_that_dies(stream, bert, tmp_path, monkeypatch):

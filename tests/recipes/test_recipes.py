@@ -18,7 +18,7 @@ from hf_jumplora import ContinualTrainingArguments, load_stack
 from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, accuracy, embed
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
-from hf_jumplora.trainer.streams import _read_stream
+from hf_jumplora.trainer.streams import _read_stream, load_tasks
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -135,12 +135,78 @@ ORDERS = {  # arXiv 2310.14152, table 9
 @pytest.mark.parametrize("order", ORDERS)
 def test_streams(order):
     """The published orders, of tasks that the catalogue describes."""
-    data, entries = _read_stream(RECIPES / "streams" / f"order{order}.yaml")
+    data, entries, _ = _read_stream(RECIPES / "streams" / f"order{order}.yaml")
     names = [entry for _, entry in entries]
     same = {name.lower().replace("-", ""): name for name in names}
     assert [name.lower() for name in same] == [name.replace("-", "") for name in ORDERS[order].split()]
-    _, listed = _read_stream(RECIPES / "streams" / data["catalogue"])
+    _, listed, _ = _read_stream(RECIPES / "streams" / data["catalogue"])
     assert set(names) <= {entry["name"] for _, entry in listed}
+
+
+TRACE = {  # arXiv 2310.06762: its order, and what it measures
+    "C-STANCE": "accuracy",
+    "FOMC": "accuracy",
+    "MeetingBank": "rouge_l",
+    "Py150": "edit_similarity",
+    "ScienceQA": "first_letter",
+    "NumGLUE-cm": "exact_match",
+    "NumGLUE-ds": "exact_match",
+    "20Minuten": "sari",
+}
+
+
+def test_trace(toy_base, tmp_path):
+    """From a folder as the authors release it, through a whole run: every task with its own measure."""
+    for name in TRACE:
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"the {subject} =", "answer": f"very {'dark' if i % 2 else 'pale'}"}
+                for i, subject in enumerate(toy.SUBJECTS)]  # fmt: skip
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(json.dumps(rows))
+    tasks = load_tasks("trace", data_dir=tmp_path)
+    assert {task.name: task.metric for task in tasks} == TRACE
+    assert [task.labels for task in tasks][:3] == [["very dark", "very pale"]] * 2 + [[]]
+    assert tasks[0].render("a question: ") == "a question:"
+    assert [task.max_answer for task in tasks] == [None, None, 512, 128, 512, 32, 32, 512]
+    for task in tasks[2:]:
+        task.max_answer = 6  # the toy model has room for 64 tokens
+    result = toy.make_run(toy_base, tmp_path / "out", "inclora", tasks, max_steps=2).train()
+    assert all(0 <= score <= 1 for row in result["matrix"] for score in row)
+    report = (tmp_path / "out" / "report.md").read_text()
+    for name, metric in TRACE.items():
+        assert f"{name}: {metric}" in report
+    with pytest.raises(FileNotFoundError, match=r"streams/C-STANCE/train\.json does not exist"):
+        load_tasks("trace")
+
+
+def test_domains(tmp_path, monkeypatch):
+    """Plain text of the Hub, or of a folder; text of no domain is held out."""
+    from datasets import Dataset
+
+    asked, columns = [], {"text": ["a b", " "], "abstract": ["c d", "e"], "code": ["f g", "h"]}
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return Dataset.from_dict(columns)
+
+    monkeypatch.setattr("hf_jumplora.trainer.streams.load_dataset", load_dataset)
+    tasks = load_tasks("domains")
+    assert [(task.name, task.held_out) for task in tasks] == [
+        *((name, False) for name in ("reviews", "law", "medicine", "code")),
+        ("wikitext", True),
+    ]
+    assert ("ccdv/pubmed-summarization", "document", "test") in asked
+    assert ("Salesforce/wikitext", "wikitext-2-raw-v1", "test") in asked
+    assert len(asked) == 10
+    assert tasks[0].eval_dataset == [{"text": "a b"}]
+    assert tasks[3].source == "hf://datasets/google/code_x_glue_ct_code_to_text"
+    for task in tasks:
+        (tmp_path / task.name).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / task.name / f"{split}.json").write_text(json.dumps([{"text": f"{task.name} {split}"}]))
+    local = load_tasks("domains", data_dir=tmp_path)
+    assert [task.eval_dataset[0]["text"] for task in local] == [f"{task.name} test" for task in tasks]
+    assert len(asked) == 10
 
 
 def test_catalogue_is_complete():

@@ -61,6 +61,26 @@ def test_report_file(result, tmp_path, monkeypatch):
             assert line.endswith("|")
 
 
+def data(name, metric="accuracy", **more):
+    values = {"name": name, "source": "", "train_examples": 32, "eval_examples": 8, "metric": metric, "held_out": False}
+    return {**values, "prompt_style": "olora", "prompt": "Task:TC", "names_in_prompt": [], **more}
+
+
+def test_general_ability_and_data(result, tmp_path):
+    """What was not measured at some point is a dash; a task added later has no change."""
+    result["data"] = [data("first"), data("second", "rouge_l", names_in_prompt=["second"]), data("wiki", held_out=True)]
+    result["general"] = [{"wiki cross_entropy": 3.25}, {}, {"wiki cross_entropy": 3.5, "imdb accuracy": 0.75}]
+    write_report(tmp_path, result, draw=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "| nothing yet | 3.2500 | - |" in text
+    assert "| 2. second | 3.5000 | 75.0 |" in text
+    assert "| change | +0.2500 | - |" in text
+    assert text.splitlines()[2].startswith("**Warning: the prompt names the data set** (second)")
+    assert "Score in % (first: accuracy, second: rouge_l). Row:" in text
+    assert "| wiki | - | 32 | 8 | accuracy | olora | no, held out |" in text
+    assert "general ability" in table(result, "jumplora")
+
+
 def test_report_before_training(tmp_path):
     """The zero-shot row alone: no picture, no metric."""
     result = {**derive([[0.1, 0.2]], ["a", "b"], True), "method": "ella", "trained": []}

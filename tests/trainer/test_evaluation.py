@@ -6,9 +6,10 @@ import pytest
 import torch
 import toy
 
-from hf_jumplora import TextTask
+from hf_jumplora import LanguageModelTask, TextTask
+from hf_jumplora.metrics.text import rouge_l
 from hf_jumplora.trainer import evaluate_task, evaluation
-from hf_jumplora.trainer.evaluation import generate_answers, score_labels
+from hf_jumplora.trainer.evaluation import evaluate_text, generate_answers, score_labels
 from hf_jumplora.trainer.tasks import Encoder, fold
 
 
@@ -105,6 +106,44 @@ def test_generate_is_greedy(model, encoder, task):
         expected.append(encoder.tokenizer.decode(new, skip_special_tokens=True))
     assert len(set(expected)) > 1
     assert generate_answers(model, encoder, task, prompts) == expected
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_free_answers_are_generated(mode, model, encoder):
+    """There are no labels to choose from; the score is the mean of the task's metric."""
+    rows = [{"sentence": text, "label": "very new " * (i % 3 + 1)} for i, text in enumerate(TEXTS)]
+    task = TextTask("a", rows, rows, metric="rouge_l", prompt="{text} =", max_answer=6)
+    prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
+    answers = [generate_answers(model, encoder, task, [prompt])[0] for prompt in prompts]
+    expected = sum(rouge_l(answer, row["label"]) for answer, row in zip(answers, rows, strict=True)) / len(rows)
+    found = evaluate_task(model, encoder, task, mode, batch_size=1)
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 12])
+def test_plain_text(batch_size, model, encoder, kind):
+    """Every token counts the same, against each piece alone in float64; longer texts are split."""
+    if kind in ("seq2seq", "bf16"):
+        pytest.skip("a causal model, without rounding")
+    short = Encoder(encoder.tokenizer, 5, False)
+    task = LanguageModelTask("a", None, [{"text": text} for text in TEXTS], held_out=True)
+    hits, loss, tokens = 0, 0.0, 0
+    for piece in short.pieces(TEXTS):
+        with torch.no_grad():
+            logits = model(torch.tensor([piece])).logits[0, :-1].double()
+        targets = torch.tensor(piece[1:])
+        hits += int((logits.argmax(-1) == targets).sum())
+        loss -= logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
+        tokens += len(targets)
+    assert tokens > len(TEXTS) * 2
+    accuracy, cross_entropy = evaluate_text(model, short, task, batch_size)
+    assert accuracy == pytest.approx(hits / tokens)
+    assert cross_entropy == pytest.approx(loss / tokens, rel=1e-5)
+
+
+def test_plain_text_of_nothing(model, encoder):
+    with pytest.raises(ValueError, match="no eval text has two tokens"):
+        evaluate_text(model, encoder, LanguageModelTask("a", None, [{"text": ""}], held_out=True))
 
 
 # ---- counting ----------------------------------------------------------------------------------------------------

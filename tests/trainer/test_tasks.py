@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import toy
 
-from hf_jumplora import Task, TextTask, load_tasks
+from hf_jumplora import LanguageModelTask, Task, TextTask, load_tasks
 from hf_jumplora.trainer.streams import read_rows
 from hf_jumplora.trainer.tasks import PROMPT, Encoder, collate, pad_rows
 
@@ -90,6 +90,48 @@ def test_truncation_with_a_subword_tokenizer():
         assert shown.endswith("\nAnswer:")
 
 
+@pytest.mark.parametrize("seq2seq", [False, True], ids=["causal", "seq2seq"])
+def test_free_answers(seq2seq):
+    """They take the room they may have, whatever is in the rows, and are cut there, which is counted."""
+    encoder = Encoder(toy.tokenizer(), 12, seq2seq)
+    rows = [{"sentence": "cat dog " * 9, "label": "very " * n + "tiny"} for n in (1, 5)]
+    free = TextTask("a", rows, metric="rouge_l", max_answer=4, prompt="{text} =")
+    short, long = encoder.train_rows(free)
+    assert encoder.longest_answer(free) == 4
+    size = 12 if seq2seq else 8
+    if seq2seq:
+        assert [len(short["input_ids"]), len(long["labels"])] == [size, 4]
+        assert words(encoder, short["labels"]) == ["very", "tiny"]
+    else:
+        assert words(encoder, short["input_ids"])[size - 1 :] == ["=", "very", "tiny", "</s>"]
+        assert words(encoder, long["input_ids"])[size - 1 :] == ["=", *["very"] * 4]
+        assert short["labels"] == [-100] * size + short["input_ids"][size:]
+    assert encoder.truncated["a"] == 3  # two texts and one answer
+
+
+def test_plain_text():
+    """Every token but the first is predicted once, in pieces of max_length; a rest of one token predicts nothing."""
+    encoder = Encoder(toy.tokenizer(), 4, False)
+    texts = ["cat", "cat dog elk", "cat dog elk fox", " cat dog elk fox gnu hen ant ", ""]
+    rows = encoder.train_rows(LanguageModelTask("a", [{"text": text} for text in texts]))
+    assert [" ".join(words(encoder, row["input_ids"])) for row in rows] == [
+        "cat </s>",
+        "cat dog elk </s>",
+        "cat dog elk fox",
+        "cat dog elk fox",
+        "gnu hen ant </s>",
+    ]
+    assert all(row["labels"] == row["input_ids"] for row in rows)
+
+
+def test_names_of_prompt_styles():
+    assert task(prompt=PROMPT).style() == "jumplora"
+    assert task().style() == "own"
+    published = "Task:TC\nDataset:dbpedia\n{instruction}\nOption: {option_list} \n{text}\nAnswer:"
+    assert task(prompt=published).style() == "olora"
+    assert task(prompt="Task:COPA\nDataset:COPA\n{text}\nAnswer:").style() == "olora"
+
+
 def test_batches():
     """Padded on the right with the pad token, which the mask hides and no loss counts."""
     batch = collate(toy.tokenizer(), False)(
@@ -117,7 +159,11 @@ ROW = {"sentence": "x", "label": "tiny"}
         ({"train_dataset": []}, "task 'a' has no training example"),
         ({"train_dataset": None}, "task 'a' has no training example"),
         ({"eval_dataset": []}, "task 'a' has an empty eval set"),
-        ({"labels": []}, "task 'a' has no labels"),
+        ({"labels": []}, "task 'a' has no labels; where answers are free text, a metric says .*: exact_match"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'; known: accuracy, exact_match"),
+        ({"metric": "rouge_l"}, "metric 'rouge_l' compares free answers: leave the labels out"),
+        ({"max_answer": 9}, "max_answer is for free answers"),
+        ({"held_out": True}, "held out and has no eval set"),
         ({"labels": [True, False]}, "labels must be strings"),
         ({"labels": ["tiny", " "]}, "labels must be strings that are not empty"),
         ({"labels": ["tiny", "Tiny "]}, "two labels are the same but for case or spaces"),
@@ -132,6 +178,22 @@ ROW = {"sentence": "x", "label": "tiny"}
 def test_task_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         TextTask(**{"name": "a", "train_dataset": [ROW], "labels": ["tiny", "huge"], **options})
+
+
+def test_plain_text_that_cannot_be():
+    with pytest.raises(ValueError, match=r"task 'a', eval row 0: no string in column 'text', only \['sentence'\]"):
+        LanguageModelTask("a", [{"text": "x"}], [{"sentence": "x"}])
+    with pytest.raises(ValueError, match="plain text is scored by token_accuracy, not by 'accuracy'"):
+        LanguageModelTask("a", [{"text": "x"}], metric="accuracy")
+
+
+def test_fingerprints_of_before():
+    """A stack that an earlier version wrote goes on: what its tasks could not have does not count."""
+    known = task().fingerprint()
+    assert known == "1c41fe44b37ce4f5"
+    assert task(held_out=True, eval_dataset=[ROW]).fingerprint() != known  # of its eval rows
+    free = {"labels": [], "metric": "rouge_l"}
+    assert task(**free, max_answer=9).fingerprint() != task(**free, max_answer=8).fingerprint()
 
 
 @pytest.mark.parametrize("name", ["agnews", "20ng", "a.b-c_d", "A"])
@@ -235,6 +297,74 @@ def test_no_file_is_written(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.rglob("*")} == {"home", "data", "d.parquet", "stream.yaml"}
 
 
+def test_plain_text_and_free_answers(tmp_path):
+    """From files and from the folder layout, with columns of their own; empty texts are no rows."""
+    texts = [{"body": f"text {i}"} for i in range(4)] + [{"body": " "}]
+    write(tmp_path / "d.jsonl", texts)
+    write(tmp_path / "f" / "train.json", [{"text": "a b"}])
+    write(tmp_path / "f" / "test.json", [{"text": "c d"}])
+    write(tmp_path / "e.json", ROWS)
+    text = (
+        "tasks:\n- {name: a, train_file: d.jsonl, eval_file: d.jsonl, language_model: true, text: body, max_eval: 2}\n"
+        "- {name: b, folder: f, dataset: org/b, language_model: true, text: body}\n"
+        "- {name: c, train_file: e.json, eval_file: e.json, metric: rouge_l, max_answer: 7, instruction: Say it.}\n"
+    )
+    a, b, c = load_tasks(stream(tmp_path, text), data_dir=tmp_path)
+    assert (type(a), len(a.train_dataset), len(a.eval_dataset)) == (LanguageModelTask, 4, 2)
+    assert a.train_dataset[1] == {"text": "text 1"}
+    assert (b.train_dataset, b.eval_dataset) == ([{"text": "a b"}], [{"text": "c d"}])
+    assert (c.metric, c.max_answer, c.labels) == ("rouge_l", 7, [])
+    assert c.render("x") == "Task Instruction: Say it.\nText: x\nAnswer:"
+
+
+def test_held_out(tmp_path):
+    """Behind the others, in the file or by the caller's wish; of a catalogue any task; training rows are not needed."""
+    write(tmp_path / "d.json", ROWS)
+    write(tmp_path / "c" / "test.json", ROWS)
+    entries = "- {name: a, train_file: d.json, eval_file: d.json}\n- {name: b, train_file: d.json, eval_file: d.json}\n"
+    stream(tmp_path, f"tasks:\n{entries}- {{name: c, folder: c}}\n", "all.yaml")
+    path = stream(tmp_path, "catalogue: all.yaml\ntasks: [b, a]\nheld_out:\n- c\n")
+    assert [(t.name, t.held_out) for t in load_tasks(path)] == [("b", False), ("a", False), ("c", True)]
+    assert [(t.name, t.held_out) for t in load_tasks(path, held_out=["b"])] == [("a", False), ("b", True)]
+    own = stream(tmp_path, f"tasks:\n{entries}held_out:\n- {{name: d, eval_file: d.json}}\n", "own.yaml")
+    assert [(t.name, t.held_out) for t in load_tasks(own)][-1] == ("d", True)
+    with pytest.raises(ValueError, match=r"held_out: .*all\.yaml has no task 'x', only a, b, c"):
+        load_tasks(path, held_out=["x"])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_general_text(suffix, tmp_path, monkeypatch):
+    """One half of the texts is measured, the other is for strategies; the same ones every time."""
+    write(tmp_path / "d.json", ROWS)
+    texts = [{"text": f"line {i}"} for i in range(20)] + [{"text": ""}]
+    path = tmp_path / f"general{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n".join(row["text"] for row in texts))
+    else:
+        write(path, texts)
+    *_, found = load_tasks(stream(tmp_path, ONE), general_text=str(path))
+    assert (found.name, found.held_out, found.source) == ("general_text", True, path.name)
+    halves = [{row["text"] for row in rows} for rows in (found.train_dataset, found.eval_dataset)]
+    assert halves[0] | halves[1] == {f"line {i}" for i in range(20)}
+    assert list(map(len, halves)) == [10, 10]
+    assert load_tasks(stream(tmp_path, ONE), general_text=str(path))[-1].fingerprint() == found.fingerprint()
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        load_tasks(stream(tmp_path, ONE), general_text=str(tmp_path / "none.txt"))
+
+
+def test_general_text_of_the_hub(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    write(tmp_path / "d.json", ROWS)
+    asked, data = [], Dataset.from_dict({"text": ["", *(f"t{i}" for i in range(9))]})
+    monkeypatch.setattr(
+        "hf_jumplora.trainer.streams.load_dataset", lambda name, config, split: asked.append((name, config)) or data
+    )
+    *_, found = load_tasks(stream(tmp_path, ONE), general_text="org/wiki:raw")
+    assert asked == [("org/wiki", "raw")]
+    assert (found.source, len(found.eval_dataset)) == ("hf://datasets/org/wiki", 5)
+
+
 ONE = "tasks:\n- name: a\n  train_file: d.json\n"
 
 
@@ -247,7 +377,7 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         ("name: x\n", "key 'tasks' is missing"),
         ("tasks: []\n", "'tasks' must be a list of tasks"),
         ("tasks: a\n", "'tasks' must be a list of tasks"),
-        ("task: 1\n" + ONE, "unknown key 'task'; known: catalogue, max_eval"),
+        ("task: 1\n" + ONE, "unknown key 'task'; known: catalogue, held_out, max_eval"),
         ("# c\n" + ONE + "- 7\n", r"stream\.yaml, line 5: expected keys and values, found int 7"),
         ("\n\n" + ONE + "  lables: [x]\n", r"stream\.yaml, line 4: unknown key 'lables'; known: .*labels"),
         ("tasks:\n- train_file: d.json\n", "line 2: key 'name' is missing"),
@@ -257,6 +387,13 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         (ONE + "  labels: [yes, no]\n", r"'labels' must be a list of strings .*quote yes.*found \[True, False\]"),
         (ONE + "  labels: yes\n", "'labels' must be a list"),
         (ONE + '  labels: ["yes"]\n', r"line 2: task 'a', train row 0: label 'no' is not among \['yes'\]"),
+        (ONE + "  language_model: false\n", "'language_model' must be true, or be left out"),
+        (ONE + "  language_model: true\n  labels: [a]\n", "line 2: plain text \\(language_model\\) has no 'labels'"),
+        (ONE + "  language_model: true\n", "train row 0: column 'text' does not exist"),
+        (ONE + "  metric: bleu\n", "line 2: task 'a': unknown metric 'bleu'; known: accuracy, exact_match"),
+        (ONE + "  max_answer: 0\n", "'max_answer' must be a number above 0"),
+        (ONE + "held_out: [b]\n", r"line 4: .*has no task 'b', only a"),
+        (ONE + "held_out:\n- {name: b, train_file: d.json}\n", "line 5: task 'b' is held out and has no eval set"),
         (ONE + "  max_train: 0\n", "'max_train' must be a number above 0, found 0"),
         (ONE + "  max_train: -3\n", "'max_train' must be a number above 0"),
         (ONE + "  max_eval: many\n", "'max_eval' must be a number above 0, found 'many'"),
