@@ -34,6 +34,8 @@ class Drift(Strategy):
             raise ValueError(f"the weight of the drift penalty must not be negative, got {self.weight}")
         if self.examples < 1:
             raise ValueError(f"examples must be positive, got {self.examples}")
+        if isinstance(self.general, (str, bool)) and self.general is not True:
+            raise ValueError(f"general is a list of texts, or True for the run's general_text; got {self.general!r}")
 
     def check(self, mode, config):
         if mode != "incremental":

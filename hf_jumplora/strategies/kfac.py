@@ -42,6 +42,8 @@ class KFac(Strategy):
             raise ValueError(f"memory is 'per_task', 'sum' or a positive number of eigenvectors, got {self.memory!r}")
         if self.examples < 1:
             raise ValueError(f"examples must be positive, got {self.examples}")
+        if isinstance(self.general, (str, bool)) and self.general is not True:
+            raise ValueError(f"general is a list of texts, or True for the run's general_text; got {self.general!r}")
 
     def check(self, mode, config):
         if mode != "incremental":

@@ -134,6 +134,9 @@ def test_general_text_is_the_zeroth_task(strategy, toy_base, tmp_path):
 def test_general_text_that_is_not_there(toy_base, tmp_path):
     with pytest.raises(ValueError, match="general=True keeps what the base model knows of general text, and there is"):
         with_strategy(toy_base, tmp_path, toy.tasks(1), KFac(general=True))
+    for strategy in (KFac, Drift):
+        with pytest.raises(ValueError, match="general is a list of texts, or True"):
+            strategy(general="wiki.txt")
 
 
 def test_names_in_prompts_are_told(toy_base, tmp_path, caplog):
