@@ -32,16 +32,16 @@ class LabelEmbeddingClassifier(nn.Module):
         self.logit_scale = logit_scale
         self.register_buffer("label_embeddings", label_embeddings)
 
-    def forward(self, input_ids, attention_mask, labels=None, **kwargs):
+    def forward(self, input_ids, attention_mask, labels=None, output_hidden_states=False, **kwargs):
         """Logits [batch, labels] over the labels of all tasks."""
-        logits = self.logit_scale * embed(self.encoder, input_ids, attention_mask) @ self.label_embeddings.T
+        output = self.encoder(input_ids, attention_mask, output_hidden_states=output_hidden_states)
+        logits = self.logit_scale * embed(output.last_hidden_state, attention_mask) @ self.label_embeddings.T
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
 
-def embed(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the token states, normalised: [batch, hidden]."""
-    hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+def embed(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the token states [batch, tokens, hidden], normalised: [batch, hidden]."""
     mask = attention_mask[..., None].to(hidden.dtype)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
@@ -52,7 +52,8 @@ def embed_texts(encoder: nn.Module, tokenizer, texts: list[str], max_length: int
     was_training = encoder.training
     batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     device = next(encoder.parameters()).device
-    embeddings = embed(encoder.eval(), batch.input_ids.to(device), batch.attention_mask.to(device))
+    mask = batch.attention_mask.to(device)
+    embeddings = embed(encoder.eval()(batch.input_ids.to(device), mask).last_hidden_state, mask)
     encoder.train(was_training)
     return embeddings
 

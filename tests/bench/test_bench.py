@@ -263,10 +263,11 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
     def bench(variants):
         return runner.Bench(str(stream), tmp_path / "out", budget="tiny", model=bert, threads=1, variants=variants)
 
-    names = ["jumplora", "jumplora-p30", "ella-new"]
+    names = ["jumplora", "jumplora-p30", "ella-new", "ilora"]
     text = bench(variants).run(chosen_methods(names, variants), 1)
-    assert len(started) == 6
+    assert len(started) == 8
     assert all(f"| {name} |" in text for name in names)
+    assert "failed" not in text  # ilora asks the encoder for its hidden states
     cell = json.loads((tmp_path / "out" / "cells" / "final-jumplora-p30-s0.json").read_text())
     assert cell["error"] is None
     assert all(0.25 < info["density"] < 0.35 for info in cell["metrics"]["trained"])

@@ -243,8 +243,8 @@ def test_label_embedding_classifier(bert):
     batch = toy.tokenizer()(labels, padding=True, return_tensors="pt")
     encoder = AutoModel.from_pretrained(bert).eval()
     with torch.no_grad():
-        embeddings = embed(encoder, batch.input_ids, batch.attention_mask)
-        alone = embed(encoder, batch.input_ids[:1, :1], torch.ones(1, 1))
+        embeddings = embed(encoder(batch.input_ids, batch.attention_mask).last_hidden_state, batch.attention_mask)
+        alone = embed(encoder(batch.input_ids[:1, :1]).last_hidden_state, torch.ones(1, 1))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
     torch.testing.assert_close(embeddings[:1], alone)  # padding does not count
     model = LabelEmbeddingClassifier(encoder, embeddings, 20.0).eval()
