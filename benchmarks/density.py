@@ -18,6 +18,7 @@ HELD = ["--threshold_update", "density", "--target_density"]
 SETTINGS = {
     "published": [],
     "held at 5 %": [*HELD, "0.05"],
+    "held at 5 % of each layer": [*HELD, "0.05", "--threshold_scope", "layer"],
     "held at 1 %": [*HELD, "0.01"],
     "held at 20 %": [*HELD, "0.2"],
     "50 % to 5 %, cubic": [*HELD, "0.05", "--initial_density", "0.5", "--density_schedule", "cubic"],

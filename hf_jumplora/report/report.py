@@ -127,12 +127,17 @@ NOT_MEASURED = (
 def comparison(results: dict[str, dict[str, Any]]) -> str:
     """Several methods on the same tasks, side by side: {method: content of its metrics.json}."""
     keys = ["average_accuracy", "backward_transfer", "forgetting", "learning_accuracy"]
+    general = list(dict.fromkeys(key for result in results.values() for key in (result.get("general") or [{}])[0]))
     rows = [["method", "AA", "BWT", "forgetting", "learning acc.", "density", "seconds"]]
+    rows[0] += [f"{general_name(key)}, change" for key in general]
     for method, result in results.items():
         trained = result["trained"]
         density = sum(info["density"] for info in trained) / len(trained)
         seconds = f"{sum(info['seconds'] for info in trained):.0f}"
         rows.append([method, *(_percent(result.get(key)) for key in keys), f"{100 * density:.1f} %", seconds])
+        first, *_, last = result.get("general") or [{}, {}]
+        both = {key: last[key] - first[key] for key in general if key in first and key in last}
+        rows[-1] += [_general(key, both.get(key), "+") for key in general]
     return f"\nall methods, in % (AA: average accuracy after the last task; BWT: backward transfer)\n{_align(rows)}"
 
 

@@ -108,7 +108,7 @@ class ContinualRun:
         max_length = min(getattr(self.args, "max_length", 512), context or sys.maxsize)
         self.encoder = Encoder(processing_class, max_length, self.seq2seq)
         self.data_collator = data_collator
-        if data_collator is None and self._text_tasks():
+        if data_collator is None and any(not task.held_out for task in self._text_tasks()):
             self.data_collator = collate(processing_class, self.seq2seq)
         for strategy in self.strategies:
             if getattr(strategy, "general", None) is True:

@@ -48,6 +48,15 @@ def test_comparison(result):
     assert lines[-1].split() == ["mtl", "90.0", "-", "-", "-", "12.3", "%", "2"]
 
 
+def test_comparison_of_general_ability(result):
+    """Of the methods that have measured it; before and after."""
+    plain = copy.deepcopy(result)
+    result["general"] = [{"wiki cross_entropy": 3.25}, {}, {"wiki cross_entropy": 3.5}]
+    lines = comparison({"jumplora": result, "ella": plain}).splitlines()
+    assert "wiki cross-entropy, change" in lines[-4]
+    assert [line.split()[-1] for line in lines[-2:]] == ["+0.2500", "-"]
+
+
 def test_report_file(result, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_jumplora.report.report.draw_matrix", lambda result, path: path.write_text("picture"))
     write_report(tmp_path, result)

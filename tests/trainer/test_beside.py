@@ -5,8 +5,9 @@ import json
 
 import pytest
 import toy
+from datasets import Dataset
 
-from hf_jumplora import ContinualRun, LanguageModelTask, TextTask
+from hf_jumplora import ContinualRun, LanguageModelTask, Task, TextTask
 from hf_jumplora.strategies import Drift, KFac
 from hf_jumplora.trainer.evaluation import evaluate_task, evaluate_text
 from hf_jumplora.trainer.tasks import PROMPT
@@ -157,6 +158,15 @@ def test_prompts_that_name_nothing(toy_base, tmp_path, caplog):
     assert "| abc | - | 32 | 4 | accuracy | jumplora | yes |" in report
     assert "| abc | 4 | 32 | 8 | 0 |" in report  # steps, examples, effective batch, texts cut
     assert 'Prompt: `"Task Instruction: {instruction}' in report
+
+
+def test_the_tasks_own_data_has_its_own_collator(toy_base, tmp_path):
+    """Text that is held out is encoded apart: a task of ready rows goes through the Trainer's collator as without it."""
+    ready = Task("ready", Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weight": 1.0}] * 16))
+    alone = toy.make_run(toy_base, tmp_path / "a", "inclora", [ready])
+    beside = toy.make_run(toy_base, tmp_path / "b", "inclora", [ready, general()])
+    assert alone.data_collator is beside.data_collator is None
+    assert beside.train()["general"][1]["wiki cross_entropy"] > 0
 
 
 def test_two_tasks_of_one_name(toy_base, tmp_path):
