@@ -161,7 +161,7 @@ def test_prompts_that_name_nothing(toy_base, tmp_path, caplog):
 
 
 def test_the_tasks_own_data_has_its_own_collator(toy_base, tmp_path):
-    """Text that is held out is encoded apart: a task of ready rows goes through the Trainer's collator as without it."""
+    """Text that is held out is encoded apart: ready rows go through the Trainer's collator as without it."""
     ready = Task("ready", Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weight": 1.0}] * 16))
     alone = toy.make_run(toy_base, tmp_path / "a", "inclora", [ready])
     beside = toy.make_run(toy_base, tmp_path / "b", "inclora", [ready, general()])
