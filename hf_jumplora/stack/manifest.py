@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..tuner import named_layers
+from ..tuner.shards import full_shape, whole
 
 
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
@@ -198,14 +199,18 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 def untouched_weight(base: nn.Module, adapted) -> str | None:
     """Name of the first weight that no adapter touches."""
     for name, weight in base.named_parameters():
-        if weight.dim() > 1 and weight.is_floating_point() and not any(name.startswith(f"{a}.") for a in adapted):
+        if (
+            len(full_shape(weight)) > 1
+            and weight.is_floating_point()
+            and not any(name.startswith(f"{a}.") for a in adapted)
+        ):
             return name
     return None
 
 
 def probe_values(weight: torch.Tensor) -> list[float]:
     """Sixteen values of a weight."""
-    values = weight.detach().flatten()
+    values = whole(weight).flatten()
     return values[:: max(1, values.numel() // 16)][:16].tolist()
 
 

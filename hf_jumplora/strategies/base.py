@@ -32,6 +32,9 @@ class Strategy:
     # (`layer.factors("task_000")`) sets this; the run then keeps all finished adapters in the model.
     needs_past_factors = False
 
+    # It runs the model itself, on `examples` or in `penalty`. DeepSpeed ZeRO-3 and FSDP cannot have that.
+    runs_model = False
+
     def __repr__(self) -> str:
         return type(self).__name__
 

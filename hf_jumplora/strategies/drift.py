@@ -23,6 +23,8 @@ class Drift(Strategy):
     base model does there. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
+    runs_model = True
+
     weight: float = 1.0
     examples: int = 512
     general: Any = field(default=None, repr=False)

@@ -34,6 +34,8 @@ class ILora(Replay):
     State: theta, the same size whatever the number of tasks; in a checkpoint theta_slow.
     """
 
+    runs_model = True
+
     reservoir: int | None = 500
     decay: float = 0.25
     weight: float = 1.0

@@ -27,6 +27,8 @@ class KFac(Strategy):
     base model knows. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
+    runs_model = True
+
     weight: float = 10.0
     memory: str | int = "per_task"
     examples: int = 512

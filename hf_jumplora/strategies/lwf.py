@@ -17,6 +17,8 @@ class Lwf(Strategy):
     the paper's; its weight is 1.
     """
 
+    runs_model = True
+
     weight: float = 1.0
     temperature: float = 2.0
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
 
+from .engines import runnable
 from .evaluation import evaluate_task, evaluate_text, own_adapter
 from .state import METRICS
 from .tasks import LanguageModelTask, Task, TextTask
@@ -52,10 +53,12 @@ def measure(run: "ContinualRun", row: dict[str, float]) -> None:
     that is the base model. The cross-entropy of language-modelling tasks of the stream is taken from the evaluation
     just made.
     """
-    for index, task in enumerate(run.held_out, len(run.tasks)):
-        if f"{task.name} {task.metric}" not in row:
-            with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
-                row[f"{task.name} {task.metric}"] = score(run, task)
+    if lacks(run, row):
+        with runnable(run.model, run.args):
+            for index, task in enumerate(run.held_out, len(run.tasks)):
+                if f"{task.name} {task.metric}" not in row:
+                    with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
+                        row[f"{task.name} {task.metric}"] = score(run, task)
     row |= {f"{name} cross_entropy": value for name, value in run.cross_entropy.items()}
     run.cross_entropy.clear()
 

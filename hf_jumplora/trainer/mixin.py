@@ -17,8 +17,10 @@ from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
-from ..tuner.adapters import adapter_config, can_continue, density_at
+from ..tuner.adapters import adapter_config, adapter_parameters, can_continue, density_at
+from ..tuner.shards import gathered, keep_whole_in_forward, whole
 from .optimizers import arrange_optimizer
+from .processes import sharding
 
 
 class GateCallback(TrainerCallback):
@@ -55,7 +57,9 @@ class _StrategyCallback(TrainerCallback):
     def __init__(self, trainer: "ContinualMixin"):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if sharding(args) == "zero3" and any(type(s).penalty is not Strategy.penalty for s in self.trainer.strategies):
+            keep_whole_in_forward(model, adapter_parameters(model, self.trainer.adapter))
         for strategy in self.trainer.strategies:
             strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
 
@@ -188,6 +192,17 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             self.optimizer: torch.optim.Optimizer | None = optimizer
         return optimizer
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if sharding(self.args) in ("none", "ddp") or not isinstance(self.model, PeftModel):
+            return super().save_model(output_dir, _internal_call)
+        parameters = adapter_parameters(self.model, self.adapter)
+        with gathered(parameters):
+            values = {p: p.detach().cpu().clone() for p in parameters}
+        state = {name: values[p] for name, p in self.model.named_parameters(remove_duplicate=False) if p in values}
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        state |= {name: b.detach().cpu().clone() for name, b in buffers if f".{self.adapter}." in name}
+        self._save(output_dir, state)
+
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint holds the adapter in training alone: finished ones are in the stack and do not change. And no
         training_args.bin: it is a pickle that holds the Hub token in clear."""
@@ -216,7 +231,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         groups = gate_groups(self.model, self.adapter)
         if "loss" in logs and groups:
             logs["density"] = density(self.model, self.adapter)
-            logs["threshold"] = sum(gate.log_tau.exp().item() for gate, _ in groups) / len(groups)
+            logs["threshold"] = sum(whole(gate.log_tau).exp().item() for gate, _ in groups) / len(groups)
             logs["mix"] = groups[0][0].mix.item()
         if "loss" in logs and self._penalty_count:
             logs["penalty"] = float(self._penalty_sum) / self._penalty_count

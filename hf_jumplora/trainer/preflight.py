@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from ..hub import Pusher, explain, open_repository
 from ..strategies import Osf, Replay
 from ..tuner import can_continue, ramp_steps
+from .engines import check_engine
 from .processes import sharding
 from .tasks import LanguageModelTask, TextTask
 
@@ -72,6 +73,7 @@ def check_run(run: "ContinualRun") -> None:
             f"plain text is for causal language models, and {type(run.model).__name__} is none: leave "
             f"{next(t.name for t in run._text_tasks() if isinstance(t, LanguageModelTask))!r} out"
         )
+    check_engine(run)
     # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
     get_peft_model(run.model, copy.deepcopy(run.config)).unload()
     if run.config.gate:
@@ -89,7 +91,7 @@ def _check_osf(run: "ContinualRun") -> None:
     others = [strategy for strategy in run.strategies if type(strategy) not in (Osf, Replay)]
     if others:
         raise ValueError(f"only Replay goes with OSF, not {others}: they act on the adapter's factors")
-    if run.args.deepspeed_plugin or run.args.fsdp:
+    if sharding(run.args) not in ("none", "ddp"):
         raise ValueError(
             "OSF reads whole weights and factors, which DeepSpeed and FSDP cut into pieces: train it with the whole "
             "model in each process (plain or DDP)"
@@ -199,5 +201,5 @@ def encode_tasks(run: "ContinualRun") -> list[Any]:
 def place_model(run: "ContinualRun") -> None:
     """The Trainer puts the model on its device when training starts; the zero-shot row comes before."""
     placed = getattr(run.model, "hf_device_map", None) or getattr(run.model, "is_quantized", False)
-    if not (placed or run.args.deepspeed_plugin or run.args.fsdp):
+    if not placed and sharding(run.args) != "zero3":
         run.model.to(run.args.device)

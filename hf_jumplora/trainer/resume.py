@@ -19,6 +19,7 @@ from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, wr
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
 from .beside import measure, score
+from .engines import runnable
 from .evaluation import own_adapter
 from .state import METRICS, RUN, task_settings
 from .tasks import LanguageModelTask, Task, TextTask
@@ -132,8 +133,10 @@ def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any]
 def complete_row(run: "ContinualRun", row: list[float | None], general: dict[str, float]) -> None:
     """Score the model as it is on tasks that were added since `row` (and `general`, of the held-out ones) was made, and
     on those given again."""
-    for index, task in enumerate(run.tasks):
-        if row[index] is None and task.eval_dataset is not None and run._evaluates_all():
-            with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
-                row[index] = score(run, task)
+    missing = [n for n, task in enumerate(run.tasks) if row[n] is None and task.eval_dataset is not None]
+    if missing and run._evaluates_all():
+        with runnable(run.model, run.args):
+            for index in missing:
+                with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
+                    row[index] = score(run, run.tasks[index])
     measure(run, general)

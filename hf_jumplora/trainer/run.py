@@ -42,6 +42,7 @@ from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
 from .beside import describe_data, general_texts, lacks, measure, read_general, score
+from .engines import fresh_accelerator, release, runnable
 from .evaluation import own_adapter
 from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
@@ -288,6 +289,7 @@ class ContinualRun:
         saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
         last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        release(trainer)
         for strategy in self.strategies:
             strategy.on_task_end(self.model, "default", examples)
         finish_adapter(self.model, "default", folder)
@@ -330,6 +332,7 @@ class ContinualRun:
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(output_dir), self.args.seed + 1000 * index
         args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
+        fresh_accelerator()
         return self.trainer_cls(
             model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             strategies=self.strategies, callbacks=list(self.callbacks), **kwargs,
@@ -347,12 +350,14 @@ class ContinualRun:
         limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
         row: list[float | None] = []
         self.cross_entropy.clear()
-        for index, task in enumerate(tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())):
-            if index >= limit or task.eval_dataset is None:
-                row.append(None)
-                continue
-            with own_adapter(self.model, index) if self.method.mode == "separate" else nullcontext():
-                row.append(score(self, task))
+        bar = tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())
+        with runnable(self.model, self.args):
+            for index, task in enumerate(bar):
+                if index >= limit or task.eval_dataset is None:
+                    row.append(None)
+                    continue
+                with own_adapter(self.model, index) if self.method.mode == "separate" else nullcontext():
+                    row.append(score(self, task))
         return row
 
     def _commit(self, name: str, folder: str) -> None:

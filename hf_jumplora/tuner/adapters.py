@@ -17,6 +17,7 @@ from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer
 from .model import check_adapter_name, named_layers
+from .shards import assign, gathered
 
 
 def adapter_config(model: nn.Module, adapter: str) -> JumpLoraConfig:
@@ -99,6 +100,12 @@ def density_at(step: int, total_steps: int, config: JumpLoraConfig) -> float | N
     return target + (initial - target) * left
 
 
+def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """A [r, in] and B [out, r] of every layer, log_tau [1] of every gate; each once."""
+    factors = [factor for _, layer in named_layers(model, adapter) for factor in layer.factors(adapter)[:2]]
+    return [*factors, *(gate.log_tau for gate, _ in gate_groups(model, adapter))]
+
+
 def set_mix(model: nn.Module, adapter: str, mix: float) -> None:
     """Set f of all gates of an adapter."""
     for gate, _ in gate_groups(model, adapter):
@@ -126,46 +133,52 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
     layers, and all set the same tau.
     """
     config, state = adapter_config(model, adapter), PartialState() if together else None
-    for gate, layers in gate_groups(model, adapter):
-        total = _entries(layers)
-        factors = [layer.factors(adapter) for layer in layers]
-        pattern, name = config.density_pattern, layers[0].layer_name  # one layer a gate where there is a pattern
-        share = pattern.get(get_pattern_key(list(pattern), name), density)
-        if share is None:
-            kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
-        else:
-            kept = round(share * total)
-        k = min(max(1, total - kept), total)
-        near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
-        if state is not None and state.num_processes > 1:
-            mine = factors[state.process_index :: state.num_processes]
-            tau = kth_magnitude(functools.partial(update_blocks, mine), k, _add_over_processes)
-        else:
-            tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)
-        if tau == 0:
-            raise ValueError(
-                f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its updates "
-                "are exactly zero or closed. Either it has not been trained (learning rate 0?), or isolation='hard' "
-                "leaves fewer entries free than it shall keep: lower initial_density or target_density"
-            )
-        with torch.no_grad():
-            gate.log_tau.fill_(tau).log_()
-            while gate.log_tau.exp() < tau:  # the logarithm was rounded down: the k-th entry would be kept after all
-                gate.log_tau.copy_(torch.nextafter(gate.log_tau, torch.full_like(gate.log_tau, torch.inf)))
+    taus = []
+    with gathered(adapter_parameters(model, adapter)):
+        for gate, layers in gate_groups(model, adapter):
+            total = _entries(layers)
+            factors = [layer.factors(adapter) for layer in layers]
+            pattern, name = config.density_pattern, layers[0].layer_name  # one layer a gate where there is a pattern
+            share = pattern.get(get_pattern_key(list(pattern), name), density)
+            if share is None:
+                kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
+            else:
+                kept = round(share * total)
+            k = min(max(1, total - kept), total)
+            near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
+            if state is not None and state.num_processes > 1:
+                mine = factors[state.process_index :: state.num_processes]
+                tau = kth_magnitude(functools.partial(update_blocks, mine), k, _add_over_processes)
+            else:
+                tau = kth_magnitude(functools.partial(update_blocks, factors), k, near=near)
+            if tau == 0:
+                raise ValueError(
+                    f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its "
+                    "updates are exactly zero or closed. Either it has not been trained (learning rate 0?), or "
+                    "isolation='hard' leaves fewer entries free than it shall keep: lower initial_density or "
+                    "target_density"
+                )
+            log_tau = torch.full_like(gate.log_tau, tau).log()
+            while log_tau.exp() < tau:  # the logarithm was rounded down: the k-th entry would be kept after all
+                log_tau = torch.nextafter(log_tau, torch.full_like(log_tau, torch.inf))
+            taus.append((gate, log_tau.item()))
+    for gate, value in taus:
+        assign(gate.log_tau, value)
 
 
 def density(model: nn.Module, adapter: str) -> float:
     """Fraction of the adapted entries with |D| > tau (of a finished adapter: in its support). 1.0 without a gate."""
     kept = total = 0
-    for _, layer in named_layers(model, adapter):
-        total += layer.out_features * layer.in_features
-        if adapter not in layer.jumplora_gate:
-            kept += layer.out_features * layer.in_features
-        elif adapter in layer.jumplora_support:
-            kept += int(layer.support(adapter).sum())
-        else:
-            tau = layer.gate(adapter).log_tau.detach().exp()
-            kept += int(sum((block.abs() > tau).sum() for block in update_blocks([layer.factors(adapter)])))
+    with gathered(adapter_parameters(model, adapter)):
+        for _, layer in named_layers(model, adapter):
+            total += layer.out_features * layer.in_features
+            if adapter not in layer.jumplora_gate:
+                kept += layer.out_features * layer.in_features
+            elif adapter in layer.jumplora_support:
+                kept += int(layer.support(adapter).sum())
+            else:
+                tau = layer.gate(adapter).log_tau.detach().exp()
+                kept += int(sum((block.abs() > tau).sum() for block in update_blocks([layer.factors(adapter)])))
     return kept / total
 
 

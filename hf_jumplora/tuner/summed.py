@@ -8,6 +8,7 @@ from torch import nn
 from ..ops.sparse import decode_support, pack_bits, support_sha256, unpack_bits
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
+from .shards import piece, piece_of
 
 
 class SummedUpdates(nn.Module, BaseTunerLayer):
@@ -192,11 +193,13 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         delta = self.total_update(names)
         if safe_merge and not torch.isfinite(delta).all():
             raise ValueError(f"layer {self.layer_name}: the updates of {names} hold entries that are not finite")
+        # Where the weight is spread over processes, each changes the piece it holds.
         weight = self._base_weight()
         if self._original is None:
             self._original = weight.to("cpu", copy=True)
         original = self._original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        weight.copy_(original + (delta.T if self.transposed else delta))
+        delta = piece_of(delta.T if self.transposed else delta, self.get_base_layer().weight)
+        weight.copy_(original + delta)
         self.merged_adapters = names
 
     def check_mergeable(self) -> None:
@@ -209,9 +212,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
             )
 
     def _base_weight(self) -> torch.Tensor:
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.data
+        return piece(self.get_base_layer().weight)
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit."""

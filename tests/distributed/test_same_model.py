@@ -17,7 +17,12 @@ NAMES = {
     "olora": {"method": "olora"},
     "hard": {"adapter": {"isolation": "hard"}},
 }
-ENGINES = {"cpu2": "DistributedDataParallel"}
+ENGINES = {
+    "cpu2": "DistributedDataParallel",
+    "zero1": "DeepSpeedEngine 1",
+    "zero2": "DeepSpeedEngine 2",
+    "zero3": "DeepSpeedEngine 3",
+}
 
 
 def jobs(base, folder, batch: int) -> list[dict]:

@@ -1,0 +1,137 @@
+"""DeepSpeed and FSDP: one engine after another in the same process, and what they cannot do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from ..tuner import named_layers
+from ..tuner.shards import master
+from .processes import sharding
+
+
+if TYPE_CHECKING:
+    from .run import ContinualRun
+
+
+_NOT_WITH_DEEPSPEED = {
+    "optimizer": "the run makes the optimizer, with the thresholds' own groups: leave it out",
+    "scheduler": "its steps are those of one task: leave it out and set lr_scheduler_type",
+    "tensor_parallel": "adapters need whole layers: leave it out",
+}
+_NOT_WITH_ZERO = {
+    "zero_hpz_partition_size": "merged tasks would be missing in the second copy of the weights: leave it out",
+    "zero_quantized_weights": "merged tasks would be quantised away: leave it out",
+    "zero_quantized_nontrainable_weights": "merged tasks would be quantised away: leave it out",
+}
+
+
+def check_engine(run: "ContinualRun") -> None:
+    """Raises ValueError, naming the option and what to do, for what cannot work with DeepSpeed or FSDP."""
+    kind = sharding(run.args)
+    if kind in ("none", "ddp"):
+        return
+    if kind == "zero0":
+        raise ValueError("DeepSpeed with ZeRO stage 0 is DDP: use recipes/accelerate/ddp.yaml, or stage 1, 2 or 3")
+    if run.args.fp16:
+        raise ValueError(f"fp16=True scales losses, and is not tested with {kind}: use bf16=True")
+    for task in (*run.tasks, *run.held_out):
+        if task.eval_dataset is not None and task not in run._text_tasks():
+            raise ValueError(
+                f"task {task.name!r} is evaluated by the Trainer itself, which is not supported with {kind}: make it a "
+                "TextTask, leave its eval_dataset out, or train with DDP"
+            )
+    if kind in ("zero3", "fsdp"):
+        for strategy in run.strategies:
+            if strategy.runs_model:
+                raise ValueError(
+                    f"strategy {strategy!r} runs the model outside of a training step, which {kind} does not allow: "
+                    "use zero1, zero2 or DDP"
+                )
+        if getattr(run.model, "is_quantized", False):
+            raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
+    if kind.startswith("zero"):
+        config = run.args.deepspeed_plugin.deepspeed_config
+        zero = config.get("zero_optimization", {})
+        found = [(key, why) for key, why in _NOT_WITH_DEEPSPEED.items() if config.get(key)]
+        found += [
+            (f"zero_optimization.{key}", why)
+            for key, why in _NOT_WITH_ZERO.items()
+            if zero.get(key, False) not in (1, False)
+        ]
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            found.append(("zero_optimization.offload_param.device=nvme", "merging reads weights in memory: use cpu"))
+        if found:
+            raise ValueError(f"the DeepSpeed config has {found[0][0]!r}: {found[0][1]}")
+
+
+def fresh_accelerator() -> None:
+    """Lets a further Trainer of this process have its own engine (transformers issue 35073)."""
+    AcceleratorState._reset_state()
+
+
+def release(trainer: Any) -> None:
+    """End DeepSpeed's engine of a finished training. Adapters are whole float32 tensors again, the trained one from the
+    master copies; weights of the base that ZeRO-3 has cut stay so. Does nothing without DeepSpeed."""
+    if not trainer.is_deepspeed_enabled:
+        return
+    model, places = trainer.model, _adapter_places(trainer.model)
+    values = [master(module._parameters[key]) for module, key in places]
+    trainer.deepspeed.empty_partition_cache()
+    trainer.accelerator.free_memory()  # it ends the engine
+    trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.model_wrapped = model
+    _forget_engine(model, places, values)
+
+
+def _adapter_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, name in it) of every parameter of every adapter."""
+    places: dict[tuple[nn.Module, str], None] = {}
+    for _, layer in named_layers(model):
+        gates = [(gate, "log_tau") for gate in layer.jumplora_gate.values()]
+        factors = [(d, adapter) for d in (layer.jumplora_A, layer.jumplora_B) for adapter in d]
+        places |= dict.fromkeys([*gates, *factors])
+    return list(places)
+
+
+def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values: list[torch.Tensor]) -> None:
+    """Adapters become plain parameters of these values. And what DeepSpeed leaves in the modules, references to
+    parameters that are gone, would be found by the next engine."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK.clear()
+    for module in model.modules():
+        if type(module._parameters) is not dict:
+            module._parameters = dict(module._parameters)
+        vars(module).pop("_original_parameters", None)
+        getattr(module, "_external_params", {}).clear()
+    for (module, key), value in zip(places, values, strict=True):
+        module._parameters[key] = nn.Parameter(value, module._parameters[key].requires_grad)
+
+
+@contextmanager
+def runnable(model: nn.Module, args: Any) -> Iterator[None]:
+    """Inside, a model whose weights ZeRO-3 has cut, or would cut, can run: an engine without optimizer gathers them."""
+    if sharding(args) != "zero3":
+        yield
+        return
+    import deepspeed
+
+    config = args.deepspeed_plugin.deepspeed_config
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    own = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": config.get("bf16", {})}
+    if own["bf16"].get("enabled") == "auto":
+        own["bf16"] = {"enabled": args.bf16}
+    places = _adapter_places(model)
+    values = [module._parameters[key].detach().clone() for module, key in places]
+    engine = deepspeed.initialize(model=model, config=own)[0]
+    try:
+        yield
+    finally:
+        engine.empty_partition_cache()
+        engine.destroy()
+        _forget_engine(model, places, values)
