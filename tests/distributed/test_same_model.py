@@ -14,7 +14,7 @@ from hf_jumplora.tuner import named_layers
 
 NAMES = {
     "ella": {"method": "jumplora-ella"},
-    "olora": {"method": "olora"},
+    "olora": {"method": "olora", "options": {"eval_mode": "generate"}},
     "hard": {"adapter": {"isolation": "hard"}},
 }
 ENGINES = {
@@ -28,7 +28,10 @@ ENGINES = {
 def jobs(base, folder, batch: int) -> list[dict]:
     """The same global batch whatever the number of processes."""
     options = {"per_device_train_batch_size": batch}
-    return [{"base": base, "output_dir": str(folder / name), "options": options, **job} for name, job in NAMES.items()]
+    return [
+        {**job, "base": base, "output_dir": str(folder / name), "options": {**options, **job.get("options", {})}}
+        for name, job in NAMES.items()
+    ]
 
 
 @pytest.fixture(scope="module")
