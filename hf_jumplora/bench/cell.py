@@ -122,7 +122,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
             per_device_eval_batch_size=64,
             learning_rate=spec["rate"],
             lr_scheduler_type="constant",
-            max_length=budget.max_length,
+            max_length=spec["max_length"],
             eval_mode="score",
             eval_tasks="seen" if tune else budget.eval_tasks,
             seed=spec["seed"],

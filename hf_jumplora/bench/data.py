@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ..trainer import load_tasks
+from ..trainer import TextTask, load_tasks
+from ..trainer.tasks import Encoder
 from .protocol import Budget
 
 
@@ -43,6 +44,13 @@ def bench_tasks(
         if task.held_out:
             tasks.append(dataclasses.replace(task, eval_dataset=_drawn(task.eval_dataset, budget.test_rows)))
     return tasks
+
+
+def room_beside_text(tokenizer: Any, tasks: list[Any]) -> int:
+    """Tokens that the longest prompt of these tasks and its answer take, the text aside."""
+    encoder = Encoder(tokenizer, 0, seq2seq=False)
+    prompts = [task for task in tasks if isinstance(task, TextTask)]
+    return max((len(tokenizer(t.render("")).input_ids) + encoder.longest_answer(t) for t in prompts), default=0)
 
 
 def _drawn(rows: list[dict], count: int) -> list[dict]:

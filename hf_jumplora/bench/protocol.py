@@ -15,7 +15,8 @@ from ..tuner import JumpLoraConfig
 class Budget:
     """The cost of one table. A run of a method trains `steps` steps of `batch` examples a task.
 
-    max_length: tokens; longer texts are cut. test_rows: examples a task of the test split that are evaluated.
+    max_length: tokens of a text; longer ones are cut (prompt and answer are not counted). test_rows: examples a task of
+    the test split that are evaluated.
     eval_tasks: "seen" evaluates the tasks trained so far, "all" later ones too (and before any training).
     tune_steps: steps a task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows` examples
     each, held out of their training rows.

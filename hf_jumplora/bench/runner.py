@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from ..stack.manifest import write_json
 from ..trainer.streams import stream_path
 from .cell import base_method, next_file, points
-from .data import bench_tasks
+from .data import bench_tasks, room_beside_text
 from .encoder import default_encoder
 from .protocol import BUDGETS, Budget, best_point, next_point
 from .table import write_table
@@ -113,10 +115,20 @@ class Bench:
             "prompt_style": self.prompt_style,
             "budget": dataclasses.asdict(self.limits),
             **beside,
+            "max_length": self.limits.max_length + self._room(model, [*tasks, *held]),
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
         }
-        own = ("data_dir", "stream", "threads", "model", "general_text")  # may differ from machine to machine
+        own = (
+            "data_dir",
+            "stream",
+            "threads",
+            "model",
+            "general_text",
+            "max_length",
+        )  # may differ from machine to machine
         same: dict[str, Any] = {key: value for key, value in self.spec.items() if key not in own}
+        if self.setting == "causal":
+            same["max_length"] = self.spec["max_length"]
         same |= {"stream": Path(self.stream).stem, "model": Path(model).name}
         same["tasks"] = [
             {
@@ -144,6 +156,10 @@ class Bench:
                 shown = "; ".join(f"{key}: {before.get(key)!r} there, {same[key]!r} now" for key in differ)
                 raise ValueError(f"{self.output_dir} holds a bench of other settings ({shown}): use another output_dir")
         write_json(path, same)
+
+    def _room(self, model: str, tasks: list[Any]) -> int:
+        """Tokens of prompt and answer, which the causal setting has and the budget does not count."""
+        return room_beside_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting == "causal" else 0
 
     def _spec(self, name: str) -> dict[str, Any]:
         return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})

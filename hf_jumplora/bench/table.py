@@ -105,10 +105,14 @@ def write_table(folder: Path) -> str:
     rows.sort(key=lambda row: -float(row[1].split()[0]) if row[1] != "-" else 1.0)
     budget, tasks = settings["budget"], settings["tasks"]
     style = "none (the text alone)" if settings["setting"] == "encoder" else settings["prompt_style"] or "the stream's"
+    length, of = (
+        settings.get("max_length", budget["max_length"]),
+        " with the prompt" if "max_length" in settings else "",
+    )
     parts = [
         f"# Methods on {settings['stream']}",
         f"Setting {settings['setting']}, model {settings['model']}, prompt style: {style}; "
-        f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {budget['max_length']} tokens. "
+        f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {length} tokens{of}. "
         "Mean ± standard deviation over seeds.",
         _markdown([["task", "training examples", "test examples", "measured"]]
                   + [[t["name"], str(t["train_examples"]), str(t["test_examples"]), t.get("metric", "accuracy")]

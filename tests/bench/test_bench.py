@@ -7,9 +7,10 @@ import pytest
 import torch
 import toy
 
+from hf_jumplora import LanguageModelTask
 from hf_jumplora.bench import cell as cell_module
 from hf_jumplora.bench import runner
-from hf_jumplora.bench.data import bench_tasks
+from hf_jumplora.bench.data import bench_tasks, room_beside_text
 from hf_jumplora.bench.protocol import (
     BUDGETS,
     best_point,
@@ -82,6 +83,15 @@ def test_held_out_tasks_are_evaluated_alone(stream, tmp_path):
     assert [t.name for t in tune] == ["size", "mood"]
     assert [(t.name, t.held_out) for t in final][2:] == [("light", True), ("general_text", True)]
     assert [len(t.eval_dataset) for t in final] == [7, 7, 7, 7]
+
+
+def test_prompts_do_not_count(stream):
+    """A budget's tokens are those of the text, whatever the prompt; plain text has none."""
+    tasks = bench_tasks(stream, None, "jumplora", SMALL, tune=False)
+    tokenizer, prompts = toy.tokenizer(), [task.render("") for task in tasks]
+    longest = max(len(tokenizer(text).input_ids) for text in prompts) + 2  # one token an answer, and the end
+    assert room_beside_text(tokenizer, tasks) == longest
+    assert room_beside_text(tokenizer, [LanguageModelTask("a", [{"text": "x"}])]) == 0
 
 
 def test_coordinate_search():
@@ -228,6 +238,8 @@ def test_general_ability(stream, toy_base, tmp_path, monkeypatch):
     cell = json.loads((tmp_path / "out" / "cells" / "final-inclora-s0.json").read_text())
     before, *_, after = (row["general_text cross_entropy"] for row in cell["metrics"]["general"])
     assert f"| {before:.4f} → {after:.4f} |" in line
+    assert cell["spec"]["max_length"] > tiny.max_length
+    assert f"at most {cell['spec']['max_length']} tokens with the prompt" in text
     assert len(cell["learning_curve"]) == 2
     assert "| jumplora | - | - |" in text  # two steps are too few for its ramp
     assert "failed: tuning failed: ValueError: task 'size': " in text
