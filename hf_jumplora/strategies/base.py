@@ -67,8 +67,8 @@ class Strategy:
     def on_gradients(self, model: nn.Module, adapter: str) -> None:
         """Once a step: gradients are summed over micro-batches and processes, not yet clipped; change them in place.
 
-        Under fp16 they carry the loss scale, so only linear changes are right. Not available under DeepSpeed and FSDP,
-        which keep pieces of gradients: a trainer refuses a strategy that overrides this hook there.
+        Under fp16 they carry the loss scale, so only linear changes are right. Not available under DeepSpeed, which
+        keeps pieces of gradients: a trainer refuses a strategy that overrides this hook there.
         """
 
     def on_step_end(self, model: nn.Module, adapter: str) -> None:
@@ -88,8 +88,8 @@ class Strategy:
     def checkpoint_state(self) -> dict[str, torch.Tensor]:
         """What changes from step to step within a task, beside the adapter: saved as safetensors in each checkpoint.
 
-        Not available under DeepSpeed and FSDP, which keep pieces of parameters: a trainer refuses a strategy that
-        overrides this hook there.
+        Not available under DeepSpeed, which keeps pieces of parameters: a trainer refuses a strategy that overrides
+        this hook there.
         """
         return {}
 

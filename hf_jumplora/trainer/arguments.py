@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments
 
-from .processes import check_compiler
+from .processes import check_compiler, take_fsdp
 
 
 _CHOICES = {
@@ -59,6 +59,7 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         check_compiler(self)
+        self.cut_base = take_fsdp(self)
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and self.world_size == 1:  # transformers and accelerate then train `started` models, silently
@@ -69,8 +70,14 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
+        if self.cut_base and self.world_size == 1:
+            raise ValueError("FSDP needs several processes: leave it out, or give --num_processes to accelerate launch")
         if self.max_length < 8:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt")
         for name in ("gate_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        return False if self.cut_base else super().place_model_on_device

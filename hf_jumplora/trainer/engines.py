@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..tuner import named_layers
 from ..tuner.shards import master
@@ -44,7 +47,7 @@ def check_engine(run: "ContinualRun") -> None:
                 f"task {task.name!r} is evaluated by the Trainer itself, which is not supported with {kind}: make it a "
                 "TextTask, leave its eval_dataset out, or train with DDP"
             )
-    if kind in ("zero3", "fsdp"):
+    if kind in ("zero3", "fsdp2"):
         for strategy in run.strategies:
             if strategy.runs_model:
                 raise ValueError(
@@ -113,10 +116,51 @@ def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values
         module._parameters[key] = nn.Parameter(value, module._parameters[key].requires_grad)
 
 
+def cut_base(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 of a base model, frozen: each process keeps a piece of each weight on its device. Once for all tasks.
+
+    Adapters that are put in later stay whole in every process, and DDP adds up their gradients.
+
+    Raises:
+        ValueError: the model does not say which of its modules are its blocks.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            f"FSDP cuts a model by its blocks, and {type(model).__name__} names none (_no_split_modules): use "
+            "recipes/accelerate/zero3.yaml"
+        )
+    model.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in [*blocks, model]:
+        name, where = type(module).__name__, type(module).__module__
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        type(module).__name__, type(module).__module__ = name, where  # of a class made for it: PEFT writes them down
+    model._is_fsdp_managed_module = True  # type: ignore[assignment]  # `generate` then runs equally often everywhere
+
+
+def ignore_cut_weights(model: nn.Module) -> None:
+    """DDP leaves alone what FSDP2 has cut."""
+    cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)
+
+
 @contextmanager
-def runnable(model: nn.Module, args: Any) -> Iterator[None]:
-    """Inside, a model whose weights ZeRO-3 has cut, or would cut, can run: an engine without optimizer gathers them."""
-    if sharding(args) != "zero3":
+def runnable(model: Any, args: Any) -> Iterator[None]:
+    """Inside, a model whose weights ZeRO-3 has cut, or would cut, can run: an engine without optimizer gathers them.
+    Of a model that FSDP2 has cut, parts of it can be called too."""
+    kind, base = sharding(args), model.get_base_model() if hasattr(model, "get_base_model") else model
+    if kind == "fsdp2" and isinstance(base, FSDPModule):
+        base.set_reshard_after_forward(False, recurse=False)
+        base.unshard()
+        try:
+            yield
+        finally:
+            base.set_reshard_after_forward(True, recurse=False)
+            base.reshard()
+        return
+    if kind != "zero3":
         yield
         return
     import deepspeed

@@ -19,6 +19,7 @@ from ..strategies.base import join_states, state_of
 from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.adapters import adapter_config, adapter_parameters, can_continue, density_at
 from ..tuner.shards import gathered, keep_whole_in_forward, whole
+from .engines import ignore_cut_weights
 from .optimizers import arrange_optimizer
 from .processes import sharding
 
@@ -81,11 +82,15 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
         self.strategies, self.adapter = list(strategies or ()), adapter
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP needs ContinualRun and ContinualTrainingArguments; a trainer by itself takes DDP or DeepSpeed"
+            )
+        if self.is_deepspeed_enabled:
             for s, (hook, does) in itertools.product(self.strategies, _NEED_WHOLE.items()):
                 if getattr(type(s), hook) is not getattr(Strategy, hook):
                     raise ValueError(
-                        f"strategy {s!r} {does}, which are not whole under DeepSpeed and FSDP: train it with the whole "
+                        f"strategy {s!r} {does}, which are not whole under DeepSpeed: train it with the whole "
                         "model in each process (plain or DDP)"
                     )
         self._penalty: torch.Tensor | None = None
@@ -113,6 +118,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             self._penalty = torch.stack([t.reshape(()) for t in terms]).sum()
 
     def train(self, *args, **kwargs):
+        if sharding(self.args) == "fsdp2":
+            ignore_cut_weights(self.model)
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         try:
             return super().train(*args, **kwargs)
@@ -187,13 +194,13 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            sharded = self.is_deepspeed_enabled
             optimizer = arrange_optimizer(optimizer, self.model, self.adapter, self.args, sharded)
             self.optimizer: torch.optim.Optimizer | None = optimizer
         return optimizer
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if sharding(self.args) in ("none", "ddp") or not isinstance(self.model, PeftModel):
+        if not (self.is_deepspeed_enabled and isinstance(self.model, PeftModel)):
             return super().save_model(output_dir, _internal_call)
         parameters = adapter_parameters(self.model, self.adapter)
         with gathered(parameters):

@@ -18,7 +18,7 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     all else stays where it is; "riemannian" preconditions their gradients before each step. Learning rate schedules act
     on every group in proportion.
 
-    sharded: DeepSpeed or FSDP, where no process sees a whole matrix.
+    sharded: DeepSpeed, where no process sees a whole matrix.
 
     Raises:
         ValueError: Muon or Riemannian preconditioning when sharded. ImportError: this torch has no Muon.
@@ -26,8 +26,8 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     kind = getattr(args, "factor_optimizer", "default")
     if kind != "default" and sharded:
         raise ValueError(
-            f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed and FSDP cut into pieces: leave it "
-            "out, or train with the whole model in each process (plain or DDP)"
+            f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed cuts into pieces: leave it out, "
+            "or train with DDP or FSDP2"
         )
     pairs = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for _, layer in named_layers(model, adapter)]
     if (rate := getattr(args, "gate_learning_rate", None)) is not None:

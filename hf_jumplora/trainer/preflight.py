@@ -201,5 +201,5 @@ def encode_tasks(run: "ContinualRun") -> list[Any]:
 def place_model(run: "ContinualRun") -> None:
     """The Trainer puts the model on its device when training starts; the zero-shot row comes before."""
     placed = getattr(run.model, "hf_device_map", None) or getattr(run.model, "is_quantized", False)
-    if not placed and sharding(run.args) != "zero3":
+    if not placed and sharding(run.args) not in ("zero3", "fsdp2"):
         run.model.to(run.args.device)

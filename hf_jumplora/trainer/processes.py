@@ -82,10 +82,44 @@ def check_compiler(args: Any) -> None:
         )
 
 
+_FSDP_OPTIONS = {
+    "FSDP_VERSION": ("2", "fsdp_version: 1 mixes frozen and trained weights in one tensor: use fsdp_version: 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params is not supported: use recipes/accelerate/zero3_offload.yaml"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        "true", "fsdp_reshard_after_forward: false leaves copies in which merged tasks would be missing: use true"
+    ),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "false", "fsdp_cpu_ram_efficient_loading leaves the base empty in all processes but one: use false"
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false", "fsdp_activation_checkpointing is not supported: use gradient_checkpointing=True"
+    ),
+}  # fmt: skip
+
+
+def take_fsdp(args: Any) -> bool:
+    """Whether `accelerate launch` asks for FSDP2. From here on the run cuts the frozen base itself, and transformers
+    and accelerate train the adapters with DDP: their own way would cut the adapters too, once and for the first task
+    alone.
+
+    Raises:
+        ValueError: an option of FSDP that cannot be had.
+    """
+    if args.fsdp:
+        raise ValueError("the argument fsdp is not supported: start with recipes/accelerate/fsdp2.yaml")
+    if "FSDP_VERSION" not in os.environ:  # `accelerate launch` sets it for FSDP alone
+        return False
+    for name, (wanted, why) in _FSDP_OPTIONS.items():
+        if os.environ.get(name, wanted).lower() != wanted:
+            raise ValueError(why)
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return True
+
+
 def sharding(args: Any) -> str:
-    """How the model and its training are spread: "none" (one process), "ddp", "zero1" to "zero3" or "fsdp"."""
+    """How the model and its training are spread: "none" (one process), "ddp", "zero1" to "zero3" or "fsdp2"."""
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
-    if args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return "fsdp"
+    if getattr(args, "cut_base", False):
+        return "fsdp2"
     return "ddp" if args.world_size > 1 else "none"

@@ -42,7 +42,7 @@ from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
 from .beside import describe_data, general_texts, lacks, measure, read_general, score
-from .engines import fresh_accelerator, release, runnable
+from .engines import cut_base, fresh_accelerator, release, runnable
 from .evaluation import own_adapter
 from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
@@ -202,6 +202,8 @@ class ContinualRun:
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = encode_tasks(self)
+        if sharding(self.args) == "fsdp2":
+            cut_base(self.model, self.args.device)
         zero_shot = read_matrix(self.output_dir, len(self.tasks))[:1]
         self.general = read_general(self.output_dir, self)
         if not zero_shot or None in zero_shot[0] or lacks(self, self.general[0]):

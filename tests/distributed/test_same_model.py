@@ -14,14 +14,15 @@ from hf_jumplora.tuner import named_layers
 
 NAMES = {
     "ella": {"method": "jumplora-ella"},
-    "olora": {"method": "olora", "options": {"eval_mode": "generate"}},
-    "hard": {"adapter": {"isolation": "hard"}},
+    "olora": {"adapter": {"isolation": "hard"}, "strategies": ["OLora"], "options": {"eval_mode": "generate"}},
 }
+# What runs the training steps, and the share of the base's weights that each of two processes holds outside of them.
 ENGINES = {
-    "cpu2": "DistributedDataParallel",
-    "zero1": "DeepSpeedEngine 1",
-    "zero2": "DeepSpeedEngine 2",
-    "zero3": "DeepSpeedEngine 3",
+    "cpu2": ("DistributedDataParallel", 1.0),
+    "zero1": ("DeepSpeedEngine 1", 1.0),
+    "zero2": ("DeepSpeedEngine 2", 1.0),
+    "zero3": ("DeepSpeedEngine 3", 0.5),
+    "fsdp2": ("DistributedDataParallel", 0.5),
 }
 
 
@@ -69,13 +70,19 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
         expected = json.loads((alone / f"{name}.0.json").read_text())
         for found in launch.results(job):
             assert found["world_size"] == 2
-            assert found["engines"] == [ENGINES[config]]
+            assert found["engines"] == [ENGINES[config][0]]
+            assert found["held"] == pytest.approx(ENGINES[config][1], abs=0.01)
             assert found["matrix"] == expected["matrix"]
             assert len(found["logs"]) == len(expected["logs"]) == 16
             for mine, one in zip(found["logs"], expected["logs"], strict=True):
                 assert (mine["task"], mine["step"], mine.get("mix")) == (one["task"], one["step"], one.get("mix"))
                 worst = max(worst, abs(mine["loss"] / one["loss"] - 1))
         verify_stack(tmp_path / name)
+        for task in ("task_000", "task_001"):
+            ours, theirs = (
+                json.loads((f / name / task / "adapter_config.json").read_text()) for f in (tmp_path, alone)
+            )
+            assert {**ours, "support": None} == {**theirs, "support": None}
         assert read_manifest(tmp_path / name).task_names == ["size", "light"]
         for (key, (mine, _)), (other, (one, distance)) in zip(
             supports(toy_base, tmp_path / name).items(), supports(toy_base, alone / name).items(), strict=True

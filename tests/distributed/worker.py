@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy
 from transformers import TrainerCallback
 
+from hf_jumplora import strategies
+from hf_jumplora.tuner.shards import full_shape, piece
+
 
 class Record(TrainerCallback):
     """Loss, threshold and density after every step; what the trainer's engine is."""
@@ -55,9 +58,13 @@ def main(jobs: list[dict]) -> None:
             job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), [record],
             **{"logging_steps": 1, **job.get("options", {})},
         )  # fmt: skip
+        run.strategies = [getattr(strategies, name)() for name in job.get("strategies", ())] or run.strategies
         watch_engines(run, engines)
         result = run.train()
+        base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
+        held = sum(piece(p).numel() for p in base) / sum(full_shape(p).numel() for p in base)
         out = {
+            "held": held,
             "world_size": run.args.world_size,
             "rank": run.args.process_index,
             "type": str(run.args.distributed_state.distributed_type),
