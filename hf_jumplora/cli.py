@@ -19,6 +19,7 @@ COMMANDS = {
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
     "bench": "compare methods on a stream of tasks",
+    "estimate": "what training needs of memory, a process",
 }
 
 

@@ -1,0 +1,74 @@
+"""Plan the memory of a training run: a process (GPU) under DDP, ZeRO, FSDP2 and over a 4-bit base.
+
+MODEL is llama-2-7b, llama-2-13b, llama-2-70b, a folder or a Hub id; of the latter config.json alone is read. Weights
+and activations are counted on the model's own code, without weights. Not counted: the CUDA context and what the
+allocator loses (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).
+"""
+
+import argparse
+import json
+
+import torch
+
+from ..memory import UNDER, Plan, estimate, model_config
+from ..methods import get_method
+from ..tuner import JumpLoraConfig
+
+
+PARTS = ("weights", "gathered", "factors", "gradients", "optimizer", "past", "activations", "backward", "workspace")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-jumplora estimate`."""
+    parser.add_argument("model", help="llama-2-7b, llama-2-13b, llama-2-70b, a folder, or a repository on the Hub")
+    parser.add_argument("--revision", help="of the repository")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs in all (default 1)")
+    parser.add_argument("--batch", type=int, default=8, help="per_device_train_batch_size (default 8)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the base")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--method", default="jumplora", help="jumplora, inclora, ella, jumplora-ella, jumplora-hard")
+    parser.add_argument("--r", type=int, default=8, help="rank (default 8)")
+    parser.add_argument("--target_modules", nargs="+", help="adapted layers; default: query and value; or all-linear")
+    parser.add_argument("--isolation", choices=("none", "hard"), default="none")
+    parser.add_argument("--tasks", type=int, default=0, help="finished tasks below the one in training (default 0)")
+    parser.add_argument("--density", type=float, help="a task's; default: as many entries as A and B have parameters")
+    parser.add_argument("--under", nargs="+", choices=UNDER, default=list(UNDER), help="default: all")
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table.
+
+    Raises:
+        ValueError: a number that cannot be, or as `estimate`.
+    """
+    for name, least in (("processes", 1), ("batch", 1), ("length", 2), ("tasks", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is at least {least}, got {getattr(args, name)}")
+    if args.density is not None and not 0 < args.density <= 1:
+        raise ValueError(f"--density is a fraction between 0 and 1, got {args.density}")
+    targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
+    options = {"r": args.r, "target_modules": targets, "isolation": args.isolation, **get_method(args.method).adapter}
+    plan = Plan(
+        args.processes, args.batch, args.length, getattr(torch, args.dtype), args.gradient_checkpointing, args.tasks,
+        args.density, args.method,
+    )  # fmt: skip
+    config = model_config(args.model, args.revision)
+    rows = {name: row for name, row in estimate(config, JumpLoraConfig(**options), plan).items() if name in args.under}
+    print(json.dumps(rows, indent=2) if args.json else text(args, rows))
+
+
+def text(args: argparse.Namespace, rows: dict[str, dict[str, int]]) -> str:
+    """The table for a terminal, in GiB."""
+    how = ", gradient checkpointing" if args.gradient_checkpointing else ""
+    lines = [
+        f"{args.model}, {args.dtype}, {args.method} after {args.tasks} tasks, {args.processes} processes, "
+        f"{args.batch} x {args.length} tokens each{how}",
+        "GiB a process; host: memory of the CPU a process, on top",
+        "",
+        f"{'':<14}" + "".join(f"{part:>12}" for part in (*PARTS, "total", "host")),
+    ]
+    for name, row in rows.items():
+        lines.append(f"{name:<14}" + "".join(f"{row[part] / 2**30:>12.2f}" for part in (*PARTS, "total", "host")))
+    return "\n".join(lines)
