@@ -39,7 +39,11 @@ CASES: dict[str, dict] = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "all-linear": {"adapter": {"target_modules": "all-linear", "r": 16}},
-    "ella-hard": {"method": "jumplora-ella", "tasks": 2, "adapter": {**FEW, "isolation": "hard", "target_density": 0.1}},
+    "ella-hard": {
+        "method": "jumplora-ella",
+        "tasks": 2,
+        "adapter": {**FEW, "isolation": "hard", "target_density": 0.1},
+    },
     "4-bit": {"four_bit": True},
     "4-bit-two-tasks": {"four_bit": True, "tasks": 2, "checkpointing": True, "adapter": FEW},
     "t5": {"t5": True, "tasks": 1},
@@ -136,7 +140,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--here", name]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        append("estimate", {"case": name}, **json.loads(done.stdout.splitlines()[-1]))
+        append("estimate", {"provider": name}, **json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ _LLAMA_2 = {  # hidden, feed-forward, layers, heads, key and value heads
     "llama-2-70b": (8192, 28672, 80, 64, 8),
 }
 UNDER = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp_4bit")
-ZERO3_LIVE = 10**9  # parameters DeepSpeed keeps gathered: stage3_max_live_parameters, stage3_max_reuse_distance
+SHARDED = ("zero3", "zero3_offload", "fsdp2")
+# DeepSpeed's defaults, in numbers: reduce_bucket_size; stage3_max_live_parameters and stage3_max_reuse_distance.
+ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
 
 
 @dataclass
@@ -236,28 +238,30 @@ def ella_memory(entries: int, share: float, factors: int) -> int:
     return (round(16 * share * entries) if share <= 0.12 else 4 * entries) + 4 * factors
 
 
-def trained(under: str, factors: int, processes: int) -> tuple[int, int, int]:
-    """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32.
+def trained(under: str, factors: int, processes: int) -> dict[str, int]:
+    """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32; `buckets` for sending.
 
-    DDP's buckets are a second copy of the gradients. DeepSpeed keeps a master copy beside the two moments. ZeRO-1 cuts
-    the optimizer's state, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 also the factors.
+    DeepSpeed keeps a master copy beside the two moments. ZeRO-1 cuts the optimizer's state, ZeRO-2 the gradients too,
+    ZeRO-3 and FSDP2 also the factors. DDP's buckets are a second copy of the gradients, DeepSpeed's have a fixed size.
     """
     f, n = 4 * factors, processes
-    if under.startswith("ddp"):
-        return f, (2 * f if n > 1 else f), 2 * f
-    values = f if under in ("zero1", "zero2") else f // n
-    return values, (f if under == "zero1" else f // n), (2 if under == "fsdp2" else 3) * f // n
+    buckets = 4 * ZERO_BUCKET if under.startswith("zero") else f if under.startswith("ddp") and n > 1 else 0
+    return {
+        "factors": f // n if under in SHARDED else f,
+        "gradients": f // n if under in (*SHARDED, "zero2") else f,
+        "optimizer": (3 if under.startswith("zero") else 2) * f // (1 if under.startswith("ddp") else n),
+        "buckets": buckets,
+    }
 
 
 def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> dict[str, dict[str, int]]:
     """{way to train: {part: bytes a process}}; the ways are those of `UNDER`, the parts add up to `total`.
 
     Parts: `weights` of the base (this process's share); `gathered` (ZeRO-3, FSDP2: whole weights that are there at a
-    time); `factors` A, B and thresholds in float32; `gradients` of them; `optimizer` (AdamW, and DeepSpeed's master
-    copy); `past` (masks of hard isolation, ELLA's sum, the live sum over a 4-bit base); `activations` kept for the
-    backward pass; `backward` (what it needs on top at its peak: the logits' gradients, or those of one block);
-    `workspace` of the adapted layers. `host` is memory of the CPU on top of that: originals of merged weights, the
-    sum of the finished tasks, what is offloaded.
+    time); `factors`, `gradients`, `optimizer` and `buckets` (see [`trained`]); `past` (masks of hard isolation, ELLA's
+    sum, the live sum over a 4-bit base); `activations` kept for the backward pass; `backward` (what it needs on top at
+    its peak: the logits' gradients, or those of one block); `workspace` of the adapted layers. `host` is memory of the
+    CPU on top of that: originals of merged weights, the sum of the finished tasks, what is offloaded.
 
     Raises:
         ValueError: a target module that is not there, or a method whose strategies remember what is not counted here.
@@ -284,25 +288,22 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     originals = width * size.entries if plan.tasks else 0
     rows = {}
     for under in UNDER:
-        four_bit, sharded = under == "ddp_4bit", under in ("zero3", "zero3_offload", "fsdp2")
-        part = n if sharded else 1
+        four_bit, part = under == "ddp_4bit", n if under in SHARDED else 1
         at_once = 2 * size.unit if under == "fsdp2" else ZERO3_LIVE  # FSDP: the block at work and the next one
         gathered = width * min(size.parameters, at_once)
-        values, gradients, optimizer = trained(under, size.factors, n)
         row = {
             "weights": (size.weights_4bit if four_bit else size.weights) // part,
             "gathered": gathered if part > 1 else 0,
-            "factors": values + newest,
-            "gradients": gradients,
-            "optimizer": optimizer,
+            **trained(under, size.factors, n),
             "past": memory + (live_sum(size.entries, share) if four_bit and plan.tasks else 0),
             "activations": kept,
             "backward": max(loss, block + (width * size.largest if four_bit else 0)),
             "workspace": workspace,
         }
-        host = summed + (0 if four_bit else originals)
+        row["factors"] += newest
+        host = summed + (0 if four_bit else originals // part)
         if under == "zero3_offload":
-            host += row["weights"] + optimizer
+            host += row["weights"] + row["optimizer"]
             row |= {"weights": 0, "optimizer": 0, "gathered": gathered}
         rows[under] = {**row, "total": sum(row.values()), "host": host}
     return rows

@@ -15,9 +15,6 @@ from ..methods import get_method
 from ..tuner import JumpLoraConfig
 
 
-PARTS = ("weights", "gathered", "factors", "gradients", "optimizer", "past", "activations", "backward", "workspace")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora estimate`."""
     parser.add_argument("model", help="llama-2-7b, llama-2-13b, llama-2-70b, a folder, or a repository on the Hub")
@@ -62,13 +59,14 @@ def run(args: argparse.Namespace) -> None:
 def text(args: argparse.Namespace, rows: dict[str, dict[str, int]]) -> str:
     """The table for a terminal, in GiB."""
     how = ", gradient checkpointing" if args.gradient_checkpointing else ""
+    columns = list(next(iter(rows.values())))
     lines = [
         f"{args.model}, {args.dtype}, {args.method} after {args.tasks} tasks, {args.processes} processes, "
         f"{args.batch} x {args.length} tokens each{how}",
         "GiB a process; host: memory of the CPU a process, on top",
         "",
-        f"{'':<14}" + "".join(f"{part:>12}" for part in (*PARTS, "total", "host")),
+        f"{'':<13}" + "".join(f"{column:>12}" for column in columns),
     ]
     for name, row in rows.items():
-        lines.append(f"{name:<14}" + "".join(f"{row[part] / 2**30:>12.2f}" for part in (*PARTS, "total", "host")))
+        lines.append(f"{name:<13}" + "".join(f"{row[column] / 2**30:>12.2f}" for column in columns))
     return "\n".join(lines)
