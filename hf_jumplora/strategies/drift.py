@@ -7,7 +7,7 @@ import torch
 
 from ..tuner import named_layers
 from .base import Strategy
-from .moments import input_moments, layer_penalty
+from .moments import check_examples, input_moments, layer_penalty
 
 
 @dataclass
@@ -34,10 +34,7 @@ class Drift(Strategy):
     def __post_init__(self):
         if self.weight < 0:
             raise ValueError(f"the weight of the drift penalty must not be negative, got {self.weight}")
-        if self.examples < 1:
-            raise ValueError(f"examples must be positive, got {self.examples}")
-        if isinstance(self.general, (str, bool)) and self.general is not True:
-            raise ValueError(f"general is a list of texts, or True for the run's general_text; got {self.general!r}")
+        check_examples(self.examples, self.general)
 
     def check(self, mode, config):
         if mode != "incremental":

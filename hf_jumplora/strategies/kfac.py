@@ -7,7 +7,7 @@ import torch
 
 from ..tuner import named_layers
 from .base import Strategy
-from .moments import kronecker_factors, layer_penalty
+from .moments import check_examples, kronecker_factors, layer_penalty
 
 
 @dataclass
@@ -42,10 +42,7 @@ class KFac(Strategy):
             raise ValueError(f"the weight of the kfac penalty must not be negative, got {self.weight}")
         if self.memory not in ("per_task", "sum") and not (isinstance(self.memory, int) and self.memory > 0):
             raise ValueError(f"memory is 'per_task', 'sum' or a positive number of eigenvectors, got {self.memory!r}")
-        if self.examples < 1:
-            raise ValueError(f"examples must be positive, got {self.examples}")
-        if isinstance(self.general, (str, bool)) and self.general is not True:
-            raise ValueError(f"general is a list of texts, or True for the run's general_text; got {self.general!r}")
+        check_examples(self.examples, self.general)
 
     def check(self, mode, config):
         if mode != "incremental":

@@ -26,6 +26,14 @@ def layer_penalty(layer: Any, adapter: str, terms: list[tuple], roots: bool = Fa
     return quadratic_penalty(A, B, terms, scaling=layer.scaling[adapter], roots=roots, **options)
 
 
+def check_examples(examples: int, general: Any) -> None:
+    """Raise ValueError unless `examples` is a number of examples and `general` what a zeroth task can be made of."""
+    if examples < 1:
+        raise ValueError(f"examples must be positive, got {examples}")
+    if isinstance(general, (str, bool)) and general is not True:
+        raise ValueError(f"general is a list of texts, or True for the run's general_text; got {general!r}")
+
+
 def batches(examples: Iterable[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
     """Examples of equal shape joined to batches of at most `size`: what padding would blur stays exact."""
     waiting: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
