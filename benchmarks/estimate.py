@@ -47,6 +47,7 @@ CASES: dict[str, dict] = {
     "4-bit": {"four_bit": True},
     "4-bit-two-tasks": {"four_bit": True, "tasks": 2, "checkpointing": True, "adapter": FEW},
     "t5": {"t5": True, "tasks": 1},
+    **{under: {"under": under, "tasks": 1} for under in ("ddp", "zero1", "zero2", "zero3", "fsdp2")},
 }
 BATCH, LENGTH = 2, 256
 
@@ -78,20 +79,20 @@ def make(config: PretrainedConfig, four_bit: bool, folder: Path):
     return model
 
 
-def prepare(
-    folder: Path, tiny=False, method="jumplora", tasks=0, checkpointing=False, four_bit=False, t5=False, adapter=None
-) -> ContinualRun:
-    """A run of tasks + 1 tasks of five steps."""
-    config = model_config(t5, tiny)
+def prepare(folder: Path, tiny: bool, options: dict) -> ContinualRun:
+    """A run of a case: its finished tasks and one more, five steps each."""
+    config = model_config(options.get("t5", False), tiny)
+    torch.manual_seed(0)
     rows = torch.randint(0, config.vocab_size, (5 * BATCH, LENGTH)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
     args = ContinualTrainingArguments(
         str(folder / "out"), per_device_train_batch_size=BATCH, max_steps=5, learning_rate=1e-3, save_strategy="no",
-        activation_checkpointing=checkpointing, report_to=[], use_cpu=True, disable_tqdm=True,
+        activation_checkpointing=options.get("checkpointing", False), report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     return ContinualRun(
-        make(config, four_bit, folder / "base"), [Task(f"t{k}", rows) for k in range(tasks + 1)], method, args,
-        adapter_config=JumpLoraConfig(**(adapter or {})),
+        make(config, options.get("four_bit", False), folder / "base"),
+        [Task(f"t{k}", rows) for k in range(options.get("tasks", 0) + 1)], options.get("method", "jumplora"), args,
+        adapter_config=JumpLoraConfig(**options.get("adapter", {})),
     )  # fmt: skip
 
 
@@ -101,46 +102,62 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def case(name: str) -> dict:
+def case(name: str, folder: Path) -> dict:
     """Measured and estimated MiB of one case, in this process."""
     options = CASES[name]
     torch.set_num_threads(1)
     report.draw_matrix = report.draw_overlap = lambda result, path: None
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder, "tiny"), tiny=True, **options).train()
-        gc.collect()
-        before = status("VmRSS")
-        run = prepare(Path(folder, "run"), **options)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: loading is not training
-        run.train()
-        measured = (status("VmHWM") - before) / 2**10
-    density = sum(info["density"] for info in run.info) / len(run.info)
-    checkpointing, method = options.get("checkpointing", False), options.get("method", "jumplora")
-    plan = Plan(1, BATCH, LENGTH, torch.float32, checkpointing, options.get("tasks", 0), density, method)
-    row = estimate(model_config(options.get("t5", False)), copy.deepcopy(run.config), plan)
-    row = row["ddp_4bit" if options.get("four_bit") else "ddp"]
+    prepare(folder / "tiny", True, options).train()
+    gc.collect()
+    before = status("VmRSS")
+    run = prepare(folder / "run", False, options)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: loading is not training
+    run.train()
+    measured = (status("VmHWM") - before) / 2**10
+    plan = Plan(
+        run.args.world_size, BATCH, LENGTH, torch.float32, options.get("checkpointing", False), options.get("tasks", 0),
+        sum(info["density"] for info in run.info) / len(run.info), run.method_name,
+    )  # fmt: skip
+    rows = estimate(model_config(options.get("t5", False)), copy.deepcopy(run.config), plan)
+    row = rows["ddp_4bit" if options.get("four_bit") else options.get("under", "ddp")]
+    if options.get("under", "").startswith("zero"):
+        row["total"] -= row.pop("buckets")  # allocated and never filled: no memory of a CPU, but of a GPU
     estimated = (row["total"] + row["host"]) / 2**20
-    parts = {part: round(size / 2**20, 1) for part, size in row.items() if size}
     return {
         "measured_mib": round(measured, 1), "estimated_mib": round(estimated, 1),
-        "ratio": round(estimated / measured, 3), "parts_mib": parts,
+        "ratio": round(estimated / measured, 3),
+        "parts_mib": {part: round(size / 2**20, 1) for part, size in row.items() if size},
     }  # fmt: skip
+
+
+def fresh(name: str) -> dict:
+    """[`case`] in a process of its own, or in two, of which the first is measured."""
+    command = [__file__, "--here", name]
+    if under := CASES[name].get("under"):
+        config = f"recipes/accelerate/{'cpu2' if under == 'ddp' else under}.yaml"
+        command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, *command]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, *command, folder], env=environment, stdout=subprocess.PIPE, text=True, check=True,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"measured_mib"')))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--here", choices=CASES, help="one case in this process, printed as JSON and not recorded")
+    parser.add_argument("--here", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(case(args.here)))
+        found = case(args.here[0], Path(args.here[1]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(found), flush=True)
         return
     for name in args.only:
-        command = [sys.executable, __file__, "--here", name]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        append("estimate", {"provider": name}, **json.loads(done.stdout.splitlines()[-1]))
+        append("estimate", {"provider": name}, **fresh(name))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _LLAMA_2 = {  # hidden, feed-forward, layers, heads, key and value heads
     "llama-2-70b": (8192, 28672, 80, 64, 8),
 }
 UNDER = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp_4bit")
-SHARDED = ("zero3", "zero3_offload", "fsdp2")
+SHARDED = ("zero3", "zero3_offload", "fsdp2")  # each process has a piece of the base
 # DeepSpeed's defaults, in numbers: reduce_bucket_size; stage3_max_live_parameters and stage3_max_reuse_distance.
 ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
 
@@ -64,7 +64,8 @@ class Sizes:
     weights: int
     weights_4bit: int
     parameters: int
-    unit: int  # parameters of the largest block, embedding or head: what FSDP gathers at once
+    block: int  # parameters of the largest block
+    root: int  # parameters outside of blocks
     largest: int  # entries of the largest linear layer
     entries: int  # of the adapted layers
     layer: int  # entries of the largest adapted layer
@@ -117,7 +118,8 @@ def sizes(model: Any) -> Sizes:
         # 4 bits an entry and a float32 scale for each 64
         weights_4bit=kept + sum(w.numel() // 2 + 4 * math.ceil(w.numel() / 64) for w in linear),
         parameters=sum(p.numel() for p in own.values()),
-        unit=max([*units, *(p.numel() for p in own.values())]),
+        block=max(units, default=0),
+        root=sum(p.numel() for p in own.values()) - sum(units),
         largest=max(w.numel() for w in linear),
         entries=sum(entries),
         layer=max(entries),
@@ -241,16 +243,18 @@ def ella_memory(entries: int, share: float, factors: int) -> int:
 def trained(under: str, factors: int, processes: int) -> dict[str, int]:
     """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32; `buckets` for sending.
 
-    DeepSpeed keeps a master copy beside the two moments. ZeRO-1 cuts the optimizer's state, ZeRO-2 the gradients too,
-    ZeRO-3 and FSDP2 also the factors. DDP's buckets are a second copy of the gradients, DeepSpeed's have a fixed size.
+    FSDP2 cuts the base alone, and what is trained is DDP's, whose buckets are a second copy of the gradients. DeepSpeed
+    keeps a master copy beside the two moments, and buckets of a fixed size. ZeRO-1 cuts the optimizer's state, ZeRO-2
+    the gradients too, ZeRO-3 also the factors.
     """
     f, n = 4 * factors, processes
-    buckets = 4 * ZERO_BUCKET if under.startswith("zero") else f if under.startswith("ddp") and n > 1 else 0
+    if not under.startswith("zero"):
+        return {"factors": f, "gradients": f, "optimizer": 2 * f, "buckets": f if n > 1 else 0}
     return {
         "factors": f // n if under in SHARDED else f,
-        "gradients": f // n if under in (*SHARDED, "zero2") else f,
-        "optimizer": (3 if under.startswith("zero") else 2) * f // (1 if under.startswith("ddp") else n),
-        "buckets": buckets,
+        "gradients": f if under == "zero1" else f // n,
+        "optimizer": 3 * f // n,
+        "buckets": 4 * ZERO_BUCKET,
     }
 
 
@@ -289,7 +293,8 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     rows = {}
     for under in UNDER:
         four_bit, part = under == "ddp_4bit", n if under in SHARDED else 1
-        at_once = 2 * size.unit if under == "fsdp2" else ZERO3_LIVE  # FSDP: the block at work and the next one
+        # FSDP: what is outside of blocks, the block at work and the next one.
+        at_once = size.root + 2 * size.block if under == "fsdp2" else ZERO3_LIVE
         gathered = width * min(size.parameters, at_once)
         row = {
             "weights": (size.weights_4bit if four_bit else size.weights) // part,
