@@ -26,9 +26,9 @@ _NOT_WITH_DEEPSPEED = {
     "tensor_parallel": "adapters need whole layers: leave it out",
 }
 _NOT_WITH_ZERO = {
-    "zero_hpz_partition_size": "merged tasks would be missing in the second copy of the weights: leave it out",
-    "zero_quantized_weights": "merged tasks would be quantised away: leave it out",
-    "zero_quantized_nontrainable_weights": "merged tasks would be quantised away: leave it out",
+    "zero_hpz_partition_size": (1, "merged tasks would be missing in the second copy of the weights: leave it out"),
+    "zero_quantized_weights": (False, "merged tasks would be quantised away: leave it out"),
+    "zero_quantized_nontrainable_weights": (False, "merged tasks would be quantised away: leave it out"),
 }
 
 
@@ -60,11 +60,9 @@ def check_engine(run: "ContinualRun") -> None:
         config = run.args.deepspeed_plugin.deepspeed_config
         zero = config.get("zero_optimization", {})
         found = [(key, why) for key, why in _NOT_WITH_DEEPSPEED.items() if config.get(key)]
-        found += [
-            (f"zero_optimization.{key}", why)
-            for key, why in _NOT_WITH_ZERO.items()
-            if zero.get(key, False) not in (1, False)
-        ]
+        for key, (default, why) in _NOT_WITH_ZERO.items():
+            if zero.get(key, default) is not default:
+                found.append((f"zero_optimization.{key}", why))
         if zero.get("offload_param", {}).get("device") == "nvme":
             found.append(("zero_optimization.offload_param.device=nvme", "merging reads weights in memory: use cpu"))
         if found:

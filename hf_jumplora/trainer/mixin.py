@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -16,9 +17,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import density, gate_groups, ramp, ramp_steps, set_mix, set_threshold
+from ..tuner import density, gate_groups, named_layers, ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.adapters import adapter_config, adapter_parameters, can_continue, density_at
-from ..tuner.shards import gathered, keep_whole_in_forward, whole
+from ..tuner.shards import assign, gathered, keep_whole_in_forward, whole
 from .engines import ignore_cut_weights
 from .optimizers import arrange_optimizer
 from .processes import sharding
@@ -227,8 +228,19 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             if states:
                 save_file(states, Path(output_dir, STRATEGIES))
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # trainer_state.json, by which a checkpoint counts as complete, comes after the files of all processes.
+        self.accelerator.wait_for_everyone()
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # its checkpoint has what an optimizer trains alone
+            saved = load_file(Path(checkpoint, SAFETENSORS_WEIGHTS_NAME))
+            for name, layer in named_layers(self.model, self.adapter):
+                if self.adapter in layer.jumplora_gate and not layer.gate(self.adapter).log_tau.requires_grad:
+                    key = f"base_model.model.{name}.jumplora_gate.log_tau"
+                    assign(layer.gate(self.adapter).log_tau, saved[key].item())
         if checkpoint is not None and any(s.checkpoint_state() for s in self.strategies):
             states = load_file(Path(checkpoint, STRATEGIES))
             for number, strategy in enumerate(self.strategies):

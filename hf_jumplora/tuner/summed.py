@@ -199,7 +199,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
             self._original = weight.to("cpu", copy=True)
         original = self._original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         delta = piece_of(delta.T if self.transposed else delta, self.get_base_layer().weight)
-        weight.copy_(original + delta)
+        weight.copy_(original + delta.to(weight.device))
         self.merged_adapters = names
 
     def check_mergeable(self) -> None:

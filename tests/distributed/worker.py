@@ -1,10 +1,16 @@
 """One process of a run over the toy tasks: `worker.py JOBS.json`, under accelerate launch or torchrun.
 
 JOBS.json is a list of runs, done one after the other in the same processes: {"base", "output_dir", and what
-`toy.make_run` takes, "losses": file, ...}. Every process leaves `output_dir`.rank.json: what it was, losses and scores.
+`toy.make_run` takes}, and
+    "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does
+    "rank 1": what is different in process 1
+    "fails": true if an error is expected: its text goes to `output_dir`.rank.error, and the next job is begun.
+Every process leaves `output_dir`.rank.json: what it was, losses and scores.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -46,33 +52,59 @@ def watch_engines(run, seen: list) -> None:
     run.trainer_cls = Watched
 
 
+class Kill(TrainerCallback):
+    def __init__(self, folder: str, step: int, ranks: list[int]):
+        self.folder, self.step, self.ranks = folder, step, ranks
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (
+            args.process_index in self.ranks
+            and args.output_dir.endswith(self.folder)
+            and state.global_step == self.step
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(jobs: list[dict]) -> None:
     torch.set_num_threads(1)
     import hf_jumplora.report.report as report
 
     report.draw_matrix = report.draw_overlap = lambda result, path: None
     for job in jobs:
-        record, engines = Record(), []
-        tasks = toy.tasks(job.get("tasks", 2), job.get("train", 32), job.get("evaluate", 7))
-        run = toy.make_run(
-            job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), [record],
-            **{"logging_steps": 1, **job.get("options", {})},
-        )  # fmt: skip
-        run.strategies = [getattr(strategies, name)() for name in job.get("strategies", ())] or run.strategies
-        watch_engines(run, engines)
-        result = run.train()
-        base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
-        held = sum(piece(p).numel() for p in base) / sum(full_shape(p).numel() for p in base)
-        out = {
-            "held": held,
-            "world_size": run.args.world_size,
-            "rank": run.args.process_index,
-            "type": str(run.args.distributed_state.distributed_type),
-            "engines": engines,
-            "logs": record.logs,
-            "matrix": result["matrix"],
-        }
-        Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))
+        if os.environ.get("RANK") == "1":
+            job = {**job, **job.get("rank 1", {})}
+        try:
+            one(job)
+        except Exception as error:
+            if not job.get("fails"):
+                raise
+            place = f"{job.get('errors', job['output_dir'])}.{os.environ['RANK']}.error"
+            Path(place).write_text(f"{type(error).__name__}: {error}")
+
+
+def one(job: dict) -> None:
+    record, engines = Record(), []
+    tasks = toy.tasks(job.get("tasks", 2), job.get("train", 32), job.get("evaluate", 7))
+    callbacks = [record, Kill(*job["kill"])] if "kill" in job else [record]
+    run = toy.make_run(
+        job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), callbacks,
+        **{"logging_steps": 1, **job.get("options", {})},
+    )  # fmt: skip
+    run.strategies = [getattr(strategies, name)() for name in job.get("strategies", ())] or run.strategies
+    watch_engines(run, engines)
+    result = run.train()
+    base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
+    held = sum(piece(p).numel() for p in base) / sum(full_shape(p).numel() for p in base)
+    out = {
+        "held": held,
+        "world_size": run.args.world_size,
+        "rank": run.args.process_index,
+        "type": str(run.args.distributed_state.distributed_type),
+        "engines": engines,
+        "logs": record.logs,
+        "matrix": result["matrix"],
+    }
+    Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))
 
 
 if __name__ == "__main__":
