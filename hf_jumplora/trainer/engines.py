@@ -114,14 +114,20 @@ def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values
         module._parameters[key] = nn.Parameter(value, module._parameters[key].requires_grad)
 
 
-def cut_base(model: nn.Module, device: torch.device) -> None:
-    """FSDP2 of a base model, frozen: each process keeps a piece of each weight on its device. Once for all tasks.
+def cut_base(model: nn.Module, args: Any) -> None:
+    """Under ZeRO-3 and FSDP2 each process keeps a piece of each weight of the frozen base, from here on: what merging
+    remembers of a weight must not be whole once and a piece later.
 
-    Adapters that are put in later stay whole in every process, and DDP adds up their gradients.
+    FSDP2 leaves adapters, which are put in later, whole in every process, and DDP adds up their gradients.
 
     Raises:
         ValueError: the model does not say which of its modules are its blocks.
     """
+    if sharding(args) == "zero3":
+        with runnable(model, args):  # its engine cuts what `from_pretrained` has not
+            return
+    if sharding(args) != "fsdp2":
+        return
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
@@ -130,11 +136,13 @@ def cut_base(model: nn.Module, device: torch.device) -> None:
             "recipes/accelerate/zero3.yaml"
         )
     model.requires_grad_(False)
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(args.device.type, (torch.distributed.get_world_size(),))
     for module in [*blocks, model]:
         name, where = type(module).__name__, type(module).__module__
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         type(module).__name__, type(module).__module__ = name, where  # of a class made for it: PEFT writes them down
+    # `generate` of an encoder-decoder runs the encoder before the whole model, which would make each block a root.
+    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
     model._is_fsdp_managed_module = True  # type: ignore[assignment]  # `generate` then runs equally often everywhere
 
 

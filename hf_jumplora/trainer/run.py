@@ -202,8 +202,7 @@ class ContinualRun:
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = encode_tasks(self)
-        if sharding(self.args) == "fsdp2":
-            cut_base(self.model, self.args.device)
+        cut_base(self.model, self.args)
         zero_shot = read_matrix(self.output_dir, len(self.tasks))[:1]
         self.general = read_general(self.output_dir, self)
         if not zero_shot or None in zero_shot[0] or lacks(self, self.general[0]):

@@ -38,7 +38,7 @@ def results(job: dict, processes: int = 2) -> list[dict]:
     return [json.loads(Path(f"{job['output_dir']}.{rank}.json").read_text()) for rank in range(processes)]
 
 
-def run(jobs: list[dict], folder: Path, config: Path | str, timeout: float = 120, **env: str) -> str:
+def run(jobs: list[dict], folder: Path, config: Path | str, timeout: float = 300, **env: str) -> str:
     """Start and wait; the log. Raises AssertionError, with the end of the log, if it did not end with 0."""
     process = start(jobs, folder, config, **env)
     try:
