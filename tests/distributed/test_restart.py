@@ -51,7 +51,14 @@ def alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks"), [("cpu2", [0, 1]), ("zero2", [1]), ("zero3", [0, 1]), ("fsdp2", [1]), ("cpu2", [0])]
+    ("config", "ranks"),
+    [
+        ("cpu2", [0, 1]),
+        ("zero3", [0, 1]),
+        ("fsdp2", [1]),
+        pytest.param("zero2", [1], marks=pytest.mark.slow),
+        pytest.param("cpu2", [0], marks=pytest.mark.slow),
+    ],
 )
 def test_killed(config, ranks, toy_base, tmp_path, capsys):
     """kill -9 in the second task, of all processes or of one: the same command again gives the same bytes."""

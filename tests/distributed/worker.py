@@ -8,12 +8,15 @@ JOBS.json is a list of runs, done one after the other in the same processes: {"b
 Every process leaves `output_dir`.rank.json: what it was, losses and scores.
 """
 
+import dataclasses
+import gc
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -26,11 +29,16 @@ from hf_jumplora.tuner.shards import full_shape, piece
 
 
 class Record(TrainerCallback):
-    """Loss, threshold and density after every step; what the trainer's engine is."""
+    """Loss, threshold and density after every step; what the process holds at the start of each task."""
 
     def __init__(self):
         self.logs: list[dict] = []
-        self.engines: list[str] = []
+        self.usage: list[list[int]] = []  # at the start of each task: bytes, open files, objects
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        gc.collect()
+        process = psutil.Process()
+        self.usage.append([process.memory_info().rss, process.num_fds(), len(gc.get_objects())])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -84,7 +92,9 @@ def main(jobs: list[dict]) -> None:
 
 def one(job: dict) -> None:
     record, engines = Record(), []
-    tasks = toy.tasks(job.get("tasks", 2), job.get("train", 32), job.get("evaluate", 7))
+    count = job.get("tasks", 2)
+    tasks = toy.tasks(min(count, 4), job.get("train", 32), job.get("evaluate", 7))
+    tasks += [dataclasses.replace(tasks[k % 4], name=f"{tasks[k % 4].name}{k}") for k in range(4, count)]
     callbacks = [record, Kill(*job["kill"])] if "kill" in job else [record]
     run = toy.make_run(
         job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), callbacks,
@@ -102,6 +112,7 @@ def one(job: dict) -> None:
         "type": str(run.args.distributed_state.distributed_type),
         "engines": engines,
         "logs": record.logs,
+        "usage": record.usage,
         "matrix": result["matrix"],
     }
     Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))

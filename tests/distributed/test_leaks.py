@@ -1,0 +1,22 @@
+"""Many tasks in the same processes: nothing of an engine stays behind."""
+
+import launch
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu2", "zero2", "zero3", "fsdp2"])
+def test_ten_tasks(config, toy_base, tmp_path, capsys):
+    """Memory, open files and Python objects at the start of a task do not grow from the third task to the tenth."""
+    options = {"per_device_train_batch_size": 2, "eval_tasks": "seen"}
+    sizes = {"tasks": 10, "train": 16, "evaluate": 2}
+    job = {"base": toy_base, "output_dir": str(tmp_path / "run"), "options": options, **sizes}
+    launch.run([job], tmp_path, launch.CONFIGS / f"{config}.yaml", timeout=900)
+    for found in launch.results(job):
+        memory, files, objects = zip(*found["usage"], strict=True)
+        with capsys.disabled():
+            print(f"\n{config}: MiB {[m >> 20 for m in memory]}, files {files}, objects {objects}")
+        assert len(memory) == 10
+        assert files[9] <= files[2]
+        assert memory[9] - memory[2] < 16 << 20
+        assert objects[9] < 1.02 * objects[2]
