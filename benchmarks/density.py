@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=60, help="Optimizer steps a task.")
+    parser.add_argument("--batch", type=int, default=32, help="Examples a step.")
     parser.add_argument("--max_eval", type=int, default=200, help="Test examples a task.")
     parser.add_argument("--max_length", type=int, default=512, help="Tokens of a text.")
     args = parser.parse_args()
@@ -41,8 +42,8 @@ def main() -> None:
         command = [
             sys.executable, str(ROOT / "recipes/encoder_cl.py"), "--stream", str(ROOT / "recipes/streams/order1.yaml"),
             "--data_dir", args.data_dir, "--output_dir", str(folder), "--method", "jumplora", "--eval_tasks", "seen",
-            "--max_train", str(32 * args.steps), "--max_eval", str(args.max_eval), "--max_length", str(args.max_length),
-            "--per_device_train_batch_size", "32", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
+            "--max_train", str(args.batch * args.steps), "--max_eval", str(args.max_eval), "--max_length", str(args.max_length),
+            "--per_device_train_batch_size", str(args.batch), "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
             "--num_train_epochs", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true",
             *SETTINGS[name],
         ]  # fmt: skip
