@@ -42,8 +42,9 @@ def main() -> None:
         command = [
             sys.executable, str(ROOT / "recipes/encoder_cl.py"), "--stream", str(ROOT / "recipes/streams/order1.yaml"),
             "--data_dir", args.data_dir, "--output_dir", str(folder), "--method", "jumplora", "--eval_tasks", "seen",
-            "--max_train", str(args.batch * args.steps), "--max_eval", str(args.max_eval), "--max_length", str(args.max_length),
-            "--per_device_train_batch_size", str(args.batch), "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
+            "--max_train", str(args.batch * args.steps), "--max_eval", str(args.max_eval),
+            "--max_length", str(args.max_length), "--per_device_train_batch_size", str(args.batch),
+            "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
             "--num_train_epochs", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true",
             *SETTINGS[name],
         ]  # fmt: skip
