@@ -47,7 +47,7 @@ CASES: dict[str, dict] = {
     "4-bit": {"four_bit": True},
     "4-bit-two-tasks": {"four_bit": True, "tasks": 2, "checkpointing": True, "adapter": FEW},
     "t5": {"t5": True, "tasks": 1},
-    **{under: {"under": under, "tasks": 1} for under in ("ddp", "zero1", "zero2", "zero3", "fsdp2")},
+    **{under: {"under": under, "tasks": 1} for under in ("ddp", "zero1")},
 }
 BATCH, LENGTH = 2, 256
 
