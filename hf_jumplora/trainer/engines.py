@@ -57,6 +57,11 @@ def check_engine(run: "ContinualRun") -> None:
         if getattr(run.model, "is_quantized", False):
             raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
     if kind.startswith("zero"):
+        if run.args.bf16 and getattr(run.model, "dtype", None) != torch.bfloat16:
+            raise ValueError(
+                f"bf16=True with {kind} trains float32 factors over a base in bf16, and this one is "
+                f"{run.model.dtype}: load it with dtype=bfloat16 (--dtype bfloat16)"
+            )
         config = run.args.deepspeed_plugin.deepspeed_config
         zero = config.get("zero_optimization", {})
         found = [(key, why) for key, why in _NOT_WITH_DEEPSPEED.items() if config.get(key)]
@@ -123,6 +128,10 @@ def cut_base(model: nn.Module, args: Any) -> None:
     Raises:
         ValueError: the model does not say which of its modules are its blocks.
     """
+    if args.deepspeed_plugin is not None:
+        # It would round A, B and thresholds to bf16, in which the support is another one. They stay as they are.
+        args.deepspeed_plugin.deepspeed_config["bf16"] = {"enabled": False}
+        args.deepspeed_plugin.hf_ds_config.config["bf16"] = {"enabled": False}
     if sharding(args) == "zero3":
         with runnable(model, args):  # its engine cuts what `from_pretrained` has not
             return
@@ -173,9 +182,7 @@ def runnable(model: Any, args: Any) -> Iterator[None]:
 
     config = args.deepspeed_plugin.deepspeed_config
     zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
-    own = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": config.get("bf16", {})}
-    if own["bf16"].get("enabled") == "auto":
-        own["bf16"] = {"enabled": args.bf16}
+    own = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     places = _adapter_places(model)
     values = [module._parameters[key].detach().clone() for module, key in places]
     engine = deepspeed.initialize(model=model, config=own)[0]

@@ -333,6 +333,8 @@ class ContinualRun:
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(output_dir), self.args.seed + 1000 * index
         args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
+        if args.deepspeed_plugin is not None:
+            args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
         fresh_accelerator()
         return self.trainer_cls(
             model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,

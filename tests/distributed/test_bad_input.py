@@ -77,7 +77,10 @@ def test_other_options(toy_base, tmp_path):
     run.args.fp16 = True
     with pytest.raises(ValueError, match="use bf16=True"):
         check_engine(run)
-    run.args.fp16, run.model.is_quantized = False, True
+    run.args.fp16, run.args.bf16 = False, True
+    with pytest.raises(ValueError, match=r"this one is torch\.float32: load it with dtype=bfloat16"):
+        check_engine(run)
+    run.args.bf16, run.model.is_quantized = False, True
     check_engine(run)
     with pytest.raises(ValueError, match="a quantised base cannot be cut into pieces by zero3: use DDP"):
         check_engine(fake(run))

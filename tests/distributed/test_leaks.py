@@ -9,7 +9,7 @@ import pytest
 def test_ten_tasks(config, toy_base, tmp_path, capsys):
     """Memory, open files and Python objects at the start of a task do not grow from the third task to the tenth."""
     options = {"per_device_train_batch_size": 2, "eval_tasks": "seen"}
-    sizes = {"tasks": 10, "train": 16, "evaluate": 2}
+    sizes = {"tasks": 10, "train": 20, "evaluate": 2}
     job = {"base": toy_base, "output_dir": str(tmp_path / "run"), "options": options, **sizes}
     launch.run([job], tmp_path, launch.CONFIGS / f"{config}.yaml", timeout=900)
     for found in launch.results(job):

@@ -6,6 +6,7 @@ import launch
 import pytest
 import torch
 import toy
+from safetensors.torch import load_file
 
 from hf_jumplora import load_stack
 from hf_jumplora.stack import read_manifest, verify_stack
@@ -97,3 +98,17 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
         print(f"\n{config}: losses {worst:.1e}, weights {worst_weight:.1e}, {differ} entries of supports differ")
     assert worst <= 1e-5
     assert worst_weight <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_bf16_base(config, tmp_path):
+    """Over a base in bf16 the factors and thresholds that DeepSpeed trains are float32, not rounded to bf16."""
+    base = toy.save_base(tmp_path / "base", dtype=torch.bfloat16)
+    options = {"per_device_train_batch_size": 2, "bf16": True}
+    job = {"base": base, "output_dir": str(tmp_path / "run"), "method": "jumplora-ella", "options": options}
+    launch.run([job], tmp_path, launch.CONFIGS / f"{config}.yaml")
+    tensors = load_file(tmp_path / "run" / "task_001" / "adapter_model.safetensors")
+    trained = [t for name, t in tensors.items() if name.endswith(("_A", "_B", "log_tau"))]
+    assert len(trained) == 12
+    assert all(t.dtype == torch.float32 and not torch.equal(t, t.bfloat16().float()) for t in trained)
