@@ -179,6 +179,7 @@ def test_ways_to_train():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_of_a_run():
     """The peak of a process in a run of three tasks; benchmarks/estimate.py has more of these."""
     code = "import json, estimate; print(json.dumps(estimate.fresh('ella-hard')))"
