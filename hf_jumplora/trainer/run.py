@@ -335,7 +335,7 @@ class ContinualRun:
         args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
         if args.deepspeed_plugin is not None:
             args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
-        fresh_accelerator()
+            fresh_accelerator()
         return self.trainer_cls(
             model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             strategies=self.strategies, callbacks=list(self.callbacks), **kwargs,
