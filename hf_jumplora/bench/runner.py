@@ -118,14 +118,8 @@ class Bench:
             "max_length": self.limits.max_length + self._room(model, [*tasks, *held]),
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
         }
-        own = (
-            "data_dir",
-            "stream",
-            "threads",
-            "model",
-            "general_text",
-            "max_length",
-        )  # may differ from machine to machine
+        # These may differ from machine to machine, or follow from the rest.
+        own = ("data_dir", "stream", "threads", "model", "general_text", "max_length")
         same: dict[str, Any] = {key: value for key, value in self.spec.items() if key not in own}
         if self.setting == "causal":
             same["max_length"] = self.spec["max_length"]

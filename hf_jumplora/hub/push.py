@@ -79,7 +79,12 @@ def push_stack(
 
 
 def open_repository(
-    folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str = "main"
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str = "main",
 ) -> str:
     """Make the repository and branch if need be and check that they can take this folder's stack; the full id.
 
@@ -125,7 +130,7 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
 
 def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
     tasks = portable(folder, read_manifest(folder))[0].tasks
-    repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)  # type: ignore[arg-type]
+    repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)
     head, done = _remote(api, repo_id, revision, tasks)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     pushed: dict[str, str] = {}

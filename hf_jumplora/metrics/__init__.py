@@ -4,7 +4,7 @@ a[i][j]: score on task j after training task i (0-based); z[j]: before any train
 disagree on what BWT and FWT are called, so every function carries its formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 Matrix = Sequence[Sequence[float | None]]
@@ -20,47 +20,55 @@ FORMULAS = {
 }
 
 
-def _mean(values) -> float:
-    values = list(values)
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
     if not values:
         raise ValueError("this metric needs at least two tasks")
     return sum(values) / len(values)
 
 
+def _score(a: Matrix, i: int, j: int) -> float:
+    """a[i][j]. Raises ValueError when it was not evaluated."""
+    value = a[i][j]
+    if value is None:
+        raise ValueError(f"task {j} was not evaluated after task {i % len(a)} (both from 0): this metric needs that score")
+    return value
+
+
 def average_accuracy(a: Matrix) -> float:
     """AA = mean_j a[T-1][j]."""
-    return _mean(a[-1])
+    return _mean(_score(a, -1, j) for j in range(len(a[-1])))
 
 
 def backward_transfer(a: Matrix) -> float:
     """BWT = mean_{j<T-1} (a[T-1][j] - a[j][j])."""
-    return _mean(a[-1][j] - a[j][j] for j in range(len(a) - 1))  # type: ignore[operator]
+    return _mean(_score(a, -1, j) - _score(a, j, j) for j in range(len(a) - 1))
 
 
 def forgetting(a: Matrix) -> float:
     """mean_{j<T-1} (max_{i<T-1} a[i][j] - a[T-1][j]); tasks that were not evaluated yet (None) are left out."""
-    best = (max(row[j] for row in a[:-1] if row[j] is not None) for j in range(len(a) - 1))  # type: ignore[type-var]
-    return _mean(top - a[-1][j] for j, top in enumerate(best))  # type: ignore[operator]
+    best = (max(value for row in a[:-1] if (value := row[j]) is not None) for j in range(len(a) - 1))
+    return _mean(top - _score(a, -1, j) for j, top in enumerate(best))
 
 
 def forward_transfer_gem(a: Matrix, z: Sequence[float]) -> float:
     """FWT (GEM) = mean_{j>0} (a[j-1][j] - z[j])."""
-    return _mean(a[j - 1][j] - z[j] for j in range(1, len(a)))  # type: ignore[operator]
+    return _mean(_score(a, j - 1, j) - z[j] for j in range(1, len(a)))
 
 
 def forward_transfer_scratch(a: Matrix, u: Sequence[float]) -> float:
     """FWT (scratch) = mean_j (a[j][j] - u[j])."""
-    return _mean(a[j][j] - u[j] for j in range(len(a)))  # type: ignore[operator]
+    return _mean(_score(a, j, j) - u[j] for j in range(len(a)))
 
 
 def forward_transfer_jumplora(a: Matrix, u: Sequence[float]) -> float:
     """FWT (JumpLoRA code) = mean_j (a[T-1][j] - u[j])."""
-    return _mean(a[-1][j] - u[j] for j in range(len(a)))  # type: ignore[operator]
+    return _mean(_score(a, -1, j) - u[j] for j in range(len(a)))
 
 
 def learning_accuracy(a: Matrix) -> float:
     """mean_j a[j][j]."""
-    return _mean(a[j][j] for j in range(len(a)))
+    return _mean(_score(a, j, j) for j in range(len(a)))
 
 
 def collision_rate(shared: int, entries: int) -> float:

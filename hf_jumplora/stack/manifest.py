@@ -260,8 +260,8 @@ def _features(module: nn.Module) -> list[int | None]:
 def stack_support_sha256(support: dict[str, list] | None) -> str:
     """One sha256 over the supports of all layers of a task; that of nothing for a task without a gate."""
     digest = hashlib.sha256()
-    for name in sorted(support or {}):
-        digest.update(f"{name}:{support[name][1]}\n".encode())  # type: ignore[index]
+    for name, (_, sha256) in sorted((support or {}).items()):
+        digest.update(f"{name}:{sha256}\n".encode())
     return digest.hexdigest()
 
 

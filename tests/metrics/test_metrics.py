@@ -117,3 +117,8 @@ def test_joint_training_has_an_average_only():
     result = derive([Z, A[2]], NAMES, continual=False)
     assert result["average_accuracy"] == pytest.approx((0.7 + 0.5 + 1.0) / 3)
     assert set(result["formulas"]) == {"average_accuracy"}
+
+
+def test_a_score_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="task 0 was not evaluated after task 1"):
+        metrics.backward_transfer([[0.5, None], [None, 0.7]])
