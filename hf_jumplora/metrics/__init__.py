@@ -31,7 +31,7 @@ def _score(a: Matrix, i: int, j: int) -> float:
     """a[i][j]. Raises ValueError when it was not evaluated."""
     value = a[i][j]
     if value is None:
-        raise ValueError(f"task {j} was not evaluated after task {i % len(a)} (both from 0): this metric needs that score")
+        raise ValueError(f"task {j} was not evaluated after task {i % len(a)} (from 0): this metric needs it")
     return value
 
 
