@@ -148,6 +148,12 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def portable(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without the paths of this machine: cells are published, and resumed elsewhere."""
+    kept = {key: value for key, value in spec.items() if key not in ("data_dir", "general_text")}
+    return {**kept, "stream": Path(spec["stream"]).stem, "model": Path(spec["model"]).name}
+
+
 def finish_cell(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     """Run a cell and write its file, with the error if it failed; returns the file's content."""
     start = time.perf_counter()
@@ -159,7 +165,7 @@ def finish_cell(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result |= {"seconds": round(time.perf_counter() - start, 1), "peak_rss": peak, "threads": torch.get_num_threads()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result |= {"versions": library_versions(), "commit": commit(), "device": device, "spec": spec}
+    result |= {"versions": library_versions(), "commit": commit(), "device": device, "spec": portable(spec)}
     write_json(path, result)
     return result
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from ..stack.manifest import write_json
 from ..trainer.streams import stream_path
-from .cell import base_method, next_file, points
+from .cell import base_method, next_file, points, portable
 from .data import bench_tasks, room_beside_text
 from .encoder import default_encoder
 from .protocol import BUDGETS, Budget, best_point, next_point
@@ -168,7 +168,7 @@ class Bench:
         while code and point is not None:  # the process died: what it was at has failed
             write_json(
                 next_file(self.cells, method),
-                {"error": f"the process ended with code {code}", "spec": {**spec, **point}},
+                {"error": f"the process ended with code {code}", "spec": portable({**spec, **point})},
             )
             point = next_point(base, self.limits, points(self.cells, method))
 
@@ -180,12 +180,12 @@ class Bench:
         spec = {**self._spec(method), "stage": "final", "seed": seed}
         if not best:
             errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{method}-p*.json")})
-            write_json(path, {"error": f"tuning failed: {'; '.join(errors)}", "spec": spec})
+            write_json(path, {"error": f"tuning failed: {'; '.join(errors)}", "spec": portable(spec)})
         else:
             spec |= {"rate": best["rate"], "weight": best["weight"]}
             code = self._process(path.stem, {"spec": spec, "path": str(path)})
             if not path.is_file():
-                write_json(path, {"error": f"the process ended with code {code}", "spec": spec})
+                write_json(path, {"error": f"the process ended with code {code}", "spec": portable(spec)})
         with self.lock:
             write_table(self.output_dir)
 

@@ -177,6 +177,7 @@ def test_bench(stream, bert, tmp_path, monkeypatch):
     run = json.loads((cells / "final-jumplora-s1.json").read_text())
     assert run["error"] is None
     assert run["spec"]["seed"] == 1
+    assert str(tmp_path) not in json.dumps(run)  # cells are published
     assert {"torch", "peft"} <= set(run["versions"])
     assert [len(run[key]) for key in ("state_bytes", "learning_curve")] == [3, 3]
     assert len(run["metrics"]["matrix"]) == 4
