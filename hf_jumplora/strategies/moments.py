@@ -73,32 +73,63 @@ def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, gen
 
 def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], size: int = 32):
     """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32."""
-    return _moments(model, adapter, examples, size, None)[1]
+    return _moments(model, adapter, examples, size, None, None)[1]
 
 
-def kronecker_factors(model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 32):
+def kronecker_factors(
+    model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 32, rank: int | None = None
+):
     """{layer: G [out, out]}, {layer: C [in, in]}: the factors of the Fisher matrix (arXiv 1503.05671, 1805.07810).
 
     C = mean over tokens of x x^T. G = mean over examples of the sum over their tokens of g g^T, with g the gradient of
     log p(label) at the layer's output and the label drawn from the model.
+
+    rank: with k, roots [out, k] and [in, k] in their place: root root^T is nearly the best approximation of rank k, and
+    nothing larger than [d, 4 k + 8] is built (Nystroem sketch of the stream of tokens, arXiv 1706.05736).
     """
-    return _moments(model, adapter, examples, size, generator)
+    G, C = _moments(model, adapter, examples, size, generator, rank)
+    return (G, C) if rank is None else tuple({name: _root(t, rank) for name, t in part.items()} for part in (G, C))
 
 
-def _moments(model, adapter, examples, size, generator):
+def _test_matrix(dim: int, rank: int) -> torch.Tensor:
+    """Orthonormal [dim, 4 rank + 8], the same for every layer of this size and in every process."""
+    width = min(dim, 4 * rank + 8)
+    return torch.linalg.qr(torch.randn(dim, width, generator=torch.Generator().manual_seed(0))).Q
+
+
+def _root(sketch: torch.Tensor, rank: int) -> torch.Tensor:
+    """[d, rank] root of a positive matrix M from M T, T = [`_test_matrix`] (arXiv 1706.05736, algorithm 3)."""
+    Y, T = sketch.double(), _test_matrix(len(sketch), rank).to(sketch.device).double()
+    shift = torch.finfo(torch.float32).eps * Y.norm()  # the sketch is of float32 sums: below this it is noise
+    Y = Y + shift * T
+    core = T.T @ Y
+    lower = torch.linalg.cholesky((core + core.T) / 2 + shift * torch.eye(len(core), device=core.device))
+    U, sigma, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, Y.T, upper=False).T, full_matrices=False)
+    values = (sigma.square() - shift).clamp_min(0)
+    return (U * values.sqrt())[:, :rank].to(sketch.dtype)
+
+
+def _moments(model, adapter, examples, size, generator, rank):
     G: dict[str, torch.Tensor] = {}
     C: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = defaultdict(int)
+    tests: dict[int, torch.Tensor] = {}
     count, mask = 0, None
+
+    def add(sums, name, rows):
+        width = rows.shape[-1]
+        if rank is not None and width not in tests:
+            tests[width] = _test_matrix(width, rank).to(rows.device)
+        _add_square(sums, name, rows, tests.get(width))
 
     def hook(name, layer, args, output):
         x = args[0].detach()
         keep = mask if mask is not None and mask.shape == x.shape[:-1] else None
         rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep.bool()]
-        _add_square(C, name, rows)
+        add(C, name, rows)
         tokens[name] += len(rows)
         if generator is not None:
-            output.register_hook(lambda g: _add_square(G, name, g.reshape(-1, g.shape[-1])))
+            output.register_hook(lambda g: add(G, name, g.reshape(-1, g.shape[-1])))
 
     handles = [
         layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
@@ -124,13 +155,15 @@ def _moments(model, adapter, examples, size, generator):
     return {name: g / count for name, g in G.items()}, {name: c / tokens[name] for name, c in C.items()}
 
 
-def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor) -> None:
+def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, test: torch.Tensor | None) -> None:
+    """sums[name] += rows^T rows, times `test` if there is one."""
     rows = rows.float()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        right = rows if test is None else rows @ test
         if name in sums:
-            sums[name].addmm_(rows.T, rows)
+            sums[name].addmm_(rows.T, right)
         else:
-            sums[name] = rows.T @ rows
+            sums[name] = rows.T @ right
 
 
 @contextmanager
