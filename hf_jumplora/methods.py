@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         paper="JumpLoRA, off the earlier tasks' entries (ours)",
     ),
     "migu": Method("incremental", {"gate": False}, (Migu,), paper="MIGU (arXiv 2406.17245)"),
-    "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP, its LoRA part (arXiv 2507.02503)"),
+    "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP (arXiv 2507.02503)"),
     "nullspace": Method("incremental", {"gate": False}, (NullSpace,), paper="Brainstacks (arXiv 2604.01152)"),
     "slao": Method("sequential", {"gate": False}, (Slao,), paper="SLAO (arXiv 2512.23017)"),
     "osf": Method("incremental", {"gate": False}, (Osf,), paper="OSF, Sculpting Subspaces (arXiv 2504.07097)"),
