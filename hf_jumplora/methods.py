@@ -1,7 +1,9 @@
 """The methods people compare, by name: how adapters follow one another, with which config and strategies."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from .strategies import (
@@ -22,6 +24,7 @@ from .strategies import (
     Slao,
     Strategy,
 )
+from .tuner import JumpLoraConfig
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,20 @@ class Method:
     on; "separate" trains each task's adapter on the base model alone and evaluates each task with its own (the task id
     is given: the oracle); "joint" trains one adapter on all tasks at once (the upper bound, not a continual method).
     adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
+    defaults: fields that it sets where the user's are None.
     """
 
     mode: Literal["incremental", "sequential", "separate", "joint"]
     adapter: dict = field(default_factory=dict)
     strategies: tuple[Callable[[], Strategy], ...] = ()
     paper: str = ""
+    defaults: dict = field(default_factory=dict)
+
+    def adapter_config(self, given: JumpLoraConfig | None) -> JumpLoraConfig:
+        """The config of the method's adapters, from the user's."""
+        config = dataclasses.replace(given or JumpLoraConfig(), **self.adapter)
+        missing = {name: value for name, value in self.defaults.items() if getattr(config, name) is None}
+        return dataclasses.replace(config, **missing)
 
 
 METHODS: dict[str, Method] = {
@@ -67,6 +78,13 @@ METHODS: dict[str, Method] = {
     "drift": Method("incremental", {"gate": False}, (Drift,), paper="kfac without its output factor (ours)"),
     "kfac": Method("incremental", {"gate": False}, (KFac,), paper="Kronecker-factored Laplace (arXiv 1805.07810)"),
     "jumplora-kfac": Method("incremental", {"gate": True}, (KFac,), paper="arXiv 1805.07810 + JumpLoRA"),
+    "jumplora-best": Method(
+        "incremental",
+        {"gate": True, "threshold_update": "density"},
+        (partial(KFac, weight=100.0, memory=32),),
+        paper="held density and low-rank curvature (ours, docs/study.md)",
+        defaults={"target_density": 0.3},
+    ),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
 }
 

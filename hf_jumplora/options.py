@@ -76,8 +76,8 @@ class MethodArguments:
 
     def adapter_config(self, default_targets: list[str] | None = None) -> JumpLoraConfig:
         """The adapters' config. Options of the gate are left out for methods that have none."""
-        names = ["r", "lora_alpha", "lora_dropout"]
-        if get_method(self.method).adapter["gate"]:
+        names, method = ["r", "lora_alpha", "lora_dropout"], get_method(self.method)
+        if method.adapter["gate"]:
             names += [
                 "threshold_scope",
                 "threshold_update",
@@ -88,7 +88,7 @@ class MethodArguments:
                 "gate_end",
             ]
             names += ["isolation"]
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | method.adapter
         targets = self.target_modules or default_targets
         return JumpLoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **options)
 

@@ -111,7 +111,8 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     else:
         model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
-    steps, adapter = budget.tune_steps if tune else budget.steps, variant.get("adapter", {})
+    steps = budget.tune_steps if tune else budget.steps
+    adapter = method.adapter | variant.get("adapter", {})
     count = sum(not task.held_out for task in tasks)
     clock = _Clock(strategies)
     with tempfile.TemporaryDirectory() as folder:

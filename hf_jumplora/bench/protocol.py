@@ -141,7 +141,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
             make_strategies(variant["method"], variant["strategy"])
             if unknown := variant["adapter"].keys() - options:
                 raise ValueError(f"the adapter has no option {sorted(unknown)[0]!r}")
-            JumpLoraConfig(**variant["adapter"])
+            JumpLoraConfig(**get_method(variant["method"]).adapter | variant["adapter"])
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         variants[name] = variant

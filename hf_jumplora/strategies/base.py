@@ -104,7 +104,7 @@ def join_states(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Te
 
 
 def state_of(number: int, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of strategy `number` out of [`join_states`], copied: in a file tensors are aligned in another way than in
-    memory, and matrix products of them may round in another way."""
+    """The state of strategy `number` out of [`join_states`], copied: a file aligns tensors in another way than memory
+    does, and products of them may round in another way."""
     prefix = f"{number}."
     return {key.removeprefix(prefix): value.clone() for key, value in states.items() if key.startswith(prefix)}

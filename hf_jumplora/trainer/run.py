@@ -1,7 +1,6 @@
 """`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
 
 import copy
-import dataclasses
 import functools
 import json
 import logging
@@ -100,7 +99,7 @@ class ContinualRun:
         self.processing_class = processing_class
         self.args = args or ContinualTrainingArguments()
         self.trainer_cls, self.callbacks = trainer_cls, list(callbacks or ())
-        self.config = dataclasses.replace(adapter_config or JumpLoraConfig(), **self.method.adapter)
+        self.config = self.method.adapter_config(adapter_config)
         self.strategies = [make() for make in self.method.strategies] if strategies is None else list(strategies)
         self.output_dir = Path(str(self.args.output_dir))
         check_run(self)

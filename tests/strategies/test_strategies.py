@@ -9,6 +9,7 @@ from peft import get_peft_model
 
 from hf_jumplora import JumpLoraConfig, finish_adapter
 from hf_jumplora.methods import METHODS, get_method
+from hf_jumplora.options import MethodArguments
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies import Ella, KFac, Strategy
 from hf_jumplora.tuner import named_layers, set_mix, set_threshold
@@ -144,6 +145,19 @@ def test_methods_table():
         assert method.mode in ("incremental", "sequential", "separate", "joint")
         assert method.paper
         assert method.adapter["gate"] == ("jumplora" in name)
-        assert any(isinstance(make(), KFac) for make in method.strategies) == ("kfac" in name)
+        assert any(isinstance(make(), KFac) for make in method.strategies) == (
+            "kfac" in name or name == "jumplora-best"
+        )
         assert any(isinstance(make(), Ella) for make in method.strategies) == ("ella" in name)
         assert get_method(name) is method
+
+
+def test_what_a_method_prescribes_and_what_it_suggests():
+    """jumplora-best holds the density, at a value that is the user's to set."""
+    method = get_method("jumplora-best")
+    config = method.adapter_config(JumpLoraConfig(r=4))
+    assert (config.r, config.threshold_update, config.target_density) == (4, "density", 0.3)
+    given = JumpLoraConfig(threshold_update="density", target_density=0.1)
+    assert method.adapter_config(given).target_density == 0.1
+    assert MethodArguments("jumplora-best", target_density=0.1).adapter_config().target_density == 0.1
+    assert get_method("inclora").adapter_config(None).gate is False

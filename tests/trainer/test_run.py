@@ -500,7 +500,8 @@ def test_callbacks_reach_the_trainers(toy_base, tmp_path):
         toy.make_run(toy_base, tmp_path, callbacks=[Stop()]).train()
 
 
-def test_sfttrainer_class_in_a_run(toy_base, tmp_path):
+@pytest.mark.parametrize("method", ["jumplora-ella", "jumplora-best"])
+def test_sfttrainer_class_in_a_run(method, toy_base, tmp_path):
     """Any trainer class made by make_continual, with its own arguments."""
     trl = pytest.importorskip("trl")
     from hf_jumplora import ContinualSFTTrainer
@@ -511,7 +512,7 @@ def test_sfttrainer_class_in_a_run(toy_base, tmp_path):
         bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=16,
     )  # fmt: skip
     run = ContinualRun(
-        toy.load_base(toy_base), [Task("a", texts), Task("b", texts)], "jumplora-ella", args, toy.tokenizer(),
+        toy.load_base(toy_base), [Task("a", texts), Task("b", texts)], method, args, toy.tokenizer(),
         trainer_cls=ContinualSFTTrainer, adapter_config=JumpLoraConfig(r=2, target_modules=["q_proj"]),
     )  # fmt: skip
     run.train()

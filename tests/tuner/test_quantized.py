@@ -190,10 +190,11 @@ def test_weights_are_not_repacked_for_inference_on_a_cpu(relative_error):
     [
         (NF4, "jumplora", {"isolation": "hard"}),
         (NESTED, "jumplora-ella", {}),
+        (NF4, "jumplora-best", {}),  # runs the model by itself
         (NF4, "olora", {}),  # reads the factors of the past: they are kept as adapters
         (INT8, "jumplora-ella", {"isolation": "hard"}),
     ],
-    ids=["nf4-hard", "fp4-nested-ella", "nf4-olora", "int8-ella-hard"],
+    ids=["nf4-hard", "fp4-nested-ella", "nf4-best", "nf4-olora", "int8-ella-hard"],
 )
 def test_two_tasks(config, method, adapter, toy_base, tmp_path):
     """The base's bits stay as they are, the second task stands on the first, the stack loads as what was evaluated."""
