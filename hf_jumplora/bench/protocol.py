@@ -111,10 +111,11 @@ def chosen_methods(names: list[str], variants: dict[str, dict[str, Any]] | None 
 
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]]:
-    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy}`.
+    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy, tuned_as}`.
 
     method: the method it is a variant of, whose option is tuned. adapter: fields of [`JumpLoraConfig`]. strategy: a
-    list of NAME.OPTION=VALUE, as recipes take them. Returns {name: {"method", "adapter", "strategy"}}.
+    list of NAME.OPTION=VALUE, as recipes take them. tuned_as: a method or variant whose rate and weight it takes
+    instead of being tuned. Returns {name: {"method", "adapter", "strategy"[, "tuned_as"]}}.
 
     Raises:
         ValueError: the file is not of this form, or names something that does not exist; the message says which.
@@ -128,14 +129,16 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     variants, options = {}, {f.name for f in fields(JumpLoraConfig)}
     for name, given in content.items():
         where = f"{path}, variant {name!r}"
-        if not isinstance(given, dict) or given.keys() - {"method", "adapter", "strategy"} or "method" not in given:
-            raise ValueError(f"{where}: it has a method and may have adapter and strategy; got {given!r}")
+        keys = {"method", "adapter", "strategy", "tuned_as"}
+        if not isinstance(given, dict) or given.keys() - keys or "method" not in given:
+            raise ValueError(f"{where}: it has a method and may have adapter, strategy and tuned_as; got {given!r}")
         if not isinstance(name, str) or name in METHODS or not name.replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
         variant = {
             "method": given["method"],
             "adapter": given.get("adapter", {}),
             "strategy": given.get("strategy", []),
+            **({"tuned_as": given["tuned_as"]} if "tuned_as" in given else {}),
         }
         try:
             make_strategies(variant["method"], variant["strategy"])
@@ -145,4 +148,8 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         variants[name] = variant
+    for name, variant in variants.items():
+        other = variant.get("tuned_as")
+        if other is not None and (other not in {*METHODS, *variants} or "tuned_as" in variants.get(other, {})):
+            raise ValueError(f"{path}, variant {name!r}: tuned_as names {other!r}, which is nothing that is tuned")
     return variants

@@ -89,7 +89,7 @@ class Bench:
                 if json.loads(path.read_text())["error"]:
                     path.unlink()
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self._tune, methods))
+            list(pool.map(self._tune, dict.fromkeys(self._tuned_as(method) for method in methods)))
             list(pool.map(lambda job: self._final(*job), [(m, s) for s in range(seeds) for m in methods]))
         return write_table(self.output_dir)
 
@@ -158,6 +158,9 @@ class Bench:
     def _spec(self, name: str) -> dict[str, Any]:
         return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})
 
+    def _tuned_as(self, method: str) -> str:
+        return self.variants.get(method, {}).get("tuned_as", method)
+
     def _tune(self, method: str) -> None:
         spec = {**self._spec(method), "stage": "tune", "seed": 1000}
         base = base_method(spec)
@@ -176,10 +179,11 @@ class Bench:
         path = self.cells / f"final-{method}-s{seed}.json"
         if path.is_file():
             return
-        best = best_point(points(self.cells, method))
+        tuned = self._tuned_as(method)
+        best = best_point(points(self.cells, tuned))
         spec = {**self._spec(method), "stage": "final", "seed": seed}
         if not best:
-            errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{method}-p*.json")})
+            errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{tuned}-p*.json")})
             write_json(path, {"error": f"tuning failed: {'; '.join(errors)}", "spec": portable(spec)})
         else:
             spec |= {"rate": best["rate"], "weight": best["weight"]}

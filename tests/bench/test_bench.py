@@ -269,16 +269,18 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
         write_variants(
             tmp_path / "v.yaml",
             "jumplora-p30:\n  method: jumplora\n  adapter: {threshold_update: density, target_density: 0.3, r: 4}\n"
-            "ella-new:\n  method: ella\n  strategy: [ella.weight=5]\n",
+            "ella-new:\n  method: ella\n  strategy: [ella.weight=5]\n"
+            "as-new:\n  method: ella\n  tuned_as: ella-new\n  adapter: {r: 4}\n",
         )
     )
 
     def bench(variants):
         return runner.Bench(str(stream), tmp_path / "out", budget="tiny", model=bert, threads=1, variants=variants)
 
-    names = ["jumplora", "jumplora-p30", "ella-new", "ilora"]
+    names = ["jumplora", "jumplora-p30", "ella-new", "as-new", "ilora"]
     text = bench(variants).run(chosen_methods(names, variants), 1)
-    assert len(started) == 8
+    assert len(started) == 9
+    assert "tune-as-new" not in started
     assert all(f"| {name} |" in text for name in names)
     assert "failed" not in text  # ilora asks the encoder for its hidden states
     cell = json.loads((tmp_path / "out" / "cells" / "final-jumplora-p30-s0.json").read_text())
@@ -308,6 +310,8 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
         ("a: {method: ella, adapter: {rank: 3}}", "no option 'rank'"),
         ("a: {method: ella, adapter: [r]}", "variant 'a'"),
         ("a: {method: jumplora, adapter: {threshold_update: often}}", "threshold_update"),
+        ("a: {method: ella, tuned_as: elle}", "tuned_as names 'elle'"),
+        ("a: {method: ella, tuned_as: b}\nb: {method: ella, tuned_as: ella}", "tuned_as names 'b'"),
     ],
 )
 def test_bad_variants(tmp_path, text, message):
