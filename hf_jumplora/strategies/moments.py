@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from ..ops.quadratic import quadratic_penalty
 from ..tuner import can_continue, named_layers
@@ -89,6 +90,7 @@ def _moments(model, adapter, examples, size, generator):
     G: dict[str, torch.Tensor] = {}
     C: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = defaultdict(int)
+    outputs: list[tuple[str, Any]] = []  # of the batch at work: layer, place in the graph
     count, mask = 0, None
 
     def hook(name, layer, args, output):
@@ -98,7 +100,7 @@ def _moments(model, adapter, examples, size, generator):
         _add_square(C, name, rows)
         tokens[name] += len(rows)
         if generator is not None:
-            output.register_hook(lambda g: _add_square(G, name, g.reshape(-1, g.shape[-1])))
+            outputs.append((name, get_gradient_edge(output)))
 
     handles = [
         layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
@@ -111,11 +113,13 @@ def _moments(model, adapter, examples, size, generator):
                 logits = model(**inputs)["logits"]
                 count += len(logits)
                 if generator is not None:
-                    # Of inputs alone: parameters keep their (empty) gradients.
-                    anchors = [p for p in model.parameters() if p.requires_grad]
-                    torch.autograd.grad(
-                        sampled_log_likelihood(model, inputs, logits, generator), anchors, allow_unused=True
-                    )
+                    likelihood = sampled_log_likelihood(model, inputs, logits, generator)
+                    # Not of parameters: under ZeRO-3 they have no gradient of their own shape.
+                    grads = torch.autograd.grad(likelihood, [edge for _, edge in outputs], allow_unused=True)
+                    for (name, _), g in zip(outputs, grads, strict=True):
+                        if g is not None:
+                            _add_square(G, name, g.reshape(-1, g.shape[-1]))
+                    outputs.clear()
     finally:
         for handle in handles:
             handle.remove()

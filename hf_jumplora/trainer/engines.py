@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..strategies.base import Examples
 from ..tuner import named_layers
 from ..tuner.shards import master
 from .processes import sharding
@@ -50,10 +51,10 @@ def check_engine(run: "ContinualRun") -> None:
             )
     if kind in ("zero3", "fsdp2"):
         for strategy in run.strategies:
-            if strategy.runs_model:
+            if strategy.needs_whole_model:
                 raise ValueError(
-                    f"strategy {strategy!r} runs the model outside of a training step, which {kind} does not allow: "
-                    "use zero1, zero2 or DDP"
+                    f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "
+                    "zero1, zero2 or DDP"
                 )
         if getattr(run.model, "is_quantized", False):
             raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
@@ -209,3 +210,10 @@ def runnable(model: Any, args: Any) -> Iterator[None]:
     finally:
         _end(engine)
         _forget_engine(model, places, values)
+
+
+def call_strategies(run: "ContinualRun", hook: str, examples: Examples) -> None:
+    """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
+    for strategy in run.strategies:
+        with runnable(run.model, run.args) if strategy.runs_model else nullcontext():
+            getattr(strategy, hook)(run.model, "default", examples)

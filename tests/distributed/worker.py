@@ -2,6 +2,7 @@
 
 JOBS.json is a list of runs, done one after the other in the same processes: {"base", "output_dir", and what
 `toy.make_run` takes}, and
+    "strategies": {name of a strategy's class: its options}
     "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does
     "rank 1": what is different in process 1
     "fails": true if an error is expected: its text goes to `output_dir`.rank.error, and the next job is begun.
@@ -100,7 +101,8 @@ def one(job: dict) -> None:
         job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), callbacks,
         **{"logging_steps": 1, **job.get("options", {})},
     )  # fmt: skip
-    run.strategies = [getattr(strategies, name)() for name in job.get("strategies", ())] or run.strategies
+    named = job.get("strategies", {}).items()
+    run.strategies = [getattr(strategies, name)(**options) for name, options in named] or run.strategies
     watch_engines(run, engines)
     result = run.train()
     base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
