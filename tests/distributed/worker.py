@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy
 from transformers import TrainerCallback
 
+import hf_jumplora.trainer.run as run_module
 from hf_jumplora import strategies
+from hf_jumplora.stack.load import merge_finished
 from hf_jumplora.tuner.shards import full_shape, piece
 
 
@@ -61,6 +63,21 @@ def watch_engines(run, seen: list) -> None:
     run.trainer_cls = Watched
 
 
+def watch_merging(peaks: list[int]) -> None:
+    """Records the bytes that each merge needs on top of what is there before or after it (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+
+    def watched(*args):
+        before = psutil.Process().memory_info().rss
+        if clear.exists():
+            clear.write_text("5")  # the peak starts again
+        merge_finished(*args)
+        status = Path("/proc/self/status").read_text().split("VmHWM:")[1] if clear.exists() else "0"
+        peaks.append((int(status.split()[0]) << 10) - max(before, psutil.Process().memory_info().rss))
+
+    run_module.merge_finished = watched
+
+
 class Kill(TrainerCallback):
     def __init__(self, folder: str, step: int, ranks: list[int]):
         self.folder, self.step, self.ranks = folder, step, ranks
@@ -92,7 +109,8 @@ def main(jobs: list[dict]) -> None:
 
 
 def one(job: dict) -> None:
-    record, engines = Record(), []
+    record, engines, peaks = Record(), [], []
+    watch_merging(peaks)
     count = job.get("tasks", 2)
     tasks = toy.tasks(min(count, 4), job.get("train", 32), job.get("evaluate", 7))
     tasks += [dataclasses.replace(tasks[k % 4], name=f"{tasks[k % 4].name}{k}") for k in range(4, count)]
@@ -116,6 +134,7 @@ def one(job: dict) -> None:
         "logs": record.logs,
         "usage": record.usage,
         "matrix": result["matrix"],
+        "merge_peaks": peaks,
     }
     Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))
 
