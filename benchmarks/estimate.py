@@ -8,7 +8,6 @@ every large tensor in pages of its own (MALLOC_MMAP_THRESHOLD_), so that what is
 """
 
 import argparse
-import copy
 import gc
 import json
 import os
@@ -32,6 +31,7 @@ from transformers import (
 import hf_jumplora.report.report as report
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, JumpLoraConfig, Task
 from hf_jumplora.memory import Plan, estimate
+from hf_jumplora.methods import get_method
 
 
 FEW = {"threshold_update": "density", "target_density": 0.01}
@@ -47,7 +47,7 @@ CASES: dict[str, dict] = {
     "4-bit": {"four_bit": True},
     "4-bit-two-tasks": {"four_bit": True, "tasks": 2, "checkpointing": True, "adapter": FEW},
     "t5": {"t5": True, "tasks": 1},
-    **{under: {"under": under, "tasks": 1} for under in ("ddp", "zero1")},
+    **{under: {"under": under, "tasks": 1} for under in ("ddp", "zero1", "zero2", "zero3", "fsdp2")},
 }
 BATCH, LENGTH = 2, 256
 
@@ -65,17 +65,18 @@ def model_config(t5: bool, tiny: bool = False) -> PretrainedConfig:
     )  # fmt: skip
 
 
-def make(config: PretrainedConfig, four_bit: bool, folder: Path):
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+def make(config: PretrainedConfig):
     torch.manual_seed(0)
-    model = auto.from_config(config)
-    if four_bit:
-        model.save_pretrained(folder)
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-        model = auto.from_pretrained(folder, quantization_config=quantization)
-        for weight in model.parameters():
-            if type(weight) is torch.nn.Parameter:  # else it stays a part of the file, and with it all of the file
-                weight.data = weight.data.clone()
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+
+
+def load(folder: Path, four_bit: bool):
+    """The model of a folder, in 4 bits, or cut into pieces if these processes run under ZeRO-3."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32) if four_bit else None
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    for weight in model.parameters():
+        if type(weight) is torch.nn.Parameter:  # else it stays a part of the file, and with it all of the file
+            weight.data = weight.data.clone()
     return model
 
 
@@ -89,8 +90,9 @@ def prepare(folder: Path, tiny: bool, options: dict) -> ContinualRun:
         str(folder / "out"), per_device_train_batch_size=BATCH, max_steps=5, learning_rate=1e-3, save_strategy="no",
         activation_checkpointing=options.get("checkpointing", False), report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
+    base = folder / "base"
     return ContinualRun(
-        make(config, options.get("four_bit", False), folder / "base"),
+        load(base, options.get("four_bit", False)) if base.is_dir() else make(config),
         [Task(f"t{k}", rows) for k in range(options.get("tasks", 0) + 1)], options.get("method", "jumplora"), args,
         adapter_config=JumpLoraConfig(**options.get("adapter", {})),
     )  # fmt: skip
@@ -102,48 +104,54 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def case(name: str, folder: Path) -> dict:
-    """Measured and estimated MiB of one case, in this process."""
-    options = CASES[name]
+def measure(name: str, folder: Path) -> dict:
+    """Measured MiB of one case, in this process, and the density of its tasks."""
     torch.set_num_threads(1)
     report.draw_matrix = report.draw_overlap = lambda result, path: None
-    prepare(folder / "tiny", True, options).train()
+    prepare(folder / "tiny", True, CASES[name]).train()
     gc.collect()
     before = status("VmRSS")
-    run = prepare(folder / "run", False, options)
+    run = prepare(folder / "run", False, CASES[name])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: loading is not training
     run.train()
     measured = (status("VmHWM") - before) / 2**10
-    plan = Plan(
-        run.args.world_size, BATCH, LENGTH, torch.float32, options.get("checkpointing", False), options.get("tasks", 0),
-        sum(info["density"] for info in run.info) / len(run.info), run.method_name,
-    )  # fmt: skip
-    rows = estimate(model_config(options.get("t5", False)), copy.deepcopy(run.config), plan)
-    row = rows["ddp_4bit" if options.get("four_bit") else options.get("under", "ddp")]
-    if options.get("under", "").startswith("zero"):
-        row["total"] -= row.pop("buckets")  # allocated and never filled: no memory of a CPU, but of a GPU
-    estimated = (row["total"] + row["host"]) / 2**20
-    return {
-        "measured_mib": round(measured, 1), "estimated_mib": round(estimated, 1),
-        "ratio": round(estimated / measured, 3),
-        "parts_mib": {part: round(size / 2**20, 1) for part, size in row.items() if size},
-    }  # fmt: skip
+    return {"measured_mib": round(measured, 1), "density": sum(info["density"] for info in run.info) / len(run.info)}
 
 
-def fresh(name: str) -> dict:
-    """[`case`] in a process of its own, or in two, of which the first is measured."""
+def case(name: str) -> dict:
+    """Measured MiB of a fresh process, or of the first of two, and estimated MiB."""
+    options = CASES[name]
+    under, method = options.get("under"), options.get("method", "jumplora")
     command = [__file__, "--here", name]
-    if under := CASES[name].get("under"):
+    if under:
         config = f"recipes/accelerate/{'cpu2' if under == 'ddp' else under}.yaml"
         command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, *command]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as folder:
+        if options.get("four_bit") or under == "zero3":
+            for part in ("tiny", "run"):
+                make(model_config(False, part == "tiny")).save_pretrained(Path(folder) / part / "base")
         done = subprocess.run(
             [sys.executable, *command, folder], env=environment, stdout=subprocess.PIPE, text=True, check=True,
             cwd=Path(__file__).parents[1],
         )  # fmt: skip
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"measured_mib"')))
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"measured_mib"')))
+    plan = Plan(
+        2 if under else 1, BATCH, LENGTH, torch.float32, options.get("checkpointing", False), options.get("tasks", 0),
+        found["density"], method,
+    )  # fmt: skip
+    adapter = JumpLoraConfig(**{**options.get("adapter", {}), **get_method(method).adapter})
+    rows = estimate(model_config(options.get("t5", False)), adapter, plan)
+    row = rows[under or ("ddp_4bit" if options.get("four_bit") else "ddp")]
+    if (under or "").startswith("zero"):
+        row["total"] -= row.pop("buckets")  # allocated and never filled: no memory of a CPU, but of a GPU
+    estimated = (row["total"] + row["host"]) / 2**20
+    return {
+        "measured_mib": found["measured_mib"], "estimated_mib": round(estimated, 1),
+        "ratio": round(estimated / found["measured_mib"], 3),
+        "parts_mib": {part: round(size / 2**20, 1) for part, size in row.items() if size},
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -152,12 +160,12 @@ def main() -> None:
     parser.add_argument("--here", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        found = case(args.here[0], Path(args.here[1]))
+        found = measure(args.here[0], Path(args.here[1]))
         if int(os.environ.get("RANK", 0)) == 0:
             print(json.dumps(found), flush=True)
         return
     for name in args.only:
-        append("estimate", {"provider": name}, **fresh(name))
+        append("estimate", {"provider": name}, **case(name))
 
 
 if __name__ == "__main__":

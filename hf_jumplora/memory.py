@@ -36,8 +36,9 @@ _LLAMA_2 = {  # hidden, feed-forward, layers, heads, key and value heads
 }
 UNDER = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp_4bit")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")  # each process has a piece of the base
-# DeepSpeed's defaults, in numbers: reduce_bucket_size; stage3_max_live_parameters and stage3_max_reuse_distance.
-ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
+ZERO_BUCKET = 10**7  # reduce_bucket_size of recipes/deepspeed, in numbers
+# DeepSpeed's defaults, in numbers: stage3_max_live_parameters and max_reuse_distance; stage3_prefetch_bucket_size.
+ZERO3_LIVE, ZERO3_PREFETCH = 10**9, 5 * 10**7
 
 
 @dataclass
@@ -144,11 +145,20 @@ class _Attention(torch.autograd.Function):
 
 class _Fused(TorchFunctionMode):
     """On the meta device SDPA takes its reference form, which keeps the scores of all pairs of tokens. And tensors have
-    no values there: models ask whether all tokens count, and they do."""
+    no values there: models ask whether all tokens count, and they do.
+
+    zero3: DeepSpeed puts a function of its own in the place of `F.linear`, which keeps x beside a frozen weight too.
+    """
+
+    def __init__(self, zero3: bool):
+        super().__init__()
+        self.zero3 = zero3
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__bool__:
             return True
+        if func is F.linear and self.zero3:
+            return _Adapted.apply(func(*args, **(kwargs or {})), args[0])
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
             return _Attention.apply(given["query"], given["key"], given["value"], given.get("attn_mask"))
@@ -159,12 +169,12 @@ class _Adapted(torch.autograd.Function):
     """Keeps what an adapted layer keeps: x. Weights and factors are there anyway."""
 
     @staticmethod
-    def forward(ctx, y, x, A):
+    def forward(ctx, y, x, A=None):
         ctx.save_for_backward(x)
         return y.view_as(y)
 
 
-def activations(model: Any, batch: int, length: int, checkpointing: bool) -> tuple[int, int]:
+def activations(model: Any, batch: int, length: int, checkpointing: bool, zero3: bool = False) -> tuple[int, int]:
     """(bytes kept from the forward pass for the backward pass, bytes that one block's backward pass needs on top).
 
     With gradient checkpointing every block keeps its input alone, and the block at work is computed again: its own
@@ -206,7 +216,7 @@ def activations(model: Any, batch: int, length: int, checkpointing: bool) -> tup
         if checkpointing:
             base.enable_input_require_grads()
             stack.callback(base.disable_input_require_grads)
-        stack.enter_context(_Fused())
+        stack.enter_context(_Fused(zero3))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         base.train()(input_ids=tokens, use_cache=False, **extra)
     whole = [sum(block.values()) for block in blocks]
@@ -262,10 +272,11 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     """{way to train: {part: bytes a process}}; the ways are those of `UNDER`, the parts add up to `total`.
 
     Parts: `weights` of the base (this process's share); `gathered` (ZeRO-3, FSDP2: whole weights that are there at a
-    time); `factors`, `gradients`, `optimizer` and `buckets` (see [`trained`]); `past` (masks of hard isolation, ELLA's
-    sum, the live sum over a 4-bit base); `activations` kept for the backward pass; `backward` (what it needs on top at
-    its peak: the logits' gradients, or those of one block); `workspace` of the adapted layers. `host` is memory of the
-    CPU on top of that: originals of merged weights, the sum of the finished tasks, what is offloaded.
+    time, and ZeRO-3's buffer); `factors`, `gradients`, `optimizer` and `buckets` (see [`trained`]); `past` (masks of
+    hard isolation, ELLA's sum, the live sum over a 4-bit base); `activations` kept for the backward pass; `backward`
+    (what it needs on top at its peak: the logits' gradients, or those of one block); `workspace` of the adapted layers.
+    `host` is memory of the CPU on top of that: originals of merged weights, the sum of the finished tasks, what is
+    offloaded.
 
     Raises:
         ValueError: a target module that is not there, or a method whose strategies remember what is not counted here.
@@ -276,7 +287,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
         raise ValueError(f"what method {plan.method!r} remembers is not counted; jumplora, inclora and ELLA's are")
     model = skeleton(config, adapter, plan.dtype)
     size = sizes(model)
-    kept, block = activations(model, plan.batch, plan.length, plan.gradient_checkpointing)
+    needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes
     # Of the loss: log-probabilities, their gradient and the logits' are there at once, in float32.
     loss = 12 * tokens * size.vocabulary
@@ -293,9 +304,11 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     rows = {}
     for under in UNDER:
         four_bit, part = under == "ddp_4bit", n if under in SHARDED else 1
-        # FSDP: what is outside of blocks, the block at work and the next one.
-        at_once = size.root + 2 * size.block if under == "fsdp2" else ZERO3_LIVE
-        gathered = width * min(size.parameters, at_once)
+        kept, block = needs[under.startswith("zero3")]
+        if under == "fsdp2":  # what is outside of blocks, the block at work and the next one
+            gathered = width * min(size.parameters, size.root + 2 * size.block)
+        else:  # what is fetched ahead arrives in a buffer, and is copied out of it
+            gathered = width * (min(size.parameters, ZERO3_LIVE) + min(size.parameters, ZERO3_PREFETCH))
         row = {
             "weights": (size.weights_4bit if four_bit else size.weights) // part,
             "gathered": gathered if part > 1 else 0,

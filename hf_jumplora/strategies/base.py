@@ -32,8 +32,12 @@ class Strategy:
     # (`layer.factors("task_000")`) sets this; the run then keeps all finished adapters in the model.
     needs_past_factors = False
 
-    # It runs the model itself, on `examples` or in `penalty`. DeepSpeed ZeRO-3 and FSDP cannot have that.
+    # It runs the model itself when a task starts or ends. DeepSpeed ZeRO-3 then cuts all parameters, the adapter's too:
+    # they are whole in the forward pass alone, and gradients can be had of what layers put out, not of parameters.
     runs_model = False
+
+    # It runs the model in `penalty`, or reads whole parameters beside. DeepSpeed ZeRO-3 and FSDP cannot have that.
+    needs_whole_model = False
 
     def __repr__(self) -> str:
         return type(self).__name__

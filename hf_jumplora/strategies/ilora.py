@@ -34,7 +34,7 @@ class ILora(Replay):
     State: theta, the same size whatever the number of tasks; in a checkpoint theta_slow.
     """
 
-    runs_model = True
+    needs_whole_model = True
 
     reservoir: int | None = 500
     decay: float = 0.25

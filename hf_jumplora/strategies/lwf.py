@@ -17,7 +17,7 @@ class Lwf(Strategy):
     the paper's; its weight is 1.
     """
 
-    runs_model = True
+    needs_whole_model = True
 
     weight: float = 1.0
     temperature: float = 2.0

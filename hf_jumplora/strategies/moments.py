@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from ..ops.quadratic import quadratic_penalty
 from ..tuner import can_continue, named_layers
@@ -114,6 +115,7 @@ def _moments(model, adapter, examples, size, generator, rank):
     C: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = defaultdict(int)
     tests: dict[int, torch.Tensor] = {}
+    outputs: list[tuple[str, Any]] = []  # of the batch at work: layer, place in the graph
     count, mask = 0, None
 
     def add(sums, name, rows):
@@ -129,7 +131,7 @@ def _moments(model, adapter, examples, size, generator, rank):
         add(C, name, rows)
         tokens[name] += len(rows)
         if generator is not None:
-            output.register_hook(lambda g: add(G, name, g.reshape(-1, g.shape[-1])))
+            outputs.append((name, get_gradient_edge(output)))
 
     handles = [
         layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
@@ -142,11 +144,13 @@ def _moments(model, adapter, examples, size, generator, rank):
                 logits = model(**inputs)["logits"]
                 count += len(logits)
                 if generator is not None:
-                    # Of inputs alone: parameters keep their (empty) gradients.
-                    anchors = [p for p in model.parameters() if p.requires_grad]
-                    torch.autograd.grad(
-                        sampled_log_likelihood(model, inputs, logits, generator), anchors, allow_unused=True
-                    )
+                    likelihood = sampled_log_likelihood(model, inputs, logits, generator)
+                    # Not of parameters: under ZeRO-3 they have no gradient of their own shape.
+                    grads = torch.autograd.grad(likelihood, [edge for _, edge in outputs], allow_unused=True)
+                    for (name, _), g in zip(outputs, grads, strict=True):
+                        if g is not None:
+                            add(G, name, g.reshape(-1, g.shape[-1]))
+                    outputs.clear()
     finally:
         for handle in handles:
             handle.remove()

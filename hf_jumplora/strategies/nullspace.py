@@ -36,7 +36,7 @@ class NullSpace(Strategy):
     directions: published value not known to us.
     """
 
-    runs_model = True
+    needs_whole_model = True
 
     directions: int = 64
     bases: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -1,7 +1,8 @@
 """DeepSpeed and FSDP: one engine after another in the same process, and what they cannot do."""
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..strategies.base import Examples
 from ..tuner import named_layers
 from ..tuner.shards import master
 from .processes import sharding
@@ -49,10 +51,10 @@ def check_engine(run: "ContinualRun") -> None:
             )
     if kind in ("zero3", "fsdp2"):
         for strategy in run.strategies:
-            if strategy.runs_model:
+            if strategy.needs_whole_model:
                 raise ValueError(
-                    f"strategy {strategy!r} runs the model outside of a training step, which {kind} does not allow: "
-                    "use zero1, zero2 or DDP"
+                    f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "
+                    "zero1, zero2 or DDP"
                 )
         if getattr(run.model, "is_quantized", False):
             raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
@@ -86,8 +88,9 @@ def release(trainer: Any) -> None:
         return
     model, places = trainer.model, _adapter_places(trainer.model)
     values = [master(module._parameters[key]) for module, key in places]
-    trainer.deepspeed.empty_partition_cache()
-    trainer.accelerator.free_memory()  # it ends the engine
+    _end(trainer.deepspeed)
+    trainer.accelerator.deepspeed_engine_wrapped = None
+    trainer.accelerator.free_memory()
     trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     trainer.model_wrapped = model
@@ -104,6 +107,21 @@ def _adapter_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return list(places)
 
 
+def _end(engine: Any) -> None:
+    """As DeepSpeed ends an engine, and without what would keep all of it: two hooks of the model, and the caches of a
+    class, whose keys are parts of the engine."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.empty_partition_cache()
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+        for inner in inspect.getclosurevars(method).nonlocals.values():
+            if hasattr(inner, "cache_clear"):
+                inner.cache_clear()
+
+
 def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values: list[torch.Tensor]) -> None:
     """Adapters become plain parameters of these values. And what DeepSpeed leaves in the modules, references to
     parameters that are gone, would be found by the next engine."""
@@ -113,7 +131,8 @@ def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values
     for module in model.modules():
         if type(module._parameters) is not dict:
             module._parameters = dict(module._parameters)
-        vars(module).pop("_original_parameters", None)
+        for name in ("_original_parameters", "pre_bwd_fn", "post_bwd_fn"):  # an engine takes over what is there
+            vars(module).pop(name, None)
         getattr(module, "_external_params", {}).clear()
     for (module, key), value in zip(places, values, strict=True):
         module._parameters[key] = nn.Parameter(value, module._parameters[key].requires_grad)
@@ -189,6 +208,12 @@ def runnable(model: Any, args: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        engine.empty_partition_cache()
-        engine.destroy()
+        _end(engine)
         _forget_engine(model, places, values)
+
+
+def call_strategies(run: "ContinualRun", hook: str, examples: Examples) -> None:
+    """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
+    for strategy in run.strategies:
+        with runnable(run.model, run.args) if strategy.runs_model else nullcontext():
+            getattr(strategy, hook)(run.model, "default", examples)

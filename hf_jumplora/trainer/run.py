@@ -41,7 +41,7 @@ from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
 from .beside import describe_data, general_texts, lacks, measure, read_general, score
-from .engines import cut_base, fresh_accelerator, release, runnable
+from .engines import call_strategies, cut_base, fresh_accelerator, release, runnable
 from .evaluation import own_adapter
 from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
@@ -283,15 +283,13 @@ class ContinualRun:
         checkpoints = self.output_dir / "checkpoints" / folder
         trainer = self._trainer(checkpoints, index, train_dataset=mixed)
         examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
-        for strategy in self.strategies:
-            strategy.on_task_start(self.model, "default", examples)
+        call_strategies(self, "on_task_start", examples)
         # The newest that is complete: trainer_state.json is written last.
         saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
         last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
         release(trainer)
-        for strategy in self.strategies:
-            strategy.on_task_end(self.model, "default", examples)
+        call_strategies(self, "on_task_end", examples)
         finish_adapter(self.model, "default", folder)
         if self.method.mode != "separate":
             merge_finished(self.model, [folder])

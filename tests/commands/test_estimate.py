@@ -16,6 +16,7 @@ from hf_jumplora import JumpLoraConfig
 from hf_jumplora.cli import main
 from hf_jumplora.memory import (
     UNDER,
+    ZERO_BUCKET,
     Plan,
     activations,
     ella_memory,
@@ -87,6 +88,23 @@ def test_activations(config, targets, dtype):
     real = kept_by_autograd(get_peft_model(auto.from_config(config, dtype=dtype), JumpLoraConfig(**adapter)), 3, 40)
     counted, _ = activations(skeleton(config, JumpLoraConfig(**adapter), dtype), 3, 40, False)
     assert counted == pytest.approx(real, rel=0.01)
+
+
+def test_activations_under_zero3(monkeypatch):
+    """With DeepSpeed's linear function, which keeps the input of frozen layers too."""
+    linear = pytest.importorskip("deepspeed.runtime.zero.linear").zero3_linear_wrap
+    plain, _ = activations(skeleton(LLAMA, JumpLoraConfig(), torch.float32), 3, 40, False)
+    counted, _ = activations(skeleton(LLAMA, JumpLoraConfig(), torch.float32), 3, 40, False, zero3=True)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    model = get_peft_model(AutoModelForCausalLM.from_config(LLAMA), JumpLoraConfig())
+    assert counted == pytest.approx(kept_by_autograd(model, 3, 40), rel=0.01)
+    assert counted > 1.05 * plain
+
+
+def test_buckets_of_the_recipes():
+    """The planner counts the buckets that the shipped DeepSpeed configs ask for."""
+    configs = sorted((BENCHMARKS.parent / "recipes" / "deepspeed").glob("*.json"))
+    assert [json.loads(c.read_text())["zero_optimization"]["reduce_bucket_size"] for c in configs] == 4 * [ZERO_BUCKET]
 
 
 def test_activations_with_gradient_checkpointing():
@@ -171,7 +189,8 @@ def test_ways_to_train():
     assert rows["zero1"]["gradients"] == 4 * rows["zero2"]["gradients"]
     assert rows["zero3_offload"]["weights"] == rows["zero3_offload"]["optimizer"] == 0
     assert rows["zero3_offload"]["host"] == zero3["host"] + zero3["weights"] + zero3["optimizer"]
-    assert 0 < fsdp2["gathered"] <= zero3["gathered"] == ddp["weights"]  # DeepSpeed keeps up to 1e9 parameters
+    # DeepSpeed keeps up to 1e9 parameters, and fetches up to 5e7 ahead.
+    assert 0 < fsdp2["gathered"] <= zero3["gathered"] == 2 * ddp["weights"]
     assert rows["ddp_4bit"]["weights"] < ddp["weights"] / 2
     alone = estimate(LLAMA, JumpLoraConfig(), Plan(tasks=3))
     assert alone["zero3"]["gathered"] == alone["fsdp2"]["gathered"] == 0
@@ -180,9 +199,10 @@ def test_ways_to_train():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-def test_peak_of_a_run():
-    """The peak of a process in a run of three tasks; benchmarks/estimate.py has more of these."""
-    code = "import json, estimate; print(json.dumps(estimate.fresh('ella-hard')))"
+@pytest.mark.parametrize("case", ["ella-hard", "zero3"])
+def test_peak_of_a_run(case):
+    """The peak of a process in a run of some tasks; benchmarks/estimate.py has more of these."""
+    code = f"import json, estimate; print(json.dumps(estimate.case({case!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), *sys.path])},

@@ -15,8 +15,15 @@ from hf_jumplora.tuner import named_layers
 
 NAMES = {
     "ella": {"method": "jumplora-ella"},
-    "olora": {"adapter": {"isolation": "hard"}, "strategies": ["OLora"], "options": {"eval_mode": "generate"}},
+    "olora": {
+        "adapter": {"isolation": "hard", "initial_density": 0.05},
+        "strategies": {"OLora": {}},
+        "options": {"eval_mode": "generate"},
+    },
+    "kfac": {"strategies": {"KFac": {"general": ["the very new ant", "big cat"]}, "Drift": {}}},  # these run the model
 }
+LAYER = "model.layers.0.self_attn.q_proj"
+BATCH = "per_device_train_batch_size"
 # What runs the training steps, and the share of the base's weights that each of two processes holds outside of them.
 ENGINES = {
     "cpu2": ("DistributedDataParallel", 1.0),
@@ -29,9 +36,9 @@ ENGINES = {
 
 def jobs(base, folder, batch: int) -> list[dict]:
     """The same global batch whatever the number of processes."""
-    options = {"per_device_train_batch_size": batch}
+    sizes = {"tasks": 3, "train": 24, "base": base}
     return [
-        {**job, "base": base, "output_dir": str(folder / name), "options": {**options, **job.get("options", {})}}
+        {**job, **sizes, "output_dir": str(folder / name), "options": {**job.get("options", {}), BATCH: batch}}
         for name, job in NAMES.items()
     ]
 
@@ -42,7 +49,7 @@ def alone(toy_base, tmp_path_factory):
     import worker
 
     folder = tmp_path_factory.mktemp("alone")
-    worker.main(jobs(toy_base, folder, 4))
+    worker.main(jobs(toy_base, folder, batch=4))
     return folder
 
 
@@ -63,10 +70,11 @@ def supports(base: str, stack) -> dict[tuple[str, str], tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("config", ENGINES)
 def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
-    """Losses <= 1e-5 relative at every step, scores, supports (but for entries within 1e-6 of tau), merged weights."""
-    todo = jobs(toy_base, tmp_path, 2)
+    """Over three tasks: losses <= 1e-5 relative at every step, scores, supports (but for entries within 1e-6 of tau),
+    merged weights, what strategies remember."""
+    todo = jobs(toy_base, tmp_path, batch=2)
     launch.run(todo, tmp_path, launch.CONFIGS / f"{config}.yaml")
-    differ, worst, worst_weight = 0, 0.0, 0.0
+    differ, worst, worst_weight, worst_state = 0, 0.0, 0.0, 0.0
     for name, job in zip(NAMES, todo, strict=True):
         expected = json.loads((alone / f"{name}.0.json").read_text())
         for found in launch.results(job):
@@ -74,17 +82,17 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
             assert found["engines"] == [ENGINES[config][0]]
             assert found["held"] == pytest.approx(ENGINES[config][1], abs=0.01)
             assert found["matrix"] == expected["matrix"]
-            assert len(found["logs"]) == len(expected["logs"]) == 16
+            assert len(found["logs"]) == len(expected["logs"]) == 18
             for mine, one in zip(found["logs"], expected["logs"], strict=True):
                 assert (mine["task"], mine["step"], mine.get("mix")) == (one["task"], one["step"], one.get("mix"))
                 worst = max(worst, abs(mine["loss"] / one["loss"] - 1))
         verify_stack(tmp_path / name)
-        for task in ("task_000", "task_001"):
+        for task in ("task_000", "task_001", "task_002"):
             ours, theirs = (
                 json.loads((f / name / task / "adapter_config.json").read_text()) for f in (tmp_path, alone)
             )
             assert {**ours, "support": None} == {**theirs, "support": None}
-        assert read_manifest(tmp_path / name).task_names == ["size", "light"]
+        assert read_manifest(tmp_path / name).task_names == ["size", "light", "mood"]
         for (key, (mine, _)), (other, (one, distance)) in zip(
             supports(toy_base, tmp_path / name).items(), supports(toy_base, alone / name).items(), strict=True
         ):
@@ -94,10 +102,18 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
         ours, theirs = merged(toy_base, tmp_path / name), merged(toy_base, alone / name)
         for key in theirs:
             worst_weight = max(worst_weight, ((ours[key] - theirs[key]).norm() / theirs[key].norm()).item())
+    ours, theirs = (load_file(f / "kfac" / "task_002" / "strategies.safetensors") for f in (tmp_path, alone))
+    assert ours.keys() == theirs.keys() >= {f"0.G.{LAYER}", f"0.C.{LAYER}", f"1.{LAYER}"}
+    for key, moments in theirs.items():
+        worst_state = max(worst_state, ((ours[key] - moments).float().norm() / moments.float().norm()).item())
     with capsys.disabled():
-        print(f"\n{config}: losses {worst:.1e}, weights {worst_weight:.1e}, {differ} entries of supports differ")
+        print(
+            f"\n{config}: losses {worst:.1e}, weights {worst_weight:.1e}, {differ} entries of supports differ, moments "
+            f"{worst_state:.1e}"
+        )
     assert worst <= 1e-5
     assert worst_weight <= 1e-5
+    assert worst_state <= 1e-5
 
 
 @pytest.mark.slow
@@ -105,7 +121,7 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
 def test_bf16_base(config, tmp_path):
     """Over a base in bf16 the factors and thresholds that DeepSpeed trains are float32, not rounded to bf16."""
     base = toy.save_base(tmp_path / "base", dtype=torch.bfloat16)
-    options = {"per_device_train_batch_size": 2, "bf16": True}
+    options = {BATCH: 2, "bf16": True}
     job = {"base": base, "output_dir": str(tmp_path / "run"), "method": "jumplora-ella", "options": options}
     launch.run([job], tmp_path, launch.CONFIGS / f"{config}.yaml")
     tensors = load_file(tmp_path / "run" / "task_001" / "adapter_model.safetensors")

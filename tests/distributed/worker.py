@@ -2,6 +2,7 @@
 
 JOBS.json is a list of runs, done one after the other in the same processes: {"base", "output_dir", and what
 `toy.make_run` takes}, and
+    "strategies": {name of a strategy's class: its options}
     "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does
     "rank 1": what is different in process 1
     "fails": true if an error is expected: its text goes to `output_dir`.rank.error, and the next job is begun.
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy
 from transformers import TrainerCallback
 
+import hf_jumplora.trainer.run as run_module
 from hf_jumplora import strategies
+from hf_jumplora.stack.load import merge_finished
 from hf_jumplora.tuner.shards import full_shape, piece
 
 
@@ -60,6 +63,21 @@ def watch_engines(run, seen: list) -> None:
     run.trainer_cls = Watched
 
 
+def watch_merging(peaks: list[int]) -> None:
+    """Records the bytes that each merge needs on top of what is there before or after it (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+
+    def watched(*args):
+        before = psutil.Process().memory_info().rss
+        if clear.exists():
+            clear.write_text("5")  # the peak starts again
+        merge_finished(*args)
+        status = Path("/proc/self/status").read_text().split("VmHWM:")[1] if clear.exists() else "0"
+        peaks.append((int(status.split()[0]) << 10) - max(before, psutil.Process().memory_info().rss))
+
+    run_module.merge_finished = watched
+
+
 class Kill(TrainerCallback):
     def __init__(self, folder: str, step: int, ranks: list[int]):
         self.folder, self.step, self.ranks = folder, step, ranks
@@ -91,7 +109,8 @@ def main(jobs: list[dict]) -> None:
 
 
 def one(job: dict) -> None:
-    record, engines = Record(), []
+    record, engines, peaks = Record(), [], []
+    watch_merging(peaks)
     count = job.get("tasks", 2)
     tasks = toy.tasks(min(count, 4), job.get("train", 32), job.get("evaluate", 7))
     tasks += [dataclasses.replace(tasks[k % 4], name=f"{tasks[k % 4].name}{k}") for k in range(4, count)]
@@ -100,7 +119,8 @@ def one(job: dict) -> None:
         job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), callbacks,
         **{"logging_steps": 1, **job.get("options", {})},
     )  # fmt: skip
-    run.strategies = [getattr(strategies, name)() for name in job.get("strategies", ())] or run.strategies
+    named = job.get("strategies", {}).items()
+    run.strategies = [getattr(strategies, name)(**options) for name, options in named] or run.strategies
     watch_engines(run, engines)
     result = run.train()
     base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
@@ -114,6 +134,7 @@ def one(job: dict) -> None:
         "logs": record.logs,
         "usage": record.usage,
         "matrix": result["matrix"],
+        "merge_peaks": peaks,
     }
     Path(f"{job['output_dir']}.{run.args.process_index}.json").write_text(json.dumps(out))
 
