@@ -44,6 +44,7 @@ CASES: dict[str, dict] = {
         "tasks": 2,
         "adapter": {**FEW, "isolation": "hard", "target_density": 0.1},
     },
+    "best": {"method": "jumplora-best", "tasks": 2},
     "4-bit": {"four_bit": True},
     "4-bit-two-tasks": {"four_bit": True, "tasks": 2, "checkpointing": True, "adapter": FEW},
     "t5": {"t5": True, "tasks": 1},

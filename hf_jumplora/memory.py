@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
-from .strategies import Ella
+from .strategies import Ella, KFac
 from .tuner import JumpLoraConfig, named_layers
 
 
@@ -250,6 +250,14 @@ def ella_memory(entries: int, share: float, factors: int) -> int:
     return (round(16 * share * entries) if share <= 0.12 else 4 * entries) + 4 * factors
 
 
+def kfac_memory(memory: str | int, layers: list[Any], tasks: int) -> int:
+    """kfac: both factors of each layer, for each finished task, for their sum, or as roots of so many columns."""
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    if not isinstance(memory, str):
+        return sum(4 * dim * min(memory, dim) for shape in shapes for dim in shape)
+    return sum(4 * dim * dim for shape in shapes for dim in shape) * (tasks if memory == "per_task" else 1)
+
+
 def trained(under: str, factors: int, processes: int) -> dict[str, int]:
     """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32; `buckets` for sending.
 
@@ -273,18 +281,20 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
 
     Parts: `weights` of the base (this process's share); `gathered` (ZeRO-3, FSDP2: whole weights that are there at a
     time, and ZeRO-3's buffer); `factors`, `gradients`, `optimizer` and `buckets` (see [`trained`]); `past` (masks of
-    hard isolation, ELLA's sum, the live sum over a 4-bit base); `activations` kept for the backward pass; `backward`
-    (what it needs on top at its peak: the logits' gradients, or those of one block); `workspace` of the adapted layers.
-    `host` is memory of the CPU on top of that: originals of merged weights, the sum of the finished tasks, what is
-    offloaded.
+    hard isolation, ELLA's sum, kfac's factors, the live sum over a 4-bit base); `activations` kept for the backward
+    pass; `backward` (what it needs on top at its peak: the logits' gradients, or those of one block); `workspace` of
+    the adapted layers. `host` is memory of the CPU on top of that: originals of merged weights, the sum of the finished
+    tasks, what is offloaded.
 
     Raises:
         ValueError: a target module that is not there, or a method whose strategies remember what is not counted here.
     """
     method = get_method(plan.method)
-    ella = Ella in method.strategies
-    if method.mode != "incremental" or set(method.strategies) - {Ella}:
-        raise ValueError(f"what method {plan.method!r} remembers is not counted; jumplora, inclora and ELLA's are")
+    strategies = [make() for make in method.strategies]
+    if method.mode != "incremental" or not all(isinstance(s, (Ella, KFac)) for s in strategies):
+        raise ValueError(
+            f"what method {plan.method!r} remembers is not counted; jumplora, inclora, ELLA's and kfac's are"
+        )
     model = skeleton(config, adapter, plan.dtype)
     size = sizes(model)
     needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
@@ -293,11 +303,18 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     loss = 12 * tokens * size.vocabulary
     density = 1.0 if not adapter.gate else plan.density or size.factors / size.entries
     share = share_after(plan.tasks, density, adapter.isolation == "hard")
-    memory = ella_memory(size.entries, share, size.factors) if ella and plan.tasks else 0
+    memory = 0
+    for strategy in strategies if plan.tasks else ():
+        if isinstance(strategy, KFac):
+            memory += kfac_memory(strategy.memory, [layer for _, layer in named_layers(model)], plan.tasks)
+        else:
+            memory += ella_memory(size.entries, share, size.factors)
     if adapter.isolation == "hard" and plan.tasks:
         memory += size.entries // 8
     # Blocks of D, E and a gradient, which entries are near the threshold, the tokens transposed.
     workspace = 13 * min(BLOCK_ENTRIES, size.layer) + 4 * tokens * size.inputs
+    if adapter.gate and plan.tasks and any(isinstance(s, KFac) for s in strategies):
+        workspace = max(workspace, 16 * size.layer)  # its penalty: D, the slope, E C and the sum, whole
     newest = 4 * size.factors if plan.tasks else 0  # stays an adapter until the next task is finished
     summed = 4 * size.entries + size.entries // 8 if plan.tasks > 1 else 0
     originals = width * size.entries if plan.tasks else 0

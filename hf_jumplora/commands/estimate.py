@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--method", default="jumplora", help="jumplora, inclora, ella, jumplora-ella, jumplora-hard")
+    parser.add_argument(
+        "--method", default="jumplora", help="of those with an adapter a task: jumplora, inclora, ella, kfac, ..."
+    )
     parser.add_argument("--r", type=int, default=8, help="rank (default 8)")
     parser.add_argument("--target_modules", nargs="+", help="adapted layers; default: query and value; or all-linear")
     parser.add_argument("--isolation", choices=("none", "hard"), default="none")
@@ -46,7 +48,10 @@ def run(args: argparse.Namespace) -> None:
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is a fraction between 0 and 1, got {args.density}")
     targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
-    options = {"r": args.r, "target_modules": targets, "isolation": args.isolation, **get_method(args.method).adapter}
+    method = get_method(args.method)
+    options = {"r": args.r, "target_modules": targets, "isolation": args.isolation, **method.adapter}
+    if args.density is None:
+        args.density = method.defaults.get("target_density")
     plan = Plan(
         args.processes, args.batch, args.length, getattr(torch, args.dtype), args.gradient_checkpointing, args.tasks,
         args.density, args.method,

@@ -21,12 +21,14 @@ from hf_jumplora.memory import (
     activations,
     ella_memory,
     estimate,
+    kfac_memory,
     live_sum,
     model_config,
     share_after,
     skeleton,
 )
 from hf_jumplora.memory import sizes as sizes_of
+from hf_jumplora.methods import get_method
 from hf_jumplora.strategies import Ella
 from hf_jumplora.tuner import named_layers
 
@@ -174,6 +176,22 @@ def test_what_a_run_remembers(four_bit, toy_base, tmp_path):
     assert seen["ella"] == pytest.approx(ella, abs=4 * rows)
     assert seen["live"] == pytest.approx(live_sum(entries, seen["share"]) if four_bit else 0, abs=2 * rows)
     assert bool(seen["live"]) is four_bit
+
+
+@pytest.mark.parametrize("method", ["jumplora-best", "jumplora-kfac"])
+def test_what_kfac_remembers(method, toy_base, tmp_path):
+    """Roots of fixed size, or whole factors of every task: the bytes of the strategy's state after two tasks."""
+    run = toy.make_run(toy_base, tmp_path, method, stream=toy.tasks(2))
+    run.train()
+    (kfac,) = run.strategies
+    kept = sum(t.nbytes for part in (kfac.G, kfac.C) for t in part.values())
+    layers = [layer for _, layer in named_layers(run.model)]
+    assert kfac_memory(kfac.memory, layers, 2) == kept
+    pasts = []
+    for name in (method, "jumplora"):
+        config = get_method(name).adapter_config(JumpLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        pasts.append(estimate(toy.config(), config, Plan(tasks=2, method=name))["ddp"]["past"])
+    assert pasts[0] - pasts[1] == kept
 
 
 def test_ways_to_train():
