@@ -67,37 +67,61 @@ def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     Raises:
         ValueError: the bytes are not a support of this shape.
     """
-    numel = math.prod(shape)
-    code = code.cpu()
-    broken = ValueError(f"the {code.numel()} bytes of this support are not a support of shape {tuple(shape)}")
-    if code.numel() < _HEADER:
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+    mask[decode_index(code, shape)] = True
+    return mask.view(shape)
+
+
+def decode_index(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Where a coded support is set: ascending flat indices, int64 [kept] on the CPU.
+
+    Raises:
+        ValueError: the bytes are not a support of this shape.
+    """
+    numel, content = math.prod(shape), code.cpu().numpy()  # NumPy unpacks bits at several times torch's speed
+    broken = ValueError(f"the {content.size} bytes of this support are not a support of shape {tuple(shape)}")
+    if content.size < _HEADER:
         raise broken
-    kind, count = int(code[0]), int.from_bytes(bytes(code[1:_HEADER].tolist()), "little")
-    body = code[_HEADER:]
+    kind, count, body = int(content[0]), int.from_bytes(content[1:_HEADER].tobytes(), "little"), content[_HEADER:]
     if count > numel:
         raise broken
     if kind == _RAW:
-        if body.numel() != (numel + 7) // 8:
+        if body.size != (numel + 7) // 8:
             raise broken
-        return unpack_bits(body, 0, numel).view(shape)
+        return torch.from_numpy(_set_bits(body, numel))
     unset, kind = kind >= _UNSET, kind % _UNSET
-    low_bytes = (count * kind + 7) // 8
-    split = body.numel() - low_bytes
+    split = body.size - (count * kind + 7) // 8
     if kind > 52 or split < 0:
         raise broken
-    unary, low = body[:split].numpy(), body[split:].numpy()  # NumPy unpacks bits at several times torch's speed
-    ends = np.flatnonzero(np.unpackbits(unary, bitorder="little").view(bool))
+    ends, order = _set_bits(body[:split]), np.arange(count)
     if ends.size != count:
         raise broken
-    fields = np.unpackbits(low, count=count * kind, bitorder="little").reshape(count, kind)
-    values = (fields @ 2.0 ** np.arange(kind)).astype(np.int64)  # exact up to 2^53
-    order = np.arange(count)
-    index = ((ends - order) << kind) + values.cumsum() + order  # sums of (unary part, low part, 1) of the gaps
+    fields = np.unpackbits(body[split:], count=count * kind, bitorder="little").reshape(count, kind)
+    wide = np.float32 if kind <= 24 else np.float64  # exact up to 2^24 and 2^53; NumPy multiplies integers slowly
+    powers: np.ndarray = 2 ** np.arange(kind, dtype=wide)
+    index = (fields.astype(wide) @ powers).astype(np.int64).cumsum()
+    ends -= order
+    ends <<= kind
+    index += ends
+    index += order  # sums of (low part, unary part, 1) of the gaps
     if count and (int(index.min()) < 0 or int(index.max()) >= numel):  # negative: the sum has overflowed
         raise broken
-    mask = np.full(numel, unset)
-    mask[index] = not unset
-    return torch.from_numpy(mask).view(shape)
+    if not unset:
+        return torch.from_numpy(index)
+    kept = np.ones(numel, dtype=bool)
+    kept[index] = False
+    return torch.from_numpy(np.flatnonzero(kept))
+
+
+def _set_bits(packed: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Positions, int64 [ones], of the ones among the first `count` bits of uint8 [bytes]."""
+    return np.flatnonzero(np.unpackbits(packed, count=count, bitorder="little").view(bool))
+
+
+def add_at(total: torch.Tensor, product: torch.Tensor, index: torch.Tensor, scaling: float) -> None:
+    """total += scaling * product at flat indices [n] alone; `total`, contiguous, may be on another device."""
+    values = product.view(-1).index_select(0, index.to(product.device)).mul_(scaling)
+    total.view(-1).index_add_(0, index.to(total.device), values.to(total.device))
 
 
 def support_sha256(code: torch.Tensor) -> str:

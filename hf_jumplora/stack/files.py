@@ -8,7 +8,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from ..ops.sparse import decode_support, support_sha256
+from ..ops.sparse import add_at, decode_index, decode_support, support_sha256
 from ..tuner import JumpLoraConfig
 from .load import not_a_task
 from .manifest import Manifest
@@ -72,13 +72,20 @@ class TaskFile:
 
     def update(self, layer: str) -> torch.Tensor:
         """scaling * B A on the support: float32 [out, in], the same bits as the layer in memory adds."""
+        total = torch.zeros(tuple(self.shapes[layer]))
+        self.add_update(total, layer)
+        return total
+
+    def add_update(self, total: torch.Tensor, layer: str) -> None:
+        """Add a layer's update to a float32 [out, in]."""
         A, B = self._tensor(layer, "A"), self._tensor(layer, "B")
-        E = B @ A
-        if self.config.gate:
-            E *= self.support(layer)
-        config, r = self.config, A.shape[0]
+        config, r, code = self.config, A.shape[0], self.code(layer)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
-        return E.mul_(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
+        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        if code is None:
+            total += (B @ A).mul_(scaling)
+        else:
+            add_at(total, B @ A, decode_index(code, tuple(self.shapes[layer])), scaling)
 
     def sizes(self) -> dict[str, float]:
         """Bytes: `file` on disk, `factors` A and B in float32, `support` as coded, `entropy` that a code needs at least
@@ -103,7 +110,7 @@ def total_update(tasks: list[TaskFile], layer: str) -> torch.Tensor:
     total = torch.zeros(shape)
     for task in tasks:
         if layer in task.shapes:
-            total += task.update(layer)
+            task.add_update(total, layer)
     return total
 
 

@@ -16,8 +16,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import nn
 
 from ..tuner import JumpLoraConfig, fold_finished, named_layers
@@ -171,7 +172,7 @@ def attach(
         config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
         before.append(task["folder"])
         with not_a_task(folder / task["folder"] / "adapter_model.safetensors"):
-            weights = load_peft_weights(str(folder / task["folder"]), device="cpu")
+            weights = load((folder / task["folder"] / "adapter_model.safetensors").read_bytes())
             if isinstance(model, PeftModel) and model.base_model.add_finished(task["folder"], config, weights):  # type: ignore[operator]
                 continue
             if isinstance(model, PeftModel):

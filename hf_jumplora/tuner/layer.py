@@ -57,15 +57,7 @@ class JumpLoraLayer(SummedUpdates):
 
     def update_layer(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float, gate: JumpGate | None) -> None:
         """Add an adapter. Raises ValueError when `r` does not fit, or it does not stand on all folded adapters."""
-        if missing := self.folded.keys() - set(config.parent_adapters):
-            raise ValueError(f"adapter {adapter!r} must name {sorted(missing)} in parent_adapters: they are folded")
-        if r < 1:
-            raise ValueError(f"r = {r} of layer {self.layer_name} must be a positive integer (see `rank_pattern`)")
-        if r > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"r = {r} is larger than layer {self.layer_name} ({self.out_features} x {self.in_features}): lower r, "
-                "or give this layer its own rank in `rank_pattern`"
-            )
+        self._register(adapter, config, r, alpha)
         self.jumplora_A[adapter] = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32))
         self.jumplora_B[adapter] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32))
         if config.support is None:  # else the values are those of a finished task and come from its file
@@ -76,18 +68,57 @@ class JumpLoraLayer(SummedUpdates):
             self.jumplora_gate[adapter] = gate
             if config.threshold_update != "learned":  # the schedule sets it, no optimizer may move it
                 self.frozen_peft_weight_names[adapter] = ("jumplora_gate",)
-        self.jumplora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.configs[adapter] = config
-        self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         if config.support is not None:
             self.jumplora_support[adapter] = torch.zeros(config.support[self.layer_name][0], dtype=torch.uint8)
             self._freeze(adapter)
         elif config.isolation == "hard":
             self.free[adapter] = pack_bits(~self.occupied(config.parent_adapters))
-        self._past_sum = None
         self._move_adapter_to_device_of_base_layer(adapter)
         if config.support is None:  # else it is frozen, and the others are as they were
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def add_finished(
+        self,
+        adapter: str,
+        config: JumpLoraConfig,
+        alpha: float,
+        gate: JumpGate | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        code: torch.Tensor | None,
+    ) -> None:
+        """Add a finished adapter from its factors [r, in], [out, r] and its coded support; raises as `update_layer`.
+
+        A stack has tasks x layers of them: each is put in place once, frozen, on the base's device.
+        """
+        self._register(adapter, config, len(A), alpha)
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is None or device.type == "meta":  # an offloaded base: its adapters stay where they are
+            device = A.device
+        for factors, values in ((self.jumplora_A, A), (self.jumplora_B, B)):
+            factors[adapter] = nn.Parameter(values.to(device, torch.float32, copy=True), requires_grad=False)
+        if gate is not None:
+            gate.log_tau.requires_grad = False
+            self.jumplora_gate[adapter] = gate if gate.mix.device == device else gate.to(device)
+        if code is not None:
+            self.jumplora_support[adapter] = code.to(device)
+            self.frozen_peft_weight_names[adapter] = self.adapter_layer_names
+
+    def _register(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float) -> None:
+        """What an adapter is but its tensors. Raises ValueError as `update_layer`."""
+        if missing := self.folded.keys() - set(config.parent_adapters):
+            raise ValueError(f"adapter {adapter!r} must name {sorted(missing)} in parent_adapters: they are folded")
+        if r < 1:
+            raise ValueError(f"r = {r} of layer {self.layer_name} must be a positive integer (see `rank_pattern`)")
+        if r > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"r = {r} is larger than layer {self.layer_name} ({self.out_features} x {self.in_features}): lower r, "
+                "or give this layer its own rank in `rank_pattern`"
+            )
+        self.jumplora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.configs[adapter] = config
+        self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self._past_sum = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's. Raises ValueError when another adapter stands on this one."""

@@ -162,21 +162,18 @@ class JumpLoraModel(BaseTuner):
                 shapes |= {f"{key}gate.log_tau": (1,), f"{key}gate.mix": (1,)}
             if config.support is not None and name in config.support:
                 shapes[f"{key}support"] = (config.support[name][0],)
-        whole = config.modules_to_save or config.trainable_token_indices
-        if whole or not config.inference_mode or shapes != {key: tuple(t.shape) for key, t in weights.items()}:
+        other = config.modules_to_save or config.trainable_token_indices or (config.gate and config.support is None)
+        if other or not config.inference_mode or shapes != {key: tuple(t.shape) for key, t in weights.items()}:
             return False
         gates: dict[str, JumpGate] = {}
         for name, layer in layers.items():
             key = f"base_model.model.{name}.jumplora_"
             gate = gates.setdefault(gate_key(name, config.threshold_scope), JumpGate()) if config.gate else None
-            layer.update_layer(adapter, config, *_rank_and_alpha(config, name), gate)
-            layer.jumplora_A[adapter].data.copy_(weights[f"{key}A"])
-            layer.jumplora_B[adapter].data.copy_(weights[f"{key}B"])
             if gate is not None:
                 gate.log_tau.data.copy_(weights[f"{key}gate.log_tau"])
                 gate.mix.copy_(weights[f"{key}gate.mix"])
-            if config.support is not None:
-                layer.jumplora_support[adapter].copy_(weights[f"{key}support"])
+            A, B, code = (weights.get(f"{key}{part}") for part in ("A", "B", "support"))
+            layer.add_finished(adapter, config, _rank_and_alpha(config, name)[1], gate, A, B, code)
         self.peft_config[adapter] = config
         return True
 

@@ -5,7 +5,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..ops.sparse import decode_support, pack_bits, support_sha256, unpack_bits
+from ..ops.sparse import add_at, decode_index, pack_bits, support_sha256, unpack_bits
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 from .shards import piece, piece_of
@@ -85,11 +85,16 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         self._own(adapter)
         return self.jumplora_A[adapter], self.jumplora_B[adapter], self.free.get(adapter)
 
-    def product(self, adapter: str) -> torch.Tensor:
-        """D = B A without gradient: [out, in], float32 under autocast too. Raises ValueError if folded."""
+    def product(self, adapter: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """D = B A without gradient, into `out` or a new tensor: [out, in], float32 under autocast too.
+
+        Raises:
+            ValueError: the adapter is folded.
+        """
         A, B, _ = self.factors(adapter)
-        with torch.autocast(A.device.type, enabled=False):
-            return B.detach() @ A.detach()
+        if out is None:
+            out = torch.empty(self.out_features, self.in_features, dtype=A.dtype, device=A.device)
+        return torch.mm(B.detach(), A.detach(), out=out)  # with an out=, autocast leaves it alone
 
     def support(self, adapter: str) -> torch.Tensor:
         """Which entries the update keeps: bool [out, in]. Of a finished adapter: the saved ones, checked.
@@ -98,19 +103,26 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
             ValueError: the saved support is not the one whose sha256 the adapter's config names, or is folded.
         """
         if adapter in self.jumplora_support:
-            code, entry = self.jumplora_support[adapter], self.configs[adapter].support
-            expected = entry[self.layer_name][1] if entry else None
-            found = support_sha256(code)
-            if found != expected:
-                raise ValueError(
-                    f"adapter {adapter!r}, layer {self.layer_name}: the saved support has sha256 {found}, its config "
-                    f"says {expected}; the file is damaged or belongs to another adapter"
-                )
-            return decode_support(code, (self.out_features, self.in_features)).to(code.device)
+            index = self._saved_index(adapter).to(self.jumplora_support[adapter].device)
+            mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=index.device)
+            mask.view(-1)[index] = True
+            return mask
         D = self.product(adapter)
         if adapter not in self.jumplora_gate:
             return torch.ones_like(D, dtype=torch.bool)
         return self.mask_free(adapter, D.abs() > self.gate(adapter).log_tau.detach().exp())
+
+    def _saved_index(self, adapter: str) -> torch.Tensor:
+        """Flat indices of the entries that a finished adapter keeps, int64 [kept] on the CPU; errors as [`support`]."""
+        code, entry = self.jumplora_support[adapter], self.configs[adapter].support
+        expected = entry[self.layer_name][1] if entry else None
+        found = support_sha256(code)
+        if found != expected:
+            raise ValueError(
+                f"adapter {adapter!r}, layer {self.layer_name}: the saved support has sha256 {found}, its config "
+                f"says {expected}; the file is damaged or belongs to another adapter"
+            )
+        return decode_index(code, (self.out_features, self.in_features))
 
     def mask_free(self, adapter: str, mask: torch.Tensor) -> torch.Tensor:
         """`mask` [out, in] without the entries that hard isolation closes to this adapter."""
@@ -136,15 +148,27 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def update(self, adapter: str) -> torch.Tensor:
         """scaling * E as it acts now: float32 [out, in], without gradient. Raises ValueError if folded."""
-        E = self.product(adapter)
         if adapter in self.jumplora_support:
-            E *= self.support(adapter)
-        elif adapter in self.jumplora_gate:
+            kept = torch.zeros(self.out_features, self.in_features, device=self.jumplora_A[adapter].device)
+            self._add_updates(kept, [adapter])
+            return kept
+        E = self.product(adapter)
+        if adapter in self.jumplora_gate:
             kept = E * (E.abs() > self.gate(adapter).log_tau.exp())
             E = torch.lerp(E, kept, self.gate(adapter).mix)
             if adapter in self.free:
                 E = E * self.mask_free(adapter, torch.ones_like(E, dtype=torch.bool))
         return E.mul_(self.scaling[adapter])
+
+    def _add_updates(self, total: torch.Tensor, adapters: list[str]) -> None:
+        """Add updates to a float32 [out, in] in this order; those of finished adapters at their supports alone."""
+        room = None  # one product for all: to have a new one from the system costs as much as to compute it
+        for adapter in adapters:
+            if adapter in self.jumplora_support:
+                room = self.product(adapter, out=room)
+                add_at(total, room, self._saved_index(adapter), self.scaling[adapter])
+            else:
+                total += self.update(adapter).to(total.device)
 
     def total_update(self, adapters) -> torch.Tensor:
         """Sum of the updates of these adapters, added in this order (folded ones first): a new float32 [out, in].
@@ -163,9 +187,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
             total = self._folded_sum.to(device, copy=True)
         else:
             total = torch.zeros(self.out_features, self.in_features, device=device)
-        for adapter in names:
-            if adapter not in self.folded:
-                total += self.update(adapter).to(device)
+        self._add_updates(total, [name for name in names if name not in self.folded])
         return total
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -247,7 +269,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         for name in names:
             if self._folded_sum is None:
                 self._folded_sum = torch.zeros(self.out_features, self.in_features)
-            self._folded_sum += self.update(name).cpu()
+            self._add_updates(self._folded_sum, [name])
             if name in self.jumplora_support:
                 bits = pack_bits(self.support(name)).cpu()
                 self._folded_bits = bits if self._folded_bits is None else self._folded_bits | bits

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from hf_jumplora.ops.sparse import decode_support, encode_support, pack_bits, sparse_linear, support_sha256, unpack_bits
+from hf_jumplora.ops.sparse import (
+    add_at,
+    decode_index,
+    decode_support,
+    encode_support,
+    pack_bits,
+    sparse_linear,
+    support_sha256,
+    unpack_bits,
+)
 
 
 DENSITIES = (0.0, 1e-4, 1 / 3000, 0.004, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999, 1.0)
@@ -57,6 +66,23 @@ def test_encode_decode(shape, density):
     assert code.dim() == 1
     assert torch.equal(decode_support(code, shape), mask)
     assert code.numel() <= 9 + (mask.numel() + 7) // 8  # never larger than the bitmap
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_index_is_where_the_mask_is_set(density):
+    mask = random_mask((300, 101), density)
+    assert torch.equal(decode_index(encode_support(mask), (300, 101)), mask.view(-1).nonzero().view(-1))
+
+
+def test_adding_at_the_support_gives_the_bits_of_the_dense_sum():
+    g = torch.Generator().manual_seed(0)
+    total = torch.zeros(60, 50)
+    dense = total.clone()
+    for seed in range(5):
+        mask, product = random_mask((60, 50), 0.3, seed), torch.randn(60, 50, generator=g)
+        dense += (product * mask).mul_(0.7)
+        add_at(total, product, mask.view(-1).nonzero().view(-1), 0.7)
+    assert torch.equal(total, dense)
 
 
 @pytest.mark.parametrize("seed", range(40))
