@@ -5,8 +5,9 @@
 Finished tasks are made, not trained: random factors (r = 8, q and v of a Llama), finished at a density of 5 %.
 
 step: one training step (forward, backward, AdamW) of a new task above 0, 1 and all finished tasks, in one process, in
-turns; resident memory of a process of its own for each. load: `load_stack` of 1, 10 and all tasks against what it
-cannot avoid: hashing the files, parsing their JSON, reading their tensors, one forward pass.
+turns; resident memory of a process of its own for each. load: `load_stack` of 1, 10 and all tasks, as adapters and
+merged into a plain model, against what it cannot avoid: hashing the files, parsing their JSON, reading their tensors,
+one forward pass; processor time of the process, which other processes disturb little.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import resource
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -138,24 +140,33 @@ def load_rows(args, folder: Path) -> None:
         inference = {"base": lambda: plain(ids), "stack": lambda: merged(ids)}
         report("inference", {**setting, "tasks": args.tasks}, interleave(inference, args.rounds), "base")
     counts = sorted({1, 10, args.tasks})
-    providers = {}
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+
+    def floor(count):
+        read(folder, count)
+        with torch.no_grad():
+            plain(ids)
+
+    def load(count):
+        return load_stack(folder, base, tasks=slice(0, count))
+
+    def merge(count):
+        load_stack(folder, base, tasks=slice(0, count), merge=True)
+
     for count in counts:
-
-        def floor(count=count):
-            read(folder, count)
-            with torch.no_grad():
-                plain(ids)
-
-        def load(count=count):
-            model = load_stack(folder, base, tasks=slice(0, count))
-            model.unmerge_adapter()
-            model.unload()
-
-        providers |= {f"read{count}": floor, f"load{count}": load}
-    seconds = interleave(providers, args.rounds)
-    for count in counts:
-        rows = {name: times for name, times in seconds.items() if name in (f"read{count}", f"load{count}")}
-        report("load", {**setting, "tasks": count}, rows, f"read{count}")
+        rows: dict[str, list[float]] = {"read": [], "load": [], "merge": []}
+        for number in range(args.rounds + 1):
+            for name, step in (("read", floor), ("load", load), ("merge", merge)):
+                start = time.process_time()
+                model = step(count)
+                elapsed = time.process_time() - start
+                if number:
+                    rows[name].append(elapsed)
+                if model is not None:
+                    model.unmerge_adapter()
+                    model.unload()
+                base.load_state_dict(weights)
+        report("load", {**setting, "tasks": count}, rows, "read")
 
 
 def main() -> None:

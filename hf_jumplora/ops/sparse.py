@@ -99,7 +99,8 @@ def decode_index(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     fields = np.unpackbits(body[split:], count=count * kind, bitorder="little").reshape(count, kind)
     wide = np.float32 if kind <= 24 else np.float64  # exact up to 2^24 and 2^53; NumPy multiplies integers slowly
     powers: np.ndarray = 2 ** np.arange(kind, dtype=wide)
-    index = (fields.astype(wide) @ powers).astype(np.int64).cumsum()
+    with np.errstate(invalid="ignore"):  # OpenBLAS raises the flag now and then over lanes that it does not use
+        index = (fields.astype(wide) @ powers).astype(np.int64).cumsum()
     ends -= order
     ends <<= kind
     index += ends
