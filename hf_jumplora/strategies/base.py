@@ -10,10 +10,6 @@ from torch import nn
 class Examples(Protocol):
     """`examples(count)`: training examples of the task, ready for the model."""
 
-    @property
-    def batch_size(self) -> int:
-        """How many a training step takes at once in this process."""
-
     def __call__(self, count: int, rows: Any = None, batch: int = 1) -> Iterator[dict[str, Any]]:
         """Up to `count` examples, in batches of `batch` on the model's device; the same ones in every call.
 

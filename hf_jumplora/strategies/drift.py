@@ -44,7 +44,7 @@ class Drift(Strategy):
 
     def on_task_start(self, model, adapter, examples):
         if self.general is not None and not self.tasks:
-            self._remember(model, adapter, examples(self.examples, self.general), examples.batch_size)
+            self._remember(model, adapter, examples(self.examples, self.general))
         for name, layer in named_layers(model, adapter):
             if name in self.C:
                 self.C[name] = self.C[name].to(layer.jumplora_A[adapter].device)
@@ -56,10 +56,10 @@ class Drift(Strategy):
         return self.weight * sum(layer_penalty(layer, adapter, [(None, self.C[name])]) for name, layer in layers)
 
     def on_task_end(self, model, adapter, examples):
-        self._remember(model, adapter, examples(self.examples), examples.batch_size)
+        self._remember(model, adapter, examples(self.examples))
 
-    def _remember(self, model, adapter, examples, size: int) -> None:
-        for name, C in input_moments(model, adapter, examples, size).items():
+    def _remember(self, model, adapter, examples) -> None:
+        for name, C in input_moments(model, adapter, examples).items():
             self.C[name] = torch.lerp(self.C[name], C, 1 / (self.tasks + 1)) if self.tasks else C
         self.tasks += 1
 

@@ -58,7 +58,7 @@ class KFac(Strategy):
 
     def on_task_start(self, model, adapter, examples):
         if self.general is not None and not self.tasks:
-            self._remember(model, adapter, examples(self.examples, self.general), examples.batch_size)
+            self._remember(model, adapter, examples(self.examples, self.general))
         for name, layer in named_layers(model, adapter):
             if name in self.G:
                 self.G[name], self.C[name] = (
@@ -66,7 +66,7 @@ class KFac(Strategy):
                 )
 
     def on_task_end(self, model, adapter, examples):
-        self._remember(model, adapter, examples(self.examples), examples.batch_size)
+        self._remember(model, adapter, examples(self.examples))
 
     def penalty(self, model, inputs, adapter, output):
         if not self.tasks:
@@ -75,9 +75,9 @@ class KFac(Strategy):
         layers, roots = named_layers(model, adapter), self._rank is not None
         return self.weight * sum(layer_penalty(layer, adapter, terms[name], roots) for name, layer in layers)
 
-    def _remember(self, model, adapter, examples, size: int) -> None:
+    def _remember(self, model, adapter, examples) -> None:
         generator = torch.Generator().manual_seed(self.tasks)
-        G, C = kronecker_factors(model, adapter, examples, generator, size, rank=self._rank)
+        G, C = kronecker_factors(model, adapter, examples, generator, rank=self._rank)
         keep = self.tasks / (self.tasks + 1)
         for name in G:
             self.G[name] = self._join(self.G.get(name), G[name], 1.0, 1.0)

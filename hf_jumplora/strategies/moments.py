@@ -72,16 +72,13 @@ def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, gen
     return log_p.gather(-1, drawn).sum()
 
 
-def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], size: int = 1):
-    """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32.
-
-    size: so many examples (of equal shape) pass through the model at once, here as in [`kronecker_factors`].
-    """
+def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], size: int = 8):
+    """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32."""
     return _moments(model, adapter, examples, size, None, None)[1]
 
 
 def kronecker_factors(
-    model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 1, rank: int | None = None
+    model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 8, rank: int | None = None
 ):
     """{layer: G [out, out]}, {layer: C [in, in]}: the factors of the Fisher matrix (arXiv 1503.05671, 1805.07810).
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +68,6 @@ class _StrategyCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.trainer.strategies:
             strategy.on_step_end(model, self.trainer.adapter)
-
-
-@dataclass
-class TaskExamples:
-    """What a task's strategies get as `examples` (see [`Examples`]); its own are the first `own` training rows."""
-
-    trainer: Any
-    own: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.trainer.args.per_device_train_batch_size
-
-    def __call__(self, count: int, rows: Any = None, batch: int = 1) -> Iterator[dict[str, Any]]:
-        return self.trainer.examples(count, rows, batch, own=self.own)
 
 
 _NEED_WHOLE = {"on_gradients": "changes gradients", "checkpoint_state": "follows every step of the parameters"}

@@ -1,6 +1,7 @@
 """`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
 
 import copy
+import functools
 import json
 import logging
 import shutil
@@ -42,7 +43,7 @@ from .arguments import ContinualTrainingArguments
 from .beside import describe_data, general_texts, lacks, measure, read_general, score
 from .engines import call_strategies, cut_base, fresh_accelerator, release, runnable
 from .evaluation import own_adapter
-from .mixin import ContinualTrainer, TaskExamples
+from .mixin import ContinualTrainer
 from .next_adapter import new_adapter
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
@@ -281,7 +282,7 @@ class ContinualRun:
         folder = f"task_{index:03d}"
         checkpoints = self.output_dir / "checkpoints" / folder
         trainer = self._trainer(checkpoints, index, train_dataset=mixed)
-        examples = TaskExamples(trainer, len(train_set))
+        examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
         call_strategies(self, "on_task_start", examples)
         # The newest that is complete: trainer_state.json is written last.
         saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]

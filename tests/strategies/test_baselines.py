@@ -23,9 +23,6 @@ def texts(count, rows=None):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-texts.batch_size = 4
-
-
 def after_two_tasks(base, strategy, gate=False, targets=("q_proj", "o_proj")):
     """A model that learned two tasks, and a third adapter in training."""
     options = {"r": 2, "lora_alpha": 8, "target_modules": list(targets), "gate": gate, "init_weights": False}

@@ -31,18 +31,6 @@ def token_examples(seq2seq, count=7):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-class Examples:
-    """`examples` of a task: token_examples, four of one shape at once."""
-
-    batch_size = 4
-
-    def __init__(self, own=None):
-        self.own = own
-
-    def __call__(self, count, rows=None):
-        return token_examples(False, self.own or count) if rows is None else iter(rows)
-
-
 class Classifier(nn.Module):
     """Mean of token embeddings, two layers, logits of three classes."""
 
@@ -154,12 +142,13 @@ def test_batches_of_equal_shape():
 def stacked(base, gated, strategy, tasks=2):
     """A model whose `tasks` tasks are remembered, and a new adapter on top."""
     model = peft_model(base, gate=gated)
+    examples = lambda count, rows=None: token_examples(False, count)  # noqa: E731
     for k in range(tasks):
         if gated:
             set_threshold(model, "default", 0.2)
             set_mix(model, "default", 1.0)
-        strategy.on_task_start(model, "default", Examples())
-        strategy.on_task_end(model, "default", Examples(3 + 4 * k))
+        strategy.on_task_start(model, "default", examples)
+        strategy.on_task_end(model, "default", lambda count, rows=None, k=k: examples(3 + 4 * k))
         finish_adapter(model, "default", f"task_00{k}")
         parents = [f"task_00{i}" for i in range(k + 1)]
         torch.manual_seed(10 + k)
@@ -169,7 +158,7 @@ def stacked(base, gated, strategy, tasks=2):
     if gated:
         set_threshold(model, "default", 0.3)
         set_mix(model, "default", 0.6)
-    strategy.on_task_start(model, "default", Examples())
+    strategy.on_task_start(model, "default", examples)
     return model
 
 
@@ -208,8 +197,8 @@ def test_memory(memory, sizes, toy_base):
     assert torch.equal(kfac.penalty(model, {}, "default", {}), again.penalty(model, {}, "default", {}))
     for name, layer in named_layers(model):
         assert state[f"C.{name}"].shape == (sizes[0], layer.in_features, sizes[1])
-    kfac.on_task_end(model, "default", Examples(3))
-    again.on_task_end(model, "default", Examples(3))
+    kfac.on_task_end(model, "default", lambda count: token_examples(False, 3))
+    again.on_task_end(model, "default", lambda count: token_examples(False, 3))
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in kfac.state_dict().items())
 
 
@@ -221,7 +210,7 @@ def test_text_of_no_task_is_the_zeroth_task(toy_base, tmp_path):
     run.train()
     assert kfac.tasks == 3
     with pytest.raises(ValueError, match="no example"):
-        KFac(general=[]).on_task_start(run.model, "task_001", Examples())
+        KFac(general=[]).on_task_start(run.model, "task_001", lambda count, rows=None: iter(rows))
 
 
 @pytest.mark.parametrize("method", ["kfac", "jumplora-kfac"])
