@@ -33,7 +33,8 @@ def test_python_m():
     assert done.stdout.startswith("hf-jumplora ")
     done = subprocess.run([*command, "inspect", "/nowhere"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("hf-jumplora: ")
+    # On some processors bitsandbytes prints a line before, over the checkout's folder "kernels".
+    assert done.stderr.splitlines()[-1].startswith("hf-jumplora: ")
 
 
 @pytest.mark.parametrize("argv", [["inspect", "/nowhere"], ["verify", "/nowhere"]], ids=" ".join)

@@ -417,7 +417,7 @@ def test_plans_are_checked_before_anything_is_built():
     plans = MethodArguments(method="jumplora-ella", ella_weight=5.0).plans(["inclora", "ella"])
     assert list(plans) == ["jumplora-ella", "inclora", "ella"]
     assert [plans[name][1] and plans[name][1][0].weight for name in plans] == [5.0, None, 5.0]
-    assert [plans[name][0].gate for name in plans] == [True, True, True]  # the method's own prescription comes on top
+    assert [plans[name][0].gate for name in plans] == [True, False, False]  # the method's own prescription
     with pytest.raises(ValueError, match="unknown method 'typo'"):
         MethodArguments().plans(["typo"])
     with pytest.raises(ValueError, match="target_density"):

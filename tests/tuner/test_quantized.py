@@ -309,8 +309,8 @@ def test_zero_shot_row_of_a_task_with_its_own_metric(toy_base, tmp_path):
 
     task = Task("a", rows, Dataset.from_list(rows[:8]), compute_metrics, metric="mean")
     run = toy.make_run(quantised(toy_base), tmp_path, stream=[task])
-    with torch.no_grad():
-        expected = quantised(toy_base)(torch.tensor([r["input_ids"] for r in rows[:8]])).logits.mean().item()
+    # With gradients: without, bitsandbytes repacks for some processors, which fails for layers as small as these.
+    expected = quantised(toy_base)(torch.tensor([r["input_ids"] for r in rows[:8]])).logits.mean().item()
     assert run.evaluate() == [pytest.approx(expected, rel=1e-5)]
     assert type(run.model) is LlamaForCausalLM
     assert run.train()["matrix"][0] == [pytest.approx(expected, rel=1e-5)]
