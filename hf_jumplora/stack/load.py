@@ -27,6 +27,15 @@ from .manifest import MANIFEST, Manifest, check_base, file_sha256, is_folder, re
 from .save import STRATEGIES
 
 
+_REASONS = {
+    RepositoryNotFoundError: "no such repository; for a private one log in with `hf auth login` or set HF_TOKEN",
+    RevisionNotFoundError: "the repository has no such branch, tag or commit",
+    LocalEntryNotFoundError: "the Hub cannot be reached, and its stack.json is not in the cache",
+    EntryNotFoundError: "the repository holds no stack.json",
+}
+_LOOKUP = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+
+
 def load_stack(
     path: str | os.PathLike,
     base_model: str | os.PathLike | nn.Module | None = None,
@@ -87,12 +96,19 @@ def load_base(
                 f"{where}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
                 "pass the model itself as base_model="
             )
+        lookup = {key: value for key, value in model_kwargs.items() if key in _LOOKUP}
         try:
-            base_model = architecture.from_pretrained(base_model, **model_kwargs)
-        except OSError as error:
+            config = transformers.AutoConfig.from_pretrained(base_model, **lookup)
+            # Loaded under this class, another kind of model would be filled up with defaults: seven billion weights.
+            if isinstance(config, architecture.config_class):  # type: ignore[arg-type]
+                base_model = architecture.from_pretrained(base_model, **model_kwargs)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{where}: its base model {base_model} cannot be loaded; pass base_model= ({error})"
             ) from error
+        if isinstance(base_model, (str, os.PathLike)):
+            kind = ", ".join(config.architectures or [config.model_type])
+            raise ValueError(f"{where} was trained on a {architecture.__name__}; {base_model} is a {kind}")
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, where)
     return base_model
@@ -126,7 +142,8 @@ def open_stack(
             folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision)).parent
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             at = f" at revision {revision!r}" if revision else ""
-            raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({error})") from error
+            reason = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
+            raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({reason})") from error
     manifest = read_manifest(folder)
     chosen = _choose(manifest, tasks, folder)
     on_hub = not os.path.isdir(path)

@@ -60,7 +60,10 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {folder} holds no adapter stack")
+        raise FileNotFoundError(
+            f"{path} does not exist: {folder} holds no adapter stack (it is another folder, or that of a run which has "
+            "not finished a task yet)"
+        )
     try:
         content = path.read_bytes()
         data = json.loads(content)
