@@ -171,6 +171,8 @@ def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, d
     tasks, changed = [], {}
     for task in manifest.tasks:
         path = f"{task['folder']}/adapter_config.json"
+        if not (Path(folder) / path).is_file():
+            raise ValueError(f"{Path(folder) / path} is missing; stack.json lists it")
         config = json.loads((Path(folder) / path).read_text(encoding="utf-8"))
         if (config.get("base_model_name_or_path") or "") != name:
             changed[path] = json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True)
