@@ -189,8 +189,8 @@ def task_config(folder: Path, task: dict[str, Any]) -> JumpLoraConfig:
         sizes = (config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values())
         if not all(isinstance(size, (int, float)) for size in sizes):
             raise ValueError("ranks and alphas are numbers")
-        if stack_support_sha256(config.support) != task["support_sha256"]:
-            raise ValueError("its supports are not those of stack.json")
+    if stack_support_sha256(config.support) != task["support_sha256"]:
+        raise ValueError(f"{path}: its supports are not those of stack.json")
     return config
 
 

@@ -50,8 +50,8 @@ def test_config_that_is_not_the_stacks(name, copied, tmp_path, capsys):
     write_manifest(copied, manifest)
     out = tmp_path / "out"
     for argv in (["inspect"], ["merge", "--out", out], ["export", "--format", "sparse", "--out", out]):
-        assert f"{path} does not fit the stack" in refused(capsys, tmp_path, argv[0], copied, *argv[1:])
-    with pytest.raises(ValueError, match=r"task_001.adapter_config\.json does not fit the stack"):
+        assert str(path) in refused(capsys, tmp_path, argv[0], copied, *argv[1:])
+    with pytest.raises(ValueError, match=r"task_001.adapter_config\.json"):
         load_stack(copied)
 
 
