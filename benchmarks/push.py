@@ -1,6 +1,6 @@
 """What pushing costs a run: training with pushes to a stand-in Hub that fails 30 % of them, against training alone.
 
-    python benchmarks/push.py [--rows 1500] [--rounds 4]
+    python benchmarks/push.py [--rows 4000] [--rounds 3]
 
 Interleaved rounds in one process; the time from the start of `train()` to the end of the last task (waiting for the
 last push is told apart). Prints a JSON line a run, then the median ratio of the rounds, and of each run that pushes the
@@ -75,8 +75,8 @@ def one_run(base: str, folder: str, hub: StandInHub | None, seed: int, rows: int
 def main() -> None:
     """Run the rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1500, help="of a task")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=4000, help="of a task")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     logging.disable(logging.ERROR)
     torch.set_num_threads(1)  # a second one waits for whatever else runs here

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError that names the first file which is missing or damaged."""
-    if os.path.isdir(args.stack):
+    if os.path.isdir(args.stack) and args.revision is None:
         manifest = verify_stack(args.stack)
     else:
         _, manifest, _ = open_stack(args.stack, revision=args.revision)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ..metrics.derived import derive
 from ..report.report import PICTURES, write_report
+from ..stack.load import verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json, write_manifest
 from .card import eval_results, stack_card
 
@@ -54,7 +55,8 @@ def push_stack(
         {tag: commit} of all tasks, also written to hub.json.
 
     Raises:
-        FileNotFoundError: no stack there. ValueError: the repository holds something else; nothing was pushed.
+        FileNotFoundError: no stack or no template there. ValueError: the repository holds something else, or a file of
+        a task is missing or damaged (it is named, and the task is not pushed).
         PermissionError: the Hub refused the token (401, 403). ConnectionError: the last attempt failed too. After both,
         calling it again pushes what is missing.
     """
@@ -63,8 +65,8 @@ def push_stack(
         try:
             return _push(folder, repo_id, HfApi(token=token), private, revision, template)
         except (HTTPError, OSError) as error:
-            if isinstance(error, FileNotFoundError) and not (folder / MANIFEST).is_file():
-                raise
+            if isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise  # of this folder; the Hub's own kind is one of a dead network
             if _status(error) in (401, 403):
                 raise PermissionError(explain(error, repo_id)) from error
             if attempt + 1 == attempts:
@@ -129,7 +131,8 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
 
 
 def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
-    tasks = portable(folder, read_manifest(folder))[0].tasks
+    manifest = read_manifest(folder)
+    whole, tasks = manifest.tasks, portable(folder, manifest)[0].tasks
     repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)
     head, done = _remote(api, repo_id, revision, tasks)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
@@ -142,6 +145,7 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
                 raise ValueError(
                     f"{repo_id} has a tag {tag} but not this task on {revision}; remove the tag, or use another branch"
                 )
+            verify(folder, whole[index])
             with snapshot(folder, index, repo_id, template) as files:
                 operations = [CommitOperationAdd(name, path) for name, path in files.items()]
                 # With the parent named, the Hub refuses the commit (412) if it holds anything newer than we have seen.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .files import TaskFile, only_updates, total_update
-from .operations import new_folder, open_tasks
+from .operations import free_folder, new_folder, open_tasks
 
 
 _EXACT = 512  # up to this size a full SVD is quick
@@ -81,7 +81,10 @@ def export_lora(
     if (rank is None) == (energy is None):
         raise ValueError("give rank= or energy=, one of the two")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise ValueError(f"rank is a positive integer and energy a fraction in (0, 1]; got {rank if rank else energy}")
+        raise ValueError(f"rank is a positive integer and energy a fraction in (0, 1]; got rank={rank} energy={energy}")
+    if not 0 <= min_energy <= 1:
+        raise ValueError(f"min_energy is a fraction between 0 and 1, got {min_energy}")
+    free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     only_updates(chosen, "a LoRA export")
     weights: dict[str, torch.Tensor] = {}
@@ -141,6 +144,7 @@ def export_sparse(
     Raises:
         ValueError: as `load_stack`, or a task holds modules trained in full.
     """
+    free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     only_updates(chosen, "a sparse export")
     tensors: dict[str, torch.Tensor] = {}

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ..ops.sparse import add_at, decode_index, decode_support, support_sha256
-from ..tuner import JumpLoraConfig
-from .load import not_a_task
+from ..tuner.model import rank_and_alpha
+from .load import not_a_task, task_config
 from .manifest import Manifest
 
 
@@ -27,7 +26,7 @@ class TaskFile:
     def __init__(self, folder: Path, entry: dict[str, Any], manifest: Manifest):
         self.name, self.folder = entry["name"], entry["folder"]
         self.path = folder / self.folder / "adapter_model.safetensors"
-        self.config: Any = JumpLoraConfig.from_pretrained(str(folder / self.folder))
+        self.config = task_config(folder, entry)
         with not_a_task(self.path):
             self._file = safe_open(self.path, "pt")
         keys = set(self._file.keys())
@@ -43,9 +42,13 @@ class TaskFile:
 
     def _check(self, layer: str) -> None:
         (out_features, in_features), (A, B) = self.shapes[layer], (self._shape(layer, name) for name in "AB")
-        if len(A) != 2 or not A[0] or A[1] != in_features or [out_features, A[0]] != B:
-            raise ValueError(f"the factors of {layer}, {A} and {B}, are not those of a layer {self.shapes[layer]}")
-        if self.config.gate and self._shape(layer, "support") != [self.config.support[layer][0]]:
+        r, _ = rank_and_alpha(self.config, layer)
+        if [[r, in_features], [out_features, r]] != [A, B] or r < 1:
+            raise ValueError(
+                f"the factors of {layer}, {A} and {B}, are not those of rank {r} of a layer {self.shapes[layer]}"
+            )
+        support = self.config.support or {}
+        if self.config.gate and self._shape(layer, "support") != [support[layer][0]]:
             raise ValueError(f"the support of {layer} is not of the size that its config says")
 
     def _shape(self, layer: str, name: str) -> list[int]:
@@ -59,6 +62,7 @@ class TaskFile:
         if not self.config.gate:
             return None
         code = self._tensor(layer, "support")
+        assert self.config.support is not None  # checked with the shapes
         found, expected = support_sha256(code), self.config.support[layer][1]
         if found != expected:
             raise ValueError(f"{self.path}: the support of {layer} has sha256 {found}, its config says {expected}")
@@ -79,9 +83,8 @@ class TaskFile:
     def add_update(self, total: torch.Tensor, layer: str) -> None:
         """Add a layer's update to a float32 [out, in]."""
         A, B = self._tensor(layer, "A"), self._tensor(layer, "B")
-        config, r, code = self.config, A.shape[0], self.code(layer)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
-        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        (r, alpha), code = rank_and_alpha(self.config, layer), self.code(layer)
+        scaling = alpha / math.sqrt(r) if self.config.use_rslora else alpha / r
         if code is None:
             total += (B @ A).mul_(scaling)
         else:

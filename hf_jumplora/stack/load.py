@@ -27,6 +27,15 @@ from .manifest import MANIFEST, Manifest, check_base, file_sha256, is_folder, re
 from .save import STRATEGIES
 
 
+_REASONS = {
+    RepositoryNotFoundError: "no such repository; for a private one log in with `hf auth login` or set HF_TOKEN",
+    RevisionNotFoundError: "the repository has no such branch, tag or commit",
+    LocalEntryNotFoundError: "the Hub cannot be reached, and it is not in the cache",
+    EntryNotFoundError: "the repository does not hold it",
+}
+_LOOKUP = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+
+
 def load_stack(
     path: str | os.PathLike,
     base_model: str | os.PathLike | nn.Module | None = None,
@@ -87,12 +96,19 @@ def load_base(
                 f"{where}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
                 "pass the model itself as base_model="
             )
+        lookup = {key: value for key, value in model_kwargs.items() if key in _LOOKUP}
         try:
-            base_model = architecture.from_pretrained(base_model, **model_kwargs)
-        except OSError as error:
+            config = transformers.AutoConfig.from_pretrained(base_model, **lookup)
+            # Loaded under this class, another kind of model would be filled up with defaults: seven billion weights.
+            if isinstance(config, architecture.config_class):  # type: ignore[arg-type]
+                base_model = architecture.from_pretrained(base_model, **model_kwargs)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{where}: its base model {base_model} cannot be loaded; pass base_model= ({error})"
             ) from error
+        if isinstance(base_model, (str, os.PathLike)):
+            kind = ", ".join(config.architectures or [config.model_type])
+            raise ValueError(f"{where} was trained on a {architecture.__name__}; {base_model} is a {kind}")
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, where)
     return base_model
@@ -122,11 +138,8 @@ def open_stack(
             raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
         folder = Path(path)
     else:
-        try:
+        with looked_up(path, revision):
             folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision)).parent
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-            at = f" at revision {revision!r}" if revision else ""
-            raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({error})") from error
     manifest = read_manifest(folder)
     chosen = _choose(manifest, tasks, folder)
     on_hub = not os.path.isdir(path)
@@ -143,12 +156,42 @@ def open_stack(
 
 
 @contextmanager
+def looked_up(path: str | os.PathLike, revision: str | None) -> Iterator[None]:
+    """What the client says of a name that is no folder becomes a FileNotFoundError of one line."""
+    try:
+        yield
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({why_not(error)})") from error
+
+
+def why_not(error: Exception) -> str:
+    """Why the Hub did not give something, in words that say what to do."""
+    return next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
+
+
+@contextmanager
 def not_a_task(path: Path) -> Iterator[None]:
     """Errors about what a task's file holds become a ValueError that names it: hashes may be right, tensors missing."""
     try:
         yield
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the stack: {error}") from error
+
+
+def task_config(folder: Path, task: dict[str, Any]) -> JumpLoraConfig:
+    """The adapter config of a verified task. Raises ValueError that names the file if it is not the stack's."""
+    path = folder / task["folder"] / "adapter_config.json"
+    with not_a_task(path):
+        config = JumpLoraConfig.from_pretrained(str(path.parent))
+        if not isinstance(config, JumpLoraConfig):
+            raise ValueError(f"it is a {type(config).__name__}")
+        sizes = (config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values())
+        if not all(isinstance(size, (int, float)) for size in sizes):
+            raise ValueError("ranks and alphas are numbers")
+    if stack_support_sha256(config.support) != task["support_sha256"]:
+        raise ValueError(f"{path}: its supports are not those of stack.json")
+    return config
 
 
 def attach(
@@ -166,9 +209,7 @@ def attach(
         if fold and len(before) > 1:
             model.set_adapter(before[-1], inference_mode=True)
             fold_finished(model, before[-2:-1])
-        config = JumpLoraConfig.from_pretrained(str(folder / task["folder"]))
-        if stack_support_sha256(config.support) != task["support_sha256"]:
-            raise ValueError(f"{folder / task['folder']}/adapter_config.json: its supports are not those of stack.json")
+        config = task_config(folder, task)
         config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
         before.append(task["folder"])
         with not_a_task(folder / task["folder"] / "adapter_model.safetensors"):

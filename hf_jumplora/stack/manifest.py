@@ -60,7 +60,10 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {folder} holds no adapter stack")
+        raise FileNotFoundError(
+            f"{path} does not exist: {folder} holds no adapter stack (it is another folder, or that of a run which has "
+            "not finished a task yet)"
+        )
     try:
         content = path.read_bytes()
         data = json.loads(content)
@@ -168,6 +171,8 @@ def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, d
     tasks, changed = [], {}
     for task in manifest.tasks:
         path = f"{task['folder']}/adapter_config.json"
+        if not (Path(folder) / path).is_file():
+            raise ValueError(f"{Path(folder) / path} is missing; stack.json lists it")
         config = json.loads((Path(folder) / path).read_text(encoding="utf-8"))
         if (config.get("base_model_name_or_path") or "") != name:
             changed[path] = json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True)

@@ -14,9 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .files import only_updates, total_update
-from .load import base_is_here
+from .load import base_is_here, why_not
 from .manifest import Manifest, check_shapes, probe_differs, probe_values, untouched_weight
-from .operations import new_folder, open_tasks
+from .operations import free_folder, new_folder, open_tasks
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -84,6 +84,7 @@ def merge_stack(
         FileNotFoundError: no stack there. ValueError: as `load_stack`; the base has no safetensors files; a weight is
         not found under its name; or a task holds modules trained in full.
     """
+    free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     only_updates(chosen, "a merge on disk")
     source = _base_folder(manifest, base_model, str(path))
@@ -121,7 +122,8 @@ def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_OTHER_WEIGHTS)))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{where}: its base model {name} cannot be loaded; pass base_model= ({error})") from error
+        reason = why_not(error)
+        raise ValueError(f"{where}: its base model {name} cannot be loaded; pass base_model= ({reason})") from error
 
 
 def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
@@ -130,7 +132,10 @@ def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
     architecture: Any = getattr(transformers, expected, None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise ValueError(f"{where}: the base {expected} is no class of transformers; use load_stack(merge=True)")
-    config = transformers.AutoConfig.from_pretrained(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: its base model {source} cannot be loaded; pass base_model= ({error})") from error
     if expected not in (config.architectures or []):
         raise ValueError(f"{where} was trained on a {expected}; {source} is a {', '.join(config.architectures or [])}")
     if getattr(config, "quantization_config", None):

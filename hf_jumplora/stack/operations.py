@@ -33,18 +33,27 @@ def open_tasks(
     return folder, manifest, [TaskFile(folder, entry, manifest) for entry in chosen]
 
 
+def free_folder(out: str | os.PathLike) -> Path:
+    """`out`, absolute. Raises ValueError if it exists and is not an empty folder: asked before any work is done."""
+    target = Path(out).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; nothing was written")
+    return target
+
+
 @contextmanager
 def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder.
+        ValueError: `out` exists and is not an empty folder. OSError: it cannot be made.
     """
-    target = Path(out).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; nothing was written")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = free_folder(out)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OSError(f"{target} cannot be made; nothing was written ({error})") from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -95,7 +104,10 @@ def remove(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, re
     """
     _, manifest, gone = open_stack(path, tasks, revision)
     names = {task["name"] for task in gone}
-    return subset(path, [name for name in manifest.task_names if name not in names], out, revision)
+    rest = [name for name in manifest.task_names if name not in names]
+    if not rest:
+        raise ValueError(f"leaving out all of {', '.join(tasks)} chooses none of the tasks of {path}")
+    return subset(path, rest, out, revision)
 
 
 def reorder(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, revision: str | None = None) -> Manifest:
@@ -130,6 +142,8 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
         manifest.base_model, manifest.method, manifest.additive, versions=library_versions(), separate=manifest.separate
     )
     infos = {name: json.loads((source / name / "task.json").read_text()) for name in folders}
+    if wrong := [name for name, info in infos.items() if not isinstance(info, dict)]:
+        raise ValueError(f"{source / wrong[0] / 'task.json'} does not describe a task")
 
     def pair(name: str, other: str, key: str) -> float:
         later, earlier = sorted((name, other), key=old.index, reverse=True)

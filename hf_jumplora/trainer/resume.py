@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..methods import get_method
-from ..stack.load import load_base, verify
+from ..stack.load import load_base, looked_up, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
@@ -54,7 +54,8 @@ def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, tok
     hub = not Path(path).is_dir()
     if hub:
         wanted = [MANIFEST, METRICS, RUN, "task_*/*"]
-        source = Path(HfApi(token=token).snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+        with looked_up(path, revision):
+            source = Path(HfApi(token=token).snapshot_download(str(path), revision=revision, allow_patterns=wanted))
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
     else:
@@ -68,8 +69,9 @@ def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, tok
     for name in (METRICS, RUN):
         if not (source / name).is_file():
             raise ValueError(f"{path} has no {name}, without which nobody can go on where it stopped")
-    for task in theirs.tasks:
+    for task in theirs.tasks:  # all of them first: nothing is left behind of a damaged stack
         verify(source, task)
+    for task in theirs.tasks:
         (folder / task["folder"]).mkdir(parents=True, exist_ok=True)
         for name in task["files"]:
             shutil.copyfile(source / task["folder"] / name, folder / task["folder"] / name)

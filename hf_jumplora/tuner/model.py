@@ -129,7 +129,7 @@ class JumpLoraModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         name = current_key
-        r, alpha = _rank_and_alpha(peft_config, name)
+        r, alpha = rank_and_alpha(peft_config, name)
         base = target.get_base_layer() if isinstance(target, JumpLoraLayer) else target
         if peft_config.fan_in_fan_out and isinstance(base, nn.Linear):
             raise ValueError(
@@ -156,7 +156,7 @@ class JumpLoraModel(BaseTuner):
         layers = dict(named_layers(self.model))
         shapes: dict[str, tuple[int, ...]] = {}
         for name, layer in layers.items():
-            r, key = _rank_and_alpha(config, name)[0], f"base_model.model.{name}.jumplora_"
+            r, key = rank_and_alpha(config, name)[0], f"base_model.model.{name}.jumplora_"
             shapes |= {f"{key}A": (r, layer.in_features), f"{key}B": (layer.out_features, r)}
             if config.gate:
                 shapes |= {f"{key}gate.log_tau": (1,), f"{key}gate.mix": (1,)}
@@ -173,7 +173,7 @@ class JumpLoraModel(BaseTuner):
                 gate.log_tau.data.copy_(weights[f"{key}gate.log_tau"])
                 gate.mix.copy_(weights[f"{key}gate.mix"])
             A, B, code = (weights.get(f"{key}{part}") for part in ("A", "B", "support"))
-            layer.add_finished(adapter, config, _rank_and_alpha(config, name)[1], gate, A, B, code)
+            layer.add_finished(adapter, config, rank_and_alpha(config, name)[1], gate, A, B, code)
         self.peft_config[adapter] = config
         return True
 
@@ -232,7 +232,7 @@ def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
             )
 
 
-def _rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:
+def rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:
     """r and lora_alpha of a layer."""
     r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
     return r, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)

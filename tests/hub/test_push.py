@@ -160,6 +160,26 @@ def test_another_stack_is_not_overwritten(folder, hub, toy_base, tmp_path):
     assert not (tmp_path / "new" / "stack.json").exists()  # before anything was trained
 
 
+def test_damaged_folder_is_not_pushed(folder, hub, monkeypatch):
+    """Nor tried again: a missing or damaged file, or template, is named at once."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(FileNotFoundError, match=r"none\.md"):
+        push_stack(folder, "me/stack", template=folder / "none.md")
+    path = folder / "task_001" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"task_001.adapter_model\.safetensors is damaged"):
+        push_stack(folder, "me/stack")
+    assert titles(hub) == ["initial commit", "task-000: size"]
+    path.write_bytes(content)
+    config = (folder / "task_002" / "adapter_config.json").rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"task_002.adapter_config\.json is missing"):
+        push_stack(folder, "me/stack")
+    config.rename(folder / "task_002" / "adapter_config.json")
+    push_stack(folder, "me/stack")
+    complete(hub)
+
+
 def test_command(folder, hub, capsys):
     """`hf-jumplora push`: where to is said once."""
     assert main(["push", str(folder)]) == 2

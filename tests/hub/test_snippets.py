@@ -9,22 +9,24 @@ from huggingface_hub import HfApi
 
 
 CODE = """
-import os, re, sys
+import os, re, shutil, sys
 sys.path.insert(0, {tests!r})
 import toy
 from hf_jumplora import ContinualRun
 from huggingface_hub import hf_hub_download
 
-run = toy.make_run("me/base", "out", push_to_hub=True, hub_model_id="me/stack", stream=toy.tasks(2))
-run.train()
-count = 0
-for card in ("README.md", "task_001/README.md"):
-    text = open(hf_hub_download("me/stack", card)).read()
-    blocks = re.findall(r"```python\\n(.*?)```", text, re.S)
-    for block in blocks:
-        exec(block, {{}})
-        count += 1
-assert count == 5, count
+for method in ("perlora", "seqlora", "jumplora"):  # a model a task; the last folder alone; updates that add up
+    repo = "me/stack" if method == "jumplora" else "me/" + method
+    toy.make_run("me/base", method, method, push_to_hub=True, hub_model_id=repo, stream=toy.tasks(2)).train()
+    count = 0
+    shutil.rmtree("merged", ignore_errors=True)
+    for card in ("README.md", "task_001/README.md"):
+        text = open(hf_hub_download(repo, card)).read()
+        blocks = re.findall(r"```python\\n(.*?)```", text, re.S)
+        for block in blocks:
+            exec(block, {{}})
+            count += 1
+    assert count == 5, count
 from transformers import AutoModelForCausalLM
 import torch
 from hf_jumplora import load_stack

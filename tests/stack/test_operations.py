@@ -397,6 +397,7 @@ CRAFTED = {
     "no support": (lambda t, k: t.pop(f"{k}.jumplora_support"), None),
     "B of another layer": (lambda t, k: t.update({f"{k}.jumplora_B": torch.ones(3, 2)}), None),
     "A of rank 0": (lambda t, k: t.update({f"{k}.jumplora_A": torch.ones(0, 32)}), None),
+    "another rank": (lambda t, k: None, lambda c: c.update(r=7)),
     "a short support": (lambda t, k: t.update({f"{k}.jumplora_support": torch.ones(3).byte()}), None),
     "a config without it": (lambda t, k: None, lambda c: c["support"].pop(next(iter(c["support"])))),
 }
