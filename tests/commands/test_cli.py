@@ -33,8 +33,9 @@ def test_python_m():
     assert done.stdout.startswith("hf-jumplora ")
     done = subprocess.run([*command, "inspect", "/nowhere"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    # On some processors bitsandbytes prints a line before, over the checkout's folder "kernels".
-    assert done.stderr.splitlines()[-1].startswith("hf-jumplora: ")
+    # PEFT imports bitsandbytes, which on processors with bf16 says that it would like a package named `kernels`.
+    (line,) = [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+    assert line.startswith("hf-jumplora: ")
 
 
 @pytest.mark.parametrize("argv", [["inspect", "/nowhere"], ["verify", "/nowhere"]], ids=" ".join)
