@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
 from .strategies import Ella, KFac
+from .strategies.moments import TOKENS
 from .tuner import JumpLoraConfig, named_layers
 
 
@@ -301,6 +302,12 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes
     # Of the loss: log-probabilities, their gradient and the logits' are there at once, in float32.
     loss = 12 * tokens * size.vocabulary
+    if kfac := any(isinstance(s, KFac) for s in strategies):  # its own pass over examples, without checkpointing
+        at_once = max(1, TOKENS // plan.length)
+        for z, (kept, block) in needs.items():
+            needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
+        # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.
+        loss = max(loss, 24 * at_once * plan.length * size.vocabulary)
     density = 1.0 if not adapter.gate else plan.density or size.factors / size.entries
     share = share_after(plan.tasks, density, adapter.isolation == "hard")
     memory = 0
@@ -313,7 +320,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
         memory += size.entries // 8
     # Blocks of D, E and a gradient, which entries are near the threshold, the tokens transposed.
     workspace = 13 * min(BLOCK_ENTRIES, size.layer) + 4 * tokens * size.inputs
-    if adapter.gate and plan.tasks and any(isinstance(s, KFac) for s in strategies):
+    if adapter.gate and plan.tasks and kfac:
         workspace = max(workspace, 16 * size.layer)  # its penalty: D, the slope, E C and the sum, whole
     newest = 4 * size.factors if plan.tasks else 0  # stays an adapter until the next task is finished
     summed = 4 * size.entries + size.entries // 8 if plan.tasks > 1 else 0

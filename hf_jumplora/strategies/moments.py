@@ -1,5 +1,6 @@
 """Second moments of the layers' inputs and output gradients over examples, and a penalty made of them."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..ops.quadratic import quadratic_penalty
 from ..tuner import can_continue, named_layers
+
+
+TOKENS = 512  # pass through the model at once, with all that they activate
 
 
 def layer_penalty(layer: Any, adapter: str, terms: list[tuple], roots: bool = False) -> torch.Tensor:
@@ -35,8 +39,12 @@ def check_examples(examples: int, general: Any) -> None:
         raise ValueError(f"general is a list of texts, or True for the run's general_text; got {general!r}")
 
 
-def batches(examples: Iterable[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
-    """Examples of equal shape joined to batches of at most `size`: what padding would blur stays exact."""
+def batches(examples: Iterable[dict[str, Any]], tokens: int) -> Iterator[dict[str, Any]]:
+    """Examples of equal shape joined to batches of at most `tokens` tokens: what padding would blur stays exact.
+
+    A longer example passes alone. The pass keeps all activations, even where training does not (checkpointing), and
+    which examples come together must not depend on the number of processes: labels are drawn in this order.
+    """
     waiting: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for example in examples:
         if not all(isinstance(value, torch.Tensor) and value.ndim for value in example.values()):
@@ -44,7 +52,7 @@ def batches(examples: Iterable[dict[str, Any]], size: int) -> Iterator[dict[str,
             continue
         group = waiting[tuple((key, tuple(value.shape)) for key, value in example.items())]
         group.append(example)
-        if len(group) == size:
+        if (len(group) + 1) * max(value.shape[-1] for value in example.values()) > tokens:
             yield _join(group)
             group.clear()
     for group in waiting.values():
@@ -72,13 +80,13 @@ def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, gen
     return log_p.gather(-1, drawn).sum()
 
 
-def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], size: int = 8):
+def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], tokens: int = TOKENS):
     """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32."""
-    return _moments(model, adapter, examples, size, None, None)[1]
+    return _moments(model, adapter, examples, tokens, None, None)[1]
 
 
 def kronecker_factors(
-    model: nn.Module, adapter: str, examples, generator: torch.Generator, size: int = 8, rank: int | None = None
+    model: nn.Module, adapter: str, examples, generator: torch.Generator, tokens: int = TOKENS, rank: int | None = None
 ):
     """{layer: G [out, out]}, {layer: C [in, in]}: the factors of the Fisher matrix (arXiv 1503.05671, 1805.07810).
 
@@ -88,19 +96,20 @@ def kronecker_factors(
     rank: with k, roots [out, k] and [in, k] in their place: root root^T is nearly the best approximation of rank k, and
     nothing larger than [d, 4 k + 8] is built (Nystroem sketch of the stream of tokens, arXiv 1706.05736).
     """
-    G, C = _moments(model, adapter, examples, size, generator, rank)
+    G, C = _moments(model, adapter, examples, tokens, generator, rank)
     return (G, C) if rank is None else tuple({name: _root(t, rank) for name, t in part.items()} for part in (G, C))
 
 
-def _test_matrix(dim: int, rank: int) -> torch.Tensor:
+@functools.cache
+def _test_matrix(dim: int, rank: int, device: torch.device) -> torch.Tensor:
     """Orthonormal [dim, 4 rank + 8], the same for every layer of this size and in every process."""
     width = min(dim, 4 * rank + 8)
-    return torch.linalg.qr(torch.randn(dim, width, generator=torch.Generator().manual_seed(0))).Q
+    return torch.linalg.qr(torch.randn(dim, width, generator=torch.Generator().manual_seed(0))).Q.to(device)
 
 
 def _root(sketch: torch.Tensor, rank: int) -> torch.Tensor:
     """[d, rank] root of a positive matrix M from M T, T = [`_test_matrix`] (arXiv 1706.05736, algorithm 3)."""
-    Y, T = sketch.double(), _test_matrix(len(sketch), rank).to(sketch.device).double()
+    Y, T = sketch.double(), _test_matrix(len(sketch), rank, sketch.device).double()
     shift = torch.finfo(torch.float32).eps * Y.norm()  # the sketch is of float32 sums: below this it is noise
     Y = Y + shift * T
     core = T.T @ Y
@@ -110,26 +119,23 @@ def _root(sketch: torch.Tensor, rank: int) -> torch.Tensor:
     return (U * values.sqrt())[:, :rank].to(sketch.dtype)
 
 
-def _moments(model, adapter, examples, size, generator, rank):
+def _moments(model, adapter, examples, tokens, generator, rank):
     G: dict[str, torch.Tensor] = {}
     C: dict[str, torch.Tensor] = {}
-    tokens: dict[str, int] = defaultdict(int)
-    tests: dict[int, torch.Tensor] = {}
+    rows_seen: dict[str, int] = defaultdict(int)
     outputs: list[tuple[str, Any]] = []  # of the batch at work: layer, place in the graph
     count, mask = 0, None
 
     def add(sums, name, rows):
-        width = rows.shape[-1]
-        if rank is not None and width not in tests:
-            tests[width] = _test_matrix(width, rank).to(rows.device)
-        _add_square(sums, name, rows, tests.get(width))
+        test = None if rank is None else _test_matrix(rows.shape[-1], rank, rows.device)
+        _add_square(sums, name, rows, test)
 
     def hook(name, layer, args, output):
         x = args[0].detach()
         keep = mask if mask is not None and mask.shape == x.shape[:-1] else None
         rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep.bool()]
         add(C, name, rows)
-        tokens[name] += len(rows)
+        rows_seen[name] += len(rows)
         if generator is not None:
             outputs.append((name, get_gradient_edge(output)))
 
@@ -139,7 +145,7 @@ def _moments(model, adapter, examples, size, generator, rank):
     ]
     try:
         with evaluation(model), torch.set_grad_enabled(generator is not None):
-            for inputs in batches(examples, size):
+            for inputs in batches(examples, tokens):
                 mask = inputs.get("attention_mask")
                 logits = model(**inputs)["logits"]
                 count += len(logits)
@@ -156,7 +162,7 @@ def _moments(model, adapter, examples, size, generator, rank):
             handle.remove()
     if not count:
         raise ValueError("there is no example to take moments from")
-    return {name: g / count for name, g in G.items()}, {name: c / tokens[name] for name, c in C.items()}
+    return {name: g / count for name, g in G.items()}, {name: c / rows_seen[name] for name, c in C.items()}
 
 
 def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, test: torch.Tensor | None) -> None:

@@ -88,7 +88,7 @@ def test_factors_by_definition(kind, toy_base, toy_t5, relative_error, monkeypat
     examples = list(token_examples(kind == "seq2seq"))
     expected = by_definition(model, examples, kind == "causal")
     state = torch.get_rng_state()
-    found = kronecker_factors(model.train(), "default", examples, torch.Generator(), size=2)
+    found = kronecker_factors(model.train(), "default", examples, torch.Generator(), tokens=16)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -104,7 +104,7 @@ def test_labels_are_drawn_from_the_model():
     model = peft_model(Classifier(), gate=False).eval()
     example = next(token_examples(False))
     example = {"input_ids": example["input_ids"], "attention_mask": example["attention_mask"]}
-    G, _ = kronecker_factors(model, "default", [example] * 20000, torch.Generator().manual_seed(0), size=1000)
+    G, _ = kronecker_factors(model, "default", [example] * 20000, torch.Generator().manual_seed(0), tokens=10000)
     p = model(**example)["logits"].softmax(-1)[0]
     expected = torch.zeros(3, 3)
     for c in range(3):
@@ -134,7 +134,7 @@ def test_sketched_factors(rank, excess):
 
 def test_batches_of_equal_shape():
     examples = list(token_examples(False, 8))
-    joined = list(batches(examples, 2))
+    joined = list(batches(examples, 16))
     assert sorted(len(b["input_ids"]) for b in joined) == [1, 1, 2, 2, 2]
     assert sum(b["input_ids"].sum() for b in joined) == sum(e["input_ids"].sum() for e in examples)
 
