@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test test-all test-gpu quality bench
 demo: $(VENV)/.installed
-	$(RUN) recipes/llama2_cl.py --compare inclora seqlora --output_dir runs/demo
+	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
 
 # The kernels first and apart: triton prints pages about its own bindings when the process ends.
 test: $(VENV)/.installed

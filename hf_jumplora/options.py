@@ -49,9 +49,9 @@ class StreamArguments:
 
 @dataclass
 class MethodArguments:
-    """The method and the options of its adapters (see `JumpLoraConfig`; defaults are the published ones)."""
+    """The method and the options of its adapters (see `JumpLoraConfig`; their defaults are the published ones)."""
 
-    method: str = field(default="jumplora", metadata={"help": f"One of: {', '.join(METHODS)}."})
+    method: str = field(default="jumplora-best", metadata={"help": f"One of: {', '.join(METHODS)}."})
     r: int = field(default=8, metadata={"help": "Rank of each task's update."})
     lora_alpha: float = field(default=32, metadata={"help": "scaling = lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})

@@ -22,7 +22,7 @@ from .beside import measure, score
 from .engines import runnable
 from .evaluation import own_adapter
 from .state import METRICS, RUN, task_settings
-from .tasks import LanguageModelTask, Task, TextTask
+from .tasks import LanguageModelTask, Task, TextTask, check_tasks
 
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def continued(
     path: str | Path, tasks: list[Task], output_dir: str | Path, base_model, processing_class, revision, options
 ) -> tuple[nn.Module, list[Any], str, ContinualTrainingArguments, Any, JumpLoraConfig]:
     """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
+    check_tasks(tasks)
     folder = Path(output_dir)
     with PartialState().main_process_first():  # the others find it there
         hub = fetch_stack(path, folder, revision, options.get("hub_token"))

@@ -49,7 +49,7 @@ from .preflight import check_run, encode_tasks, place_model, push_options, run_s
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
 from .resume import complete_row, continued
 from .state import METRICS, RUN, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
-from .tasks import Encoder, LanguageModelTask, Task, TextTask, collate
+from .tasks import Encoder, LanguageModelTask, Task, TextTask, check_tasks, collate
 
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class ContinualRun:
         callbacks: list | None = None,
     ):
         self.method, self.method_name = get_method(method), method
+        check_tasks(tasks)
         self.model: Any = model  # a PeftModel from the first task on
         self.held_out: list[Any] = [task for task in tasks if getattr(task, "held_out", False)]
         self.tasks = [task for task in tasks if not getattr(task, "held_out", False)]

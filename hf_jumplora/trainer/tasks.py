@@ -167,6 +167,16 @@ class TextTask(Task):
         return sorted(n for n in names if f" {fold(re.sub(r'[^A-Za-z0-9_]+', ' ', n))} " in f" {words} ")
 
 
+def check_tasks(tasks: list[Any]) -> None:
+    """Raise ValueError unless these are tasks, not their names."""
+    for task in tasks:
+        if not hasattr(task, "fingerprint"):
+            raise ValueError(
+                f"tasks holds Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
+                "from a stream file"
+            )
+
+
 def _rows(task: Task):
     """(split, number, row) of every row of a task."""
     for split, rows in (("train", task.train_dataset), ("eval", task.eval_dataset)):

@@ -21,15 +21,18 @@ NAMES = {
         "options": {"eval_mode": "generate"},
     },
     "kfac": {"strategies": {"KFac": {"general": ["the very new ant", "big cat"]}, "Drift": {}}},  # these run the model
+    "best": {"method": "jumplora-best"},
 }
 LAYER = "model.layers.0.self_attn.q_proj"
 BATCH = "per_device_train_batch_size"
 # What runs the training steps, and the share of the base's weights that each of two processes holds outside of them.
 ENGINES = {
     "cpu2": ("DistributedDataParallel", 1.0),
+    "ddp": ("DistributedDataParallel", 1.0),
     "zero1": ("DeepSpeedEngine 1", 1.0),
     "zero2": ("DeepSpeedEngine 2", 1.0),
     "zero3": ("DeepSpeedEngine 3", 0.5),
+    "zero3_offload": ("DeepSpeedEngine 3", 0.5),
     "fsdp2": ("DistributedDataParallel", 0.5),
 }
 

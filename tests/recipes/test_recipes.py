@@ -327,7 +327,7 @@ def test_t5_cl(toy_t5, tmp_path, monkeypatch, capsys):
     line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", toy_t5, *COMMON]
     monkeypatch.setattr(sys, "argv", ["t5_cl.py", *line, "--output_dir", str(tmp_path / "out")])
     t5_cl.main()
-    assert "jumplora: accuracy in %" in capsys.readouterr().out
+    assert "jumplora-best: accuracy in %" in capsys.readouterr().out
     assert len(load_stack(tmp_path / "out").peft_config) == 2
 
 
@@ -335,13 +335,13 @@ def test_t5_cl(toy_t5, tmp_path, monkeypatch, capsys):
 def test_llama2_cl_with_everything_made_on_the_spot(tmp_path):
     """No model, no data: pre-trains, trains two methods on the four generated tasks, compares them; a second start is
     done at once."""
-    line = ["--tiny_steps", 3, "--max_train", 160, "--max_eval", 8, "--compare", "seqlora", "--output_dir", "out"]
+    line = ["--tiny_steps", 3, "--max_train", 320, "--max_eval", 8, "--compare", "seqlora", "--output_dir", "out"]
     line += ["--use_cpu", "True", "--disable_tqdm", "True"]
     output = command("llama2_cl", *line, cwd=tmp_path)
     assert "all methods, in %" in output
-    matrix = json.loads((tmp_path / "out" / "jumplora" / "metrics.json").read_text())["matrix"]
+    matrix = json.loads((tmp_path / "out" / "jumplora-best" / "metrics.json").read_text())["matrix"]
     assert (len(matrix), len(matrix[0])) == (5, 4)
-    model = load_stack(tmp_path / "out" / "jumplora")
+    model = load_stack(tmp_path / "out" / "jumplora-best")
     assert len(model.peft_config) == 4
     before = (tmp_path / "out" / "seqlora" / "stack.json").read_bytes()
     again = command("llama2_cl", *line, cwd=tmp_path)

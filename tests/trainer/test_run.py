@@ -386,6 +386,7 @@ def test_folders_of_the_user_stay(toy_run, toy_base, tmp_path):
     [
         ({"method": "jumplra"}, r"unknown method 'jumplra'; known: seqlora"),
         ({"stream": []}, "at least one task"),
+        ({"stream": ["size"]}, "got 'size'; load_tasks"),
         ({"stream": [*toy.tasks(2), toy.tasks(1)[0]]}, "two tasks are called 'size'"),
         ({"stream": toy.tasks(1, train=8)}, r"task 'size': 2 optimizer steps are too few .*gate_start=0\.2"),
         ({"adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save trains whole weights"),
