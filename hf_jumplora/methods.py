@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
     "jumplora-best": Method(
         "incremental",
         {"gate": True, "threshold_update": "density"},
-        (partial(KFac, memory=32),),
+        (partial(KFac, memory=64),),
         paper="held density and low-rank curvature (ours, docs/study.md)",
         defaults={"target_density": 0.3},
     ),
