@@ -59,7 +59,7 @@ def bars(axes: Any, tables: dict[str, dict[str, list[dict[str, Any]]]], names: l
     axes.set_yticks([k + 0.4 - height / 2 for k in range(len(names))], names, fontsize=8)
     axes.set(xlim=(45, 70), xlabel="AA, %", title="ablations (three seeds)")
     axes.invert_yaxis()
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.1))
+    axes.legend(fontsize=7, loc="lower right")
 
 
 def main() -> None:
