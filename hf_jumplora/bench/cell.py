@@ -132,6 +132,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
+            **variant.get("training", {}),
         )
         run = ContinualRun(
             model, tasks, name, args, tokenizer, data_collator=collator, strategies=strategies, callbacks=[clock],

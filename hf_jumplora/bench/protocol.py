@@ -38,8 +38,12 @@ class Budget:
 BUDGETS = {
     "tiny": Budget(10, 4, 64, 8, "seen", 6, 8, (1e-3,), 1),  # to see that everything works
     "small": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),
+    "long": Budget(300, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),  # tuned as small is
     "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
 }
+
+# Fields of ContinualTrainingArguments that a variant may set; the others are the protocol's.
+TRAINING = ("factor_optimizer", "gate_learning_rate", "loraplus_lr_ratio", "optim", "riemannian_reg", "weight_decay")
 
 # Times the default of a penalty's `weight`, in the order in which they are tried.
 FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01)
@@ -111,11 +115,12 @@ def chosen_methods(names: list[str], variants: dict[str, dict[str, Any]] | None 
 
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]]:
-    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy, tuned_as}`.
+    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy, training, tuned_as}`.
 
     method: the method it is a variant of, whose option is tuned. adapter: fields of [`JumpLoraConfig`]. strategy: a
-    list of NAME.OPTION=VALUE, as recipes take them. tuned_as: a method or variant whose rate and weight it takes
-    instead of being tuned. Returns {name: {"method", "adapter", "strategy"[, "tuned_as"]}}.
+    list of NAME.OPTION=VALUE, as recipes take them. training: arguments of the optimizer ([`TRAINING`]). tuned_as: a
+    method or variant whose rate and weight it takes instead of being tuned.
+    Returns {name: {"method", "adapter", "strategy"[, "training"][, "tuned_as"]}}.
 
     Raises:
         ValueError: the file is not of this form, or names something that does not exist; the message says which.
@@ -129,21 +134,23 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     variants, options = {}, {f.name for f in fields(JumpLoraConfig)}
     for name, given in content.items():
         where = f"{path}, variant {name!r}"
-        keys = {"method", "adapter", "strategy", "tuned_as"}
+        keys = {"method", "adapter", "strategy", "training", "tuned_as"}
         if not isinstance(given, dict) or given.keys() - keys or "method" not in given:
-            raise ValueError(f"{where}: it has a method and may have adapter, strategy and tuned_as; got {given!r}")
+            raise ValueError(f"{where}: it has a method and may have adapter, strategy, training and tuned_as; got {given!r}")
         if not isinstance(name, str) or name in METHODS or not name.replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
         variant = {
             "method": given["method"],
             "adapter": given.get("adapter", {}),
             "strategy": given.get("strategy", []),
-            **({"tuned_as": given["tuned_as"]} if "tuned_as" in given else {}),
+            **{key: given[key] for key in ("training", "tuned_as") if key in given},
         }
         try:
             make_strategies(variant["method"], variant["strategy"])
             if unknown := variant["adapter"].keys() - options:
                 raise ValueError(f"the adapter has no option {sorted(unknown)[0]!r}")
+            if unknown := set(variant.get("training", {})) - set(TRAINING):
+                raise ValueError(f"training may have {', '.join(TRAINING)}; got {sorted(unknown)[0]!r}")
             JumpLoraConfig(**get_method(variant["method"]).adapter | variant["adapter"])
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error

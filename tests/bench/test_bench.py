@@ -263,23 +263,31 @@ def write_variants(path, text):
 
 def test_variants(stream, bert, tmp_path, monkeypatch):
     """A method with other options is a row of its own, trained with them; other options under its name are refused."""
-    started = []
+    started, optimizers = [], []
     in_this_process(monkeypatch, started)
+
+    class Arguments(cell_module.ContinualTrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            optimizers.append(self.factor_optimizer)
+
+    monkeypatch.setattr(cell_module, "ContinualTrainingArguments", Arguments)
     variants = read_variants(
         write_variants(
             tmp_path / "v.yaml",
             "jumplora-p30:\n  method: jumplora\n  adapter: {threshold_update: density, target_density: 0.3, r: 4}\n"
             "ella-new:\n  method: ella\n  strategy: [ella.weight=5]\n"
-            "as-new:\n  method: ella\n  tuned_as: ella-new\n  adapter: {r: 4}\n",
+            "as-new:\n  method: ella\n  tuned_as: ella-new\n  adapter: {r: 4}\n"
+            "by-muon:\n  method: inclora\n  training: {factor_optimizer: muon}\n",
         )
     )
 
     def bench(variants):
         return runner.Bench(str(stream), tmp_path / "out", budget="tiny", model=bert, threads=1, variants=variants)
 
-    names = ["jumplora", "jumplora-p30", "ella-new", "as-new", "ilora"]
+    names = ["jumplora", "jumplora-p30", "ella-new", "as-new", "ilora", "inclora", "by-muon"]
     text = bench(variants).run(chosen_methods(names, variants), 1)
-    assert len(started) == 9
+    assert len(started) == 13
     assert "tune-as-new" not in started
     assert all(f"| {name} |" in text for name in names)
     assert "failed" not in text  # ilora asks the encoder for its hidden states
@@ -287,6 +295,7 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
     assert cell["error"] is None
     assert all(0.25 < info["density"] < 0.35 for info in cell["metrics"]["trained"])
     assert json.loads((tmp_path / "out" / "cells" / "final-ella-new-s0.json").read_text())["spec"]["weight"] == 3e4
+    assert optimizers.count("muon") == 2  # by-muon's tuning and its run
     started.clear()
     bench({}).run(["jumplora"], 1)
     bench(variants).run(names, 1)
@@ -310,6 +319,8 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
         ("a: {method: ella, adapter: {rank: 3}}", "no option 'rank'"),
         ("a: {method: ella, adapter: [r]}", "variant 'a'"),
         ("a: {method: jumplora, adapter: {threshold_update: often}}", "threshold_update"),
+        ("a: {method: ella, training: {max_steps: 3}}", "training may have .* got 'max_steps'"),
+        ("a: {method: ella, training: 3}", "variant 'a'"),
         ("a: {method: ella, tuned_as: elle}", "tuned_as names 'elle'"),
         ("a: {method: ella, tuned_as: b}\nb: {method: ella, tuned_as: ella}", "tuned_as names 'b'"),
     ],
