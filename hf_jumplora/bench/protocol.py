@@ -115,7 +115,7 @@ def chosen_methods(names: list[str], variants: dict[str, dict[str, Any]] | None 
 
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]]:
-    """Methods with other options, for ablations: a YAML file of `name: {method, adapter, strategy, training, tuned_as}`.
+    """Methods with other options, for ablations: a YAML file of `name: {method: ..., and what follows}`.
 
     method: the method it is a variant of, whose option is tuned. adapter: fields of [`JumpLoraConfig`]. strategy: a
     list of NAME.OPTION=VALUE, as recipes take them. training: arguments of the optimizer ([`TRAINING`]). tuned_as: a
@@ -136,7 +136,9 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
         where = f"{path}, variant {name!r}"
         keys = {"method", "adapter", "strategy", "training", "tuned_as"}
         if not isinstance(given, dict) or given.keys() - keys or "method" not in given:
-            raise ValueError(f"{where}: it has a method and may have adapter, strategy, training and tuned_as; got {given!r}")
+            raise ValueError(
+                f"{where}: it has a method and may have adapter, strategy, training and tuned_as; got {given!r}"
+            )
         if not isinstance(name, str) or name in METHODS or not name.replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
         variant = {
