@@ -8,6 +8,7 @@ matter when it is made, and training can go on meanwhile.
 import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -15,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ..metrics.derived import derive
 from ..report.report import PICTURES, write_report
-from ..stack.load import verify
+from ..stack.load import state_file, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json, write_manifest
+from ..stack.save import STRATEGIES
 from .card import eval_results, stack_card
 
 
@@ -106,8 +108,12 @@ def _tasks(folder: Path) -> list[dict[str, Any]]:
     return portable(folder, read_manifest(folder))[0].tasks if (folder / MANIFEST).is_file() else []
 
 
-def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]) -> tuple[str | None, int]:
-    """(newest commit, how many of our tasks it holds). Raises ValueError when the repository is not ours to go on."""
+def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]) -> tuple[str | None, int, set[str]]:
+    """(newest commit, how many of our tasks it holds, its files).
+
+    Raises:
+        ValueError: the repository is not ours to go on.
+    """
     info = api.model_info(repo_id, revision=revision)
     files = {file.rfilename for file in info.siblings or ()}
     if MANIFEST not in files:
@@ -116,7 +122,7 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
                 f"{repo_id} ({revision}) is not empty and holds no stack, but {', '.join(other[:3])}: use another "
                 "repository (hub_model_id) or branch (hub_revision)"
             )
-        return info.sha, 0
+        return info.sha, 0, files
     with tempfile.TemporaryDirectory() as temporary:
         api.hf_hub_download(repo_id, MANIFEST, revision=info.sha, local_dir=temporary)
         theirs = read_manifest(temporary).tasks
@@ -127,14 +133,14 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
             "It is not overwritten: use another repository (hub_model_id) or branch (hub_revision), or continue the "
             "one that is there with ContinualRun.from_stack"
         )
-    return info.sha, len(theirs)
+    return info.sha, len(theirs), files
 
 
 def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
     manifest = read_manifest(folder)
-    whole, tasks = manifest.tasks, portable(folder, manifest)[0].tasks
+    tasks = portable(folder, manifest)[0].tasks
     repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)
-    head, done = _remote(api, repo_id, revision, tasks)
+    head, done, there = _remote(api, repo_id, revision, tasks)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     pushed: dict[str, str] = {}
     for index, task in enumerate(tasks):
@@ -145,13 +151,17 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
                 raise ValueError(
                     f"{repo_id} has a tag {tag} but not this task on {revision}; remove the tag, or use another branch"
                 )
-            verify(folder, whole[index])
+            verify(folder, manifest.tasks[index])
             with snapshot(folder, index, repo_id, template) as files:
-                operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+                operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
+                # What the method remembers is kept after the newest task alone, as in the folder.
+                old = {f"{task['folder']}/{STRATEGIES}" for task in tasks[:index] if "state" in task} & there
+                operations += [CommitOperationDelete(name) for name in sorted(old)]
                 # With the parent named, the Hub refuses the commit (412) if it holds anything newer than we have seen.
                 commit = api.create_commit(
                     repo_id, operations, commit_message=title, revision=revision, parent_commit=head
                 ).oid
+                there = there - old | set(files)
             head = commit
         elif tag in tags:
             commit = tags[tag]
@@ -206,6 +216,15 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         files = {f"{task['folder']}/{file}": folder / task["folder"] / file for file in task["files"]}
         if (config := f"{task['folder']}/adapter_config.json") in changed:
             write_atomic(temporary / config, changed[config])
+        if "state" in task:
+            (temporary / task["folder"]).mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # training deletes it when the next task is finished
+                shutil.copyfile(folder / task["folder"] / STRATEGIES, temporary / task["folder"] / STRATEGIES)
+                state_file(temporary, [task])
+            if not (temporary / task["folder"] / STRATEGIES).is_file():
+                now = read_manifest(folder).tasks
+                if len(now) == index + 1:
+                    state_file(folder, now)
         files |= {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
         yield dict(sorted(files.items()))
 

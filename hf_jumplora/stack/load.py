@@ -151,7 +151,7 @@ def open_stack(
             names = ", ".join(task["folder"] for task in chosen)
             raise FileNotFoundError(f"{path}: {names} cannot be downloaded and not all is cached ({error})") from error
     for task in chosen:
-        verify(folder, task, skip=(STRATEGIES,) if on_hub else ())
+        verify(folder, task, skip=(STRATEGIES,) if on_hub else ())  # older stacks list it among the files
     return folder, manifest, chosen
 
 
@@ -278,6 +278,25 @@ def verify(folder: Path, task: dict[str, Any], skip: tuple[str, ...] = ()) -> No
             _check_sha256(path, expected)
 
 
+def state_file(folder: Path, tasks: list[dict[str, Any]]) -> Path | None:
+    """What the strategies remembered after the last of these tasks, verified; None if they remembered nothing.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    last = tasks[-1]
+    path = folder / last["folder"] / STRATEGIES
+    if "state" not in last:  # older stacks list it among the files
+        return path if STRATEGIES in last["files"] else None
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: it is what the method remembered of its tasks. A stack keeps it after its newest "
+            "task only; if this is an earlier state of a repository (a tag whose push was late), take a newer one"
+        )
+    _check_sha256(path, last["state"])
+    return path
+
+
 def verify_stack(folder: str | os.PathLike) -> Manifest:
     """Check every file of a stack in a folder: stack.json, the tasks', and those beside stack.json that are there.
 
@@ -287,6 +306,8 @@ def verify_stack(folder: str | os.PathLike) -> Manifest:
     manifest = read_manifest(folder)
     for task in manifest.tasks:
         verify(Path(folder), task)
+    if manifest.tasks:
+        state_file(Path(folder), manifest.tasks)
     for name, expected in manifest.files.items():
         if (Path(folder) / name).is_file():
             _check_sha256(Path(folder) / name, expected)

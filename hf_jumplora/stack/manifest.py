@@ -31,7 +31,8 @@ class Manifest:
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
     is a model of its own for its task (perlora): one is loaded, by name.
-    tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}.
+    tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}, and "state": the sha256 of
+    strategies.safetensors, if the method remembers something; only the last task's file is kept.
     files: {file: sha256} of the files beside stack.json; loading does not need them, `verify_stack` checks them.
 
     In the file, a last key `sha256` is the hash of the file's bytes up to its own value: no byte can change unseen.

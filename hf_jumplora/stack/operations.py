@@ -166,7 +166,8 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
             write_json(target / "task.json", info)
             write_atomic(target / "README.md", (source / name / "README.md").read_text().replace(name, new))
             files = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
-            result.tasks.append({**entries[name], "folder": new, "files": files})
+            kept = {key: value for key, value in entries[name].items() if key != "state"}
+            result.tasks.append({**kept, "folder": new, "files": files})
         write_atomic(temporary / "README.md", _readme(manifest, result))
         write_manifest(temporary, result)
     return result

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..methods import get_method
-from ..stack.load import load_base, looked_up, verify
+from ..stack.load import load_base, looked_up, state_file, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
@@ -43,16 +43,13 @@ class PastTask:
         return self.digest
 
 
-def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, token: str | None = None) -> bool:
-    """Copy a verified stack from a folder or the Hub into `folder`, stack.json last; whether it came from the Hub.
-
-    A folder that holds the stack already, or what a run has made of it since, is left as it is.
+def find_stack(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of a stack that can be continued; one on the Hub is downloaded.
 
     Raises:
-        FileNotFoundError: no stack there. ValueError: a damaged file, or `folder` holds another stack.
+        FileNotFoundError: no stack there. ValueError: it is no stack of a run.
     """
-    hub = not Path(path).is_dir()
-    if hub:
+    if not Path(path).is_dir():
         wanted = [MANIFEST, METRICS, RUN, "task_*/*"]
         with looked_up(path, revision):
             source = Path(HfApi(token=token).snapshot_download(str(path), revision=revision, allow_patterns=wanted))
@@ -60,24 +57,39 @@ def fetch_stack(path: str | Path, folder: Path, revision: str | None = None, tok
         raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
     else:
         source = Path(path)
+    method = read_manifest(source).method
+    if get_method(method).mode == "joint":
+        raise ValueError(f"{path} was trained on all tasks at once ({method}); no task can be added to that")
+    for name in (METRICS, RUN):
+        if not (source / name).is_file():
+            raise ValueError(f"{path} has no {name}, without which nobody can go on where it stopped")
+    return source
+
+
+def copy_stack(source: Path, folder: Path) -> None:
+    """Copy a verified stack into `folder`, stack.json last.
+
+    A folder that holds the stack already, or what a run has made of it since, is left as it is.
+
+    Raises:
+        ValueError: a damaged file, or `folder` holds another stack.
+    """
     theirs = read_manifest(source)
     if (folder / MANIFEST).is_file():
         ours, same = portable(folder, read_manifest(folder))[0], portable(source, theirs)[0]
         if ours.tasks[: len(same.tasks)] != same.tasks:
-            raise ValueError(f"{folder} holds another stack than {path}: use another output_dir")
-        return hub
-    for name in (METRICS, RUN):
-        if not (source / name).is_file():
-            raise ValueError(f"{path} has no {name}, without which nobody can go on where it stopped")
+            raise ValueError(f"{folder} holds another stack: use another output_dir")
+        return
     for task in theirs.tasks:  # all of them first: nothing is left behind of a damaged stack
         verify(source, task)
-    for task in theirs.tasks:
-        (folder / task["folder"]).mkdir(parents=True, exist_ok=True)
-        for name in task["files"]:
-            shutil.copyfile(source / task["folder"] / name, folder / task["folder"] / name)
+    files = [f"{task['folder']}/{name}" for task in theirs.tasks for name in task["files"]]
+    if (state := state_file(source, theirs.tasks)) is not None:
+        files.append(str(state.relative_to(source)))
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
     for name in (METRICS, RUN, MANIFEST):
         write_atomic(folder / name, (source / name).read_text(encoding="utf-8"))
-    return hub
 
 
 def continued(
@@ -86,11 +98,26 @@ def continued(
     """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
     check_tasks(tasks)
     folder = Path(output_dir)
+    with PartialState().main_process_first():  # the others find it in the cache
+        source = find_stack(path, revision, options.get("hub_token"))
+    manifest, settings = read_manifest(source), json.loads((source / RUN).read_text())
+    stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
+    own = {f.name for f in fields(ContinualTrainingArguments) if f.init}
+    if not Path(path).is_dir() and options.get("push_to_hub"):
+        options = {"hub_model_id": str(path), **options}
+    # Before the base is loaded: DeepSpeed learns from them how to load it.
+    args = ContinualTrainingArguments(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
+    how: dict[str, Any] = {}
+    if not isinstance(base_model, nn.Module):
+        how["dtype"] = getattr(torch, settings["base_dtype"].removeprefix("torch."))
+        quantization = settings.get("quantization", {})
+        if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
+            how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
+    base_model = load_base(manifest, base_model, str(path), **how)
     with PartialState().main_process_first():  # the others find it there
-        hub = fetch_stack(path, folder, revision, options.get("hub_token"))
+        copy_stack(source, folder)
+
     manifest, settings = read_manifest(folder), json.loads((folder / RUN).read_text())
-    if get_method(manifest.method).mode == "joint":
-        raise ValueError(f"{path} was trained on all tasks at once ({manifest.method}); no task can be added to that")
     known = task_settings(settings)
     names, given = manifest.task_names, {task.name: task for task in tasks}
     everything: list[Any] = [given.get(name, PastTask(name, known[n].split()[-1])) for n, name in enumerate(names)]
@@ -98,20 +125,8 @@ def continued(
     if PartialState().is_main_process:
         planned = [task for task in everything if not getattr(task, "held_out", False)]
         _forget_other_plans(folder, settings, planned, len(names))
-
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
     settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}
-    stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
-    own = {f.name for f in fields(ContinualTrainingArguments) if f.init}
-    if hub and options.get("push_to_hub"):
-        options = {"hub_model_id": str(path), **options}
-    args = ContinualTrainingArguments(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
-    if not isinstance(base_model, nn.Module):
-        how: dict[str, Any] = {"dtype": getattr(torch, settings["base_dtype"].removeprefix("torch."))}
-        quantization = settings.get("quantization", {})
-        if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
-            how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
-        base_model = load_base(manifest, base_model, str(path), **how)
     if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})

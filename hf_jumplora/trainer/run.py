@@ -24,7 +24,7 @@ from ..hub import Pusher, push_stack, task_card
 from ..methods import get_method
 from ..metrics.derived import derive
 from ..report import table, write_report
-from ..stack.load import attach, merge_finished, verify
+from ..stack.load import attach, merge_finished, state_file, verify
 from ..stack.manifest import (
     MANIFEST,
     Manifest,
@@ -35,7 +35,7 @@ from ..stack.manifest import (
     write_json,
     write_manifest,
 )
-from ..stack.save import STRATEGIES, save_task
+from ..stack.save import drop_states, save_task
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
@@ -198,6 +198,8 @@ class ContinualRun:
     def _prepare(self, settings: dict[str, Any]) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         check_settings(self.output_dir, settings)
+        if (self.output_dir / MANIFEST).is_file():  # killed before it could do so itself
+            drop_states(self.output_dir, read_manifest(self.output_dir).tasks)
         self.pusher = start_push(self)
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
@@ -260,8 +262,7 @@ class ContinualRun:
         separate = self.manifest.separate
         tasks_now = tasks if self.manifest.additive or separate else tasks[-1:]
         self.model = attach(self.model, self.output_dir, tasks_now, separate, self._folds())
-        state = self.output_dir / tasks[-1]["folder"] / STRATEGIES
-        if state.is_file():
+        if (state := state_file(self.output_dir, tasks)) is not None:
             saved = load_file(state)
             for number, strategy in enumerate(self.strategies):
                 strategy.load_state_dict(state_of(number, saved))
@@ -371,6 +372,7 @@ class ContinualRun:
             entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
             self.manifest.tasks.append(entry)
             self._write_metrics()
+            drop_states(self.output_dir, self.manifest.tasks)
         shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
 
     def _write_metrics(self) -> dict[str, Any]:

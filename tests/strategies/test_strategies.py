@@ -73,7 +73,7 @@ def test_memory_survives_a_restart(toy_base, tmp_path, monkeypatch):
     monkeypatch.setattr(first, "_train_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    assert "strategies.safetensors" in read_manifest(tmp_path).tasks[0]["files"]
+    assert "state" in read_manifest(tmp_path).tasks[0]
     again = [Diary(), Diary()]
     run(toy_base, tmp_path, 2, again).train()
     assert [diary.calls[0] for diary in again] == [("start", "default", 1)] * 2

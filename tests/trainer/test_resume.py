@@ -7,10 +7,11 @@ import shutil
 import pytest
 import toy
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 from hf_jumplora import ContinualRun
 from hf_jumplora.hub import push_stack
-from hf_jumplora.stack import load_stack, read_manifest
+from hf_jumplora.stack import load_stack, read_manifest, verify_stack
 from hf_jumplora.strategies import Ella
 
 
@@ -139,6 +140,41 @@ def test_from_a_tag(local_hub, toy_run, toy_base, tmp_path):
         run.train()
 
 
+def test_what_a_method_remembers(local_hub, toy_base, tmp_path):
+    """Is kept after the newest task alone. A tag that was pushed in time has it, and a late one says that it has not."""
+    folder, name = tmp_path / "run", "strategies.safetensors"
+    toy.make_run(toy_base, folder, "kfac", stream=toy.tasks(2)).train()
+    push_stack(folder, "me/stack")
+    toy.make_run(toy_base, folder, "kfac").train()
+    assert [path.parent.name for path in folder.glob(f"task_*/{name}")] == ["task_002"]
+    push_stack(folder, "me/stack")
+    tags = [local_hub.repos["me/stack"].resolve(tag).files for tag in ("task-000", "task-001", "task-002")]
+    held = [[path for path in files if path.endswith(name)] for files in tags]
+    assert held == [[], [f"task_001/{name}"], [f"task_002/{name}"]]
+    options = {"base_model": toy_base, **QUIET}
+    again = tmp_path / "again"
+    ContinualRun.from_stack("me/stack", toy.tasks(3), again, revision="task-001", **options).train()
+    assert adapters(again) == adapters(folder)
+    assert (again / "task_002" / name).read_bytes() == (folder / "task_002" / name).read_bytes()
+    with pytest.raises(ValueError, match=rf"task_000/{name} is missing.*take a newer one"):
+        ContinualRun.from_stack("me/stack", toy.tasks(3), tmp_path / "late", revision="task-000", **options)
+
+    (folder / "task_001" / name).write_bytes(b"left by a kill before it was deleted")
+    toy.make_run(toy_base, folder, "kfac").train()
+    assert not (folder / "task_001" / name).exists()
+    verify_stack(folder)
+    damaged = bytearray((folder / "task_002" / name).read_bytes())
+    damaged[-1] ^= 1
+    (folder / "task_002" / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"task_002/{name} is damaged"):
+        verify_stack(folder)
+    (folder / "task_002" / name).unlink()
+    shutil.rmtree(again)
+    local_hub.repos.clear()
+    with pytest.raises(ValueError, match=rf"task_002/{name} is missing"):
+        push_stack(folder, "me/stack")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -164,9 +200,14 @@ def test_what_cannot_go_on(two, toy_run, toy_base, tmp_path):
     new = toy.tasks(3)[2:]
     with pytest.raises(FileNotFoundError, match="holds no adapter stack"):
         ContinualRun.from_stack(tmp_path, new, tmp_path / "a")
-    with pytest.raises(ValueError, match="holds another stack than"):
+    with pytest.raises(ValueError, match="holds another stack: use"):
         ContinualRun.from_stack(toy_run.output_dir, new, shutil.copytree(two, tmp_path / "b"), base_model=toy_base)
     damaged = shutil.copytree(two, tmp_path / "c")
     (damaged / "run.json").unlink()
     with pytest.raises(ValueError, match=r"has no run\.json"):
         ContinualRun.from_stack(damaged, new, tmp_path / "d", base_model=toy_base)
+    other = AutoModelForCausalLM.from_pretrained(toy_base)
+    other.get_input_embeddings().weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="this base has other weights"):
+        ContinualRun.from_stack(two, new, tmp_path / "d", base_model=other)
+    assert not (tmp_path / "d").exists()
