@@ -46,6 +46,8 @@ class Method:
 
     def adapter_config(self, given: JumpLoraConfig | None) -> JumpLoraConfig:
         """The config of the method's adapters, from the user's."""
+        if given is not None and not isinstance(given, JumpLoraConfig):
+            raise ValueError(f"adapter_config is a JumpLoraConfig (gate=False: plain LoRA), got {type(given).__name__}")
         config = dataclasses.replace(given or JumpLoraConfig(), **self.adapter)
         missing = {name: value for name, value in self.defaults.items() if getattr(config, name) is None}
         return dataclasses.replace(config, **missing)

@@ -150,7 +150,15 @@ def make_strategies(method: str, options: list[str]) -> list[Strategy]:
         if isinstance(given[name][key], str):  # YAML takes 3e4 for a string
             with contextlib.suppress(ValueError):
                 given[name][key] = float(given[name][key])
-    return [make(**given[name]) for name, make in makes.items()]
+    made = []
+    for name, make in makes.items():
+        try:
+            made.append(make(**given[name]))
+        except TypeError as error:  # compared with a number
+            raise ValueError(
+                f"strategy options {given[name]} of {name}: a value is of the wrong kind ({error})"
+            ) from error
+    return made
 
 
 def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -163,6 +171,7 @@ def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tu
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(classes)  # type: ignore[arg-type]
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):

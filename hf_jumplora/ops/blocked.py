@@ -30,7 +30,8 @@ def workspace(name: str, shape, like: torch.Tensor, dtype: torch.dtype | None = 
     buffers: dict = _workspaces.__dict__
     key = (name, dtype or like.dtype, like.device)
     if key not in buffers or buffers[key].numel() < rows * width:
-        buffers[key] = like.new_empty(rows * width, dtype=dtype)
+        with torch.inference_mode(False):  # the next pass may be one that trains
+            buffers[key] = like.new_empty(rows * width, dtype=dtype)
     return buffers[key][: rows * width].view(rows, width)
 
 

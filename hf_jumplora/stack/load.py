@@ -1,7 +1,7 @@
 """Loading a stack: whole, in part, or merged into a plain model."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,17 @@ from torch import nn
 
 from ..tuner import JumpLoraConfig, fold_finished, named_layers
 from ..tuner.model import check_adapter_name
-from .manifest import MANIFEST, Manifest, check_base, file_sha256, is_folder, read_manifest, stack_support_sha256
+from .manifest import (
+    MANIFEST,
+    MERGED,
+    Manifest,
+    check_base,
+    file_sha256,
+    is_folder,
+    merged_before,
+    read_manifest,
+    stack_support_sha256,
+)
 from .save import STRATEGIES
 
 
@@ -54,7 +64,8 @@ def load_stack(
             removes exactly its update.
         revision: of the repository; tag `task-002` is the stack after that task.
         merge: return the plain model with the updates in its weights instead of a `PeftModel`.
-        model_kwargs: for `from_pretrained` of the base (dtype, device_map, quantization_config, ...).
+        model_kwargs: for `from_pretrained` of the base (device_map, quantization_config, ...). dtype: None takes the
+            one in which the tasks were trained and evaluated.
 
     Returns:
         A `PeftModel` whose last task is active with the others as its parents. Over a float base the updates are
@@ -73,7 +84,12 @@ def load_stack(
     base = load_base(manifest, base_model, str(folder), **model_kwargs)
     model = attach(base, folder, chosen)
     model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
-    return model.merge_and_unload() if merge else model
+    if not merge:
+        return model
+    plain = model.merge_and_unload()
+    if hasattr(plain, "config"):
+        setattr(plain.config, MERGED, merged_before(plain.config, chosen))
+    return plain
 
 
 def load_base(
@@ -88,6 +104,9 @@ def load_base(
         base_model = manifest.base_model["name_or_path"]
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
         base_is_here(manifest.base_model["name_or_path"], where)
+    dtype = manifest.base_model.get("dtype")
+    if dtype in ("float32", "bfloat16", "float16") and not {"dtype", "torch_dtype"} & model_kwargs.keys():
+        model_kwargs["dtype"] = dtype
     if isinstance(base_model, (str, os.PathLike)):
         architecture = getattr(transformers, manifest.base_model["architecture"], None)
         known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
@@ -256,6 +275,9 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
         return manifest.tasks
     if isinstance(tasks, str):
         raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}; for one task use tasks=[{tasks!r}]")
+    if not isinstance(tasks, (slice, Iterable)):
+        raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}")
+    tasks = tasks if isinstance(tasks, slice) else list(tasks)
     if isinstance(tasks, slice):
         chosen = manifest.tasks[tasks]
     else:
@@ -309,8 +331,11 @@ def verify_stack(folder: str | os.PathLike) -> Manifest:
     if manifest.tasks:
         state_file(Path(folder), manifest.tasks)
     for name, expected in manifest.files.items():
-        if (Path(folder) / name).is_file():
-            _check_sha256(Path(folder) / name, expected)
+        if (Path(folder) / name).is_file() and file_sha256(Path(folder) / name) != expected:
+            raise ValueError(
+                f"{Path(folder) / name} is damaged, or was changed since stack.json was written (by hand, or by a run "
+                "that was killed meanwhile: start it again)"
+            )
     return manifest
 
 

@@ -18,6 +18,7 @@ from ..tuner.shards import full_shape, whole
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
 MANIFEST = "stack.json"
 FOLDER = re.compile(r"task_\d{3,}")
+MERGED = "hf_jumplora_merged"  # key of a merged model's config
 TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json")
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 _NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
@@ -27,7 +28,8 @@ _NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 class Manifest:
     """The content of stack.json.
 
-    base_model: name_or_path, revision, architecture, a few weights (probe), layers {name: [out, in]} that are adapted.
+    base_model: name_or_path, revision, architecture, dtype that it was trained in, a few weights (probe), layers
+    {name: [out, in]} that are adapted.
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
     is a model of its own for its task (perlora): one is loaded, by name.
@@ -197,6 +199,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(base).__name__,
+        "dtype": str(getattr(base, "dtype", "")).removeprefix("torch."),
         "layers": layer_shapes(model),
         "probe": weight_probe(base, layer_shapes(model)),
     }
@@ -242,9 +245,26 @@ def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
         raise ValueError(
             f"{where} was trained on revision {expected['revision']} of {expected['name_or_path']}; this is {revision}"
         )
+    check_not_merged(manifest, getattr(base, "config", None), where)
     check_shapes(manifest, base, where)
     if probe_differs(expected.get("probe", []), weight_probe(base, expected["layers"])):
         raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
+
+
+def merged_before(config: Any, tasks: list[dict[str, Any]]) -> list[str]:
+    """What a merged model's config lists under `MERGED`: the adapters in its weights, by the sha256 of their files."""
+    return [*(getattr(config, MERGED, None) or []), *(task["files"]["adapter_model.safetensors"] for task in tasks)]
+
+
+def check_not_merged(manifest: Manifest, config: Any, where: str) -> None:
+    """Raise ValueError when a base has one of the stack's updates in its weights already: it would count twice."""
+    merged = set(merged_before(config, []))
+    for task in manifest.tasks:
+        if task["files"]["adapter_model.safetensors"] in merged:
+            raise ValueError(
+                f"{where}: task {task['name']!r} is in the weights of this base already (a merged model); pass the "
+                "base that the stack was trained on"
+            )
 
 
 def check_shapes(manifest: Manifest, base: nn.Module, where: str) -> None:

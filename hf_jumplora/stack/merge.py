@@ -15,7 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from .files import only_updates, total_update
 from .load import base_is_here, why_not
-from .manifest import Manifest, check_shapes, probe_differs, probe_values, untouched_weight
+from .manifest import (
+    MERGED,
+    Manifest,
+    check_not_merged,
+    check_shapes,
+    merged_before,
+    probe_differs,
+    probe_values,
+    untouched_weight,
+    write_json,
+)
 from .operations import free_folder, new_folder, open_tasks
 
 
@@ -92,13 +102,16 @@ def merge_stack(
     shards = [Shard(file) for file in sorted(source.glob("*.safetensors"))]
     if not shards:
         raise ValueError(f"{source} has no .safetensors files; save the base with save_pretrained() first")
-    modules = dict(skeleton.named_modules())
+    modules, folders = dict(skeleton.named_modules()), {task.folder for task in chosen}
     where = {layer: _find(shards, f"{layer}.weight", source) for task in chosen for layer in task.shapes}
     _check_probe(manifest, skeleton, shards, source, str(path))
     with new_folder(out) as temporary:
         for file in source.iterdir():  # not copied: files in folders, and weights in other formats
             if file.is_file() and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS[:-1]):
                 shutil.copyfile(file, temporary / file.name)
+        merged = merged_before(skeleton.config, [entry for entry in manifest.tasks if entry["folder"] in folders])
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        write_json(temporary / "config.json", {**config, MERGED: merged})
         copies = {shard.path: Shard(temporary / shard.path.name) for shard in shards}
         for layer, (shard, name) in where.items():
             weight = shard.read(name)
@@ -145,6 +158,7 @@ def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
         )
     with torch.device("meta"):
         model = architecture(config)
+    check_not_merged(manifest, config, where)
     check_shapes(manifest, model, where)
     return model
 

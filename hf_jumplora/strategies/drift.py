@@ -53,14 +53,16 @@ class Drift(Strategy):
         if not self.tasks:
             return None
         layers = named_layers(model, adapter)
-        return self.weight * sum(layer_penalty(layer, adapter, [(None, self.C[name])]) for name, layer in layers)
+        return self.weight * sum(
+            layer_penalty(layer, adapter, [(None, self.C[name])]) for name, layer in layers if name in self.C
+        )
 
     def on_task_end(self, model, adapter, examples):
         self._remember(model, adapter, examples(self.examples))
 
     def _remember(self, model, adapter, examples) -> None:
         for name, C in input_moments(model, adapter, examples).items():
-            self.C[name] = torch.lerp(self.C[name], C, 1 / (self.tasks + 1)) if self.tasks else C
+            self.C[name] = torch.lerp(self.C.get(name, torch.zeros_like(C)), C, 1 / (self.tasks + 1))
         self.tasks += 1
 
     def state_dict(self):

@@ -45,10 +45,10 @@ class Ewc(L2):
         with evaluation(model):
             for inputs in examples(self.examples):  # one at a time: the square is of each example's gradient
                 likelihood = sampled_log_likelihood(model, inputs, model(**inputs)["logits"], generator)
-                for name, grad in zip(
-                    parameters, torch.autograd.grad(likelihood, list(parameters.values())), strict=True
-                ):
-                    fisher[name] += grad.square()
+                grads = torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)
+                for name, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:  # else its layer was not called
+                        fisher[name] += grad.square()
                 count += 1
         for name, total in fisher.items():
             self.F[name] = total / count + (self.decay * self.F[name] if name in self.F else 0)

@@ -78,6 +78,8 @@ class Gorp(Strategy):
     def on_task_end(self, model, adapter, examples):
         assert self.optimizer is not None
         for key, factor, columns in self._factors(model, adapter):
+            if factor not in self.optimizer.state:  # its layer was never called
+                continue
             moment = columns(self.optimizer.state[factor]["exp_avg"]).float()
             rest, known = moment, moment.new_zeros(len(moment), 0)
             if key in self.spaces:

@@ -73,7 +73,9 @@ class KFac(Strategy):
             return None
         terms = {name: list(zip(self.G[name], self.C[name], strict=True)) for name in self.G}
         layers, roots = named_layers(model, adapter), self._rank is not None
-        return self.weight * sum(layer_penalty(layer, adapter, terms[name], roots) for name, layer in layers)
+        return self.weight * sum(
+            layer_penalty(layer, adapter, terms[name], roots) for name, layer in layers if name in terms
+        )
 
     def _remember(self, model, adapter, examples) -> None:
         generator = torch.Generator().manual_seed(self.tasks)

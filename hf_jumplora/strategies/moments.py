@@ -24,7 +24,7 @@ def layer_penalty(layer: Any, adapter: str, terms: list[tuple], roots: bool = Fa
     if adapter in layer.jumplora_gate:
         gate = layer.gate(adapter)
         options = {"log_tau": gate.log_tau, "mix": gate.mix}
-        if adapter in layer.free:
+        if adapter in layer.jumplora_free:
             options["free"] = layer.mask_free(
                 adapter, torch.ones(B.shape[0], A.shape[1], dtype=torch.bool, device=A.device)
             )
@@ -109,6 +109,8 @@ def _test_matrix(dim: int, rank: int, device: torch.device) -> torch.Tensor:
 
 def _root(sketch: torch.Tensor, rank: int) -> torch.Tensor:
     """[d, rank] root of a positive matrix M from M T, T = [`_test_matrix`] (arXiv 1706.05736, algorithm 3)."""
+    if not sketch.any():  # a layer that no answer depends on
+        return sketch.new_zeros(len(sketch), min(rank, len(sketch)))
     Y, T = sketch.double(), _test_matrix(len(sketch), rank, sketch.device).double()
     shift = torch.finfo(torch.float32).eps * Y.norm()  # the sketch is of float32 sums: below this it is noise
     Y = Y + shift * T

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ def score(run: "ContinualRun", task: Any) -> float:
     `run.cross_entropy`.
 
     Raises:
-        ValueError: `compute_metrics` does not give the task's metric.
+        ValueError: `compute_metrics` does not give the task's metric, or no number for it.
     """
     batch = run.args.per_device_eval_batch_size
     if isinstance(task, TextTask):
@@ -39,11 +40,15 @@ def score(run: "ContinualRun", task: Any) -> float:
                 return score(run, task)
         finally:
             run.model = run.model.unload()
-    options = {"eval_dataset": task.eval_dataset, "compute_metrics": task.compute_metrics}
-    scores = run._trainer(run.output_dir / "checkpoints", 0, **options).evaluate()
-    if f"eval_{task.metric}" not in scores:
+    # Nothing is trained here, but TRL's trainers are not made without training rows.
+    rows = {"train_dataset": task.eval_dataset, "eval_dataset": task.eval_dataset}
+    trainer = run._trainer(run.output_dir / "checkpoints", 0, **rows, compute_metrics=task.compute_metrics)
+    scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    if task.metric not in scores:
         raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
-    return float(scores[f"eval_{task.metric}"])
+    if not math.isfinite(scores[task.metric]):
+        raise ValueError(f"task {task.name!r}: its {task.metric} is {scores[task.metric]}, which is no score")
+    return float(scores[task.metric])
 
 
 def measure(run: "ContinualRun", row: dict[str, float]) -> None:

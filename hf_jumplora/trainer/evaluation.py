@@ -107,14 +107,15 @@ def _pad_token(tokenizer) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def _left_padded(encoder: Encoder, prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = pad_rows(prompts, _pad_token(encoder.tokenizer), "left").to(device)
-    return ids, pad_rows([[1] * len(p) for p in prompts], 0, "left").to(device)
+def _padded(encoder: Encoder, prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    side = "right" if encoder.seq2seq else "left"  # an encoder with learned positions counts them from the left
+    ids = pad_rows(prompts, _pad_token(encoder.tokenizer), side).to(device)
+    return ids, pad_rows([[1] * len(p) for p in prompts], 0, side).to(device)
 
 
 def generate_answers(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
     """Greedy answers to a batch of prompts (token ids), as long as the task's longest answer at most."""
-    ids, mask = _left_padded(encoder, prompts, model.device)
+    ids, mask = _padded(encoder, prompts, model.device)
     longest = encoder.longest_answer(task)
     out = model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, num_beams=1,
@@ -130,7 +131,7 @@ def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: li
     The prompt runs through the model once; the labels follow on its cache.
     """
     answers = [encoder.answer_ids(label) for label in task.labels]
-    ids, mask = _left_padded(encoder, prompts, model.device)
+    ids, mask = _padded(encoder, prompts, model.device)
     n = len(answers)
     targets = pad_rows(answers, -100).to(ids.device).repeat(len(prompts), 1)  # [prompts * labels, longest]
     if encoder.seq2seq:

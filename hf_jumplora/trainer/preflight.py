@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from datasets import concatenate_datasets
 from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import Pusher, explain, open_repository
-from ..strategies import Osf, Replay
+from ..strategies import Osf, Replay, Strategy
 from ..tuner import can_continue, ramp_steps
 from .engines import check_engine
 from .processes import sharding
@@ -37,6 +38,8 @@ _RESULT_SETTINGS = (
 
 def check_run(run: "ContinualRun") -> None:
     """Everything that can be checked before the first step. Raises ValueError that names the option, task or file."""
+    if not isinstance(run.model, nn.Module):
+        raise ValueError(f"model is a loaded model (AutoModelForCausalLM.from_pretrained(...)), got {run.model!r}")
     if not run.tasks:
         raise ValueError("a run needs at least one task")
     names = [task.name for task in (*run.tasks, *run.held_out)]
@@ -54,6 +57,8 @@ def check_run(run: "ContinualRun") -> None:
     if run.config.parent_adapters or run.config.support:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
     for strategy in run.strategies:
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"strategies holds Strategy objects such as KFac(weight=10.0), got {strategy!r}")
         strategy.check(run.method.mode, run.config)
     if any(isinstance(strategy, Osf) for strategy in run.strategies):
         _check_osf(run)
@@ -73,17 +78,32 @@ def check_run(run: "ContinualRun") -> None:
             f"plain text is for causal language models, and {type(run.model).__name__} is none: leave "
             f"{next(t.name for t in run._text_tasks() if isinstance(t, LanguageModelTask))!r} out"
         )
+    preferences = any(cls.__name__ == "DPOTrainer" for cls in run.trainer_cls.__mro__)
+    if preferences and any(task.eval_dataset is not None for task in (*run.tasks, *run.held_out)):
+        raise ValueError(
+            "TRL's DPOTrainer cannot evaluate finished tasks (it wants an adapter 'default'): leave eval_dataset out"
+        )
     check_engine(run)
     # The adapter is put in and taken out again: targets, ranks and layer types that cannot work show now.
     get_peft_model(run.model, copy.deepcopy(run.config)).unload()
-    if run.config.gate:
-        for stage in stage_sizes(run):
-            if stage[1] == 0:  # a past task whose data is not at hand
-                continue
+    share = run.config.target_density if run.config.isolation == "hard" else None
+    if share is not None and share * len(run.tasks) > 1:
+        raise ValueError(
+            f"isolation='hard' gives each entry to one task, and {len(run.tasks)} tasks that keep {share:.0%} each "
+            f"need more than there are: target_density must be below {1 / len(run.tasks):.3f}"
+        )
+    if not any(isinstance(task, LanguageModelTask) for task in run.tasks):  # their steps are known once they are cut
+        _check_ramps(run, stage_sizes(run))
+
+
+def _check_ramps(run: "ContinualRun", stages: list[tuple[str, int]]) -> None:
+    """Raise ValueError that names the task whose steps are too few for the gate's ramp."""
+    for name, examples in stages if run.config.gate else ():
+        if examples:  # none: a past task whose data is not at hand
             try:
-                ramp_steps(planned_steps(run.args, stage[1]), run.config)
+                ramp_steps(planned_steps(run.args, examples), run.config)
             except ValueError as error:
-                raise ValueError(f"task {stage[0]!r}: {error}") from error
+                raise ValueError(f"task {name!r}: {error}") from error
 
 
 def _check_osf(run: "ContinualRun") -> None:
@@ -195,7 +215,9 @@ def encode_tasks(run: "ContinualRun") -> list[Any]:
                     "task %s: %d texts were cut to fit max_length=%d", task.name, cut, run.encoder.max_length
                 )
     run.truncated = Counter(run.encoder.truncated)  # evaluations go on counting
-    return sets if run.method.mode != "joint" else [concatenate_datasets(sets)]
+    sets = sets if run.method.mode != "joint" else [concatenate_datasets(sets)]
+    _check_ramps(run, [(name, len(rows or ())) for (name, _), rows in zip(stage_sizes(run), sets, strict=True)])
+    return sets
 
 
 def place_model(run: "ContinualRun") -> None:

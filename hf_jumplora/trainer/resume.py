@@ -17,7 +17,6 @@ from ..methods import get_method
 from ..stack.load import load_base, looked_up, state_file, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
-from .arguments import ContinualTrainingArguments
 from .beside import measure, score
 from .engines import runnable
 from .evaluation import own_adapter
@@ -93,8 +92,15 @@ def copy_stack(source: Path, folder: Path) -> None:
 
 
 def continued(
-    path: str | Path, tasks: list[Task], output_dir: str | Path, base_model, processing_class, revision, options
-) -> tuple[nn.Module, list[Any], str, ContinualTrainingArguments, Any, JumpLoraConfig]:
+    path: str | Path,
+    tasks: list[Task],
+    output_dir: str | Path,
+    base_model: Any,
+    processing_class: Any,
+    revision: str | None,
+    args_cls: type,
+    options: dict[str, Any],
+) -> tuple[nn.Module, list[Any], str, Any, Any, JumpLoraConfig]:
     """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
     check_tasks(tasks)
     folder = Path(output_dir)
@@ -102,11 +108,22 @@ def continued(
         source = find_stack(path, revision, options.get("hub_token"))
     manifest, settings = read_manifest(source), json.loads((source / RUN).read_text())
     stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
-    own = {f.name for f in fields(ContinualTrainingArguments) if f.init}
+    own = {f.name for f in fields(args_cls) if f.init}
+    differ = [
+        f"args.{key}: {stored[key]!r} there, {value!r} now"
+        for key, value in options.items()
+        if key in stored and stored[key] != value
+    ]
+    if differ:
+        raise ValueError(f"{path} was trained with other settings ({'; '.join(differ)}): leave them out")
+    if ("eval_mode" in stored) != ("eval_mode" in own):  # a field of ours, which TRL's classes lack
+        raise ValueError(
+            f"{path} was not trained with {args_cls.__name__}: give args_cls=, and trainer_cls=, as it was trained with"
+        )
     if not Path(path).is_dir() and options.get("push_to_hub"):
         options = {"hub_model_id": str(path), **options}
     # Before the base is loaded: DeepSpeed learns from them how to load it.
-    args = ContinualTrainingArguments(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
+    args = args_cls(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
     how: dict[str, Any] = {}
     if not isinstance(base_model, nn.Module):
         how["dtype"] = getattr(torch, settings["base_dtype"].removeprefix("torch."))

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
 from .beside import describe_data, general_texts, lacks, measure, read_general, score
-from .engines import call_strategies, cut_base, fresh_accelerator, release, runnable
+from .engines import call_strategies, cut_base, release, runnable
 from .evaluation import own_adapter
 from .mixin import ContinualTrainer
-from .next_adapter import new_adapter
+from .next_adapter import new_adapter, task_trainer
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
 from .resume import complete_row, continued
-from .state import METRICS, RUN, check_settings, explain_disk_errors, overlaps, read_matrix, write_readme
+from .state import METRICS, RUN, check_settings, explain_disk_errors, in_use, overlaps, read_matrix, write_readme
 from .tasks import Encoder, LanguageModelTask, Task, TextTask, check_tasks, collate
 
 
@@ -134,6 +134,7 @@ class ContinualRun:
         processing_class: Any = None,
         revision: str | None = None,
         trainer_cls: type = ContinualTrainer,
+        args_cls: type = ContinualTrainingArguments,
         strategies: list[Strategy] | None = None,
         data_collator: Any = None,
         callbacks: list | None = None,
@@ -150,6 +151,7 @@ class ContinualRun:
             output_dir: where the stack is copied to and goes on. It may be `path` itself.
             base_model: a model, a folder or an id; None takes the one that the stack names.
             processing_class: None takes the base model's tokenizer. revision: of the repository.
+            trainer_cls, args_cls: as the stack was trained with (`ContinualSFTTrainer` and `SFTConfig`).
             strategies: needed when the stack was trained with others than the method's own.
             options: further training arguments (push_to_hub, save_steps, ...).
 
@@ -158,7 +160,7 @@ class ContinualRun:
             stack's is named (by `train`).
         """
         model, everything, method, args, processing_class, config = continued(
-            path, tasks, output_dir, base_model, processing_class, revision, options
+            path, tasks, output_dir, base_model, processing_class, revision, args_cls, options
         )
         return cls(
             model, everything, method, args, processing_class, trainer_cls=trainer_cls, adapter_config=config,
@@ -174,7 +176,7 @@ class ContinualRun:
         """Train all tasks that are not finished yet; returns the content of metrics.json.
 
         Raises:
-            RuntimeError: an earlier call on this object was interrupted.
+            RuntimeError: an earlier call on this object was interrupted, or another run is at work in output_dir.
         """
         stages = stage_sizes(self)
         if isinstance(self.model, PeftModel):
@@ -187,20 +189,19 @@ class ContinualRun:
             return self._write_metrics()
         settings = run_settings(self)
         check_same_settings(settings)
-        on_main(lambda: self._prepare(settings))
-        check_shared_folder(self.output_dir / RUN)
-        try:
+        with ExitStack() as held:
+            on_main(lambda: self._prepare(settings, held))
+            check_shared_folder(self.output_dir / RUN)
             return self._train(stages)
-        finally:
-            if self.pusher is not None:
-                self.pusher.finish()
 
-    def _prepare(self, settings: dict[str, Any]) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+    def _prepare(self, settings: dict[str, Any], held: ExitStack) -> None:
+        held.enter_context(in_use(self.output_dir))
         check_settings(self.output_dir, settings)
         if (self.output_dir / MANIFEST).is_file():  # killed before it could do so itself
             drop_states(self.output_dir, read_manifest(self.output_dir).tasks)
         self.pusher = start_push(self)
+        if self.pusher is not None:
+            held.callback(self.pusher.finish)
 
     def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
         train_sets = encode_tasks(self)
@@ -283,6 +284,7 @@ class ContinualRun:
             mixed = strategy.training_data(mixed, index, train_sets[:index])
         folder = f"task_{index:03d}"
         checkpoints = self.output_dir / "checkpoints" / folder
+        before = set(self.model.peft_config)
         trainer = self._trainer(checkpoints, index, train_dataset=mixed)
         examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
         call_strategies(self, "on_task_start", examples)
@@ -291,6 +293,8 @@ class ContinualRun:
         last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
         release(trainer)
+        for extra in set(self.model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
+            self.model.delete_adapter(extra)
         call_strategies(self, "on_task_end", examples)
         finish_adapter(self.model, "default", folder)
         if self.method.mode != "separate":
@@ -329,16 +333,7 @@ class ContinualRun:
             self.manifest = read_manifest(self.output_dir)
 
     def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:
-        args = copy.copy(self.args)
-        args.output_dir, args.seed = str(output_dir), self.args.seed + 1000 * index
-        args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
-        if args.deepspeed_plugin is not None:
-            args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
-            fresh_accelerator()
-        return self.trainer_cls(
-            model=self.model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
-            strategies=self.strategies, callbacks=list(self.callbacks), **kwargs,
-        )  # fmt: skip
+        return task_trainer(self, output_dir, index, **kwargs)
 
     # ---- what is known after a task -------------------------------------------------------------------------------
 

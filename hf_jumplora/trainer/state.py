@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,16 @@ from ..hub import stack_card
 from ..methods import get_method
 from ..ops.sparse import decode_support
 from ..report.report import PICTURES
-from ..stack.manifest import MANIFEST, Manifest, read_manifest, write_atomic, write_json
+from ..stack.manifest import MANIFEST, TOP_FILES, Manifest, read_manifest, write_atomic, write_json
 from ..tuner import named_layers
 
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there two runs in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 METRICS = "metrics.json"
@@ -39,6 +48,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / RUN
     settings = json.loads(json.dumps(settings, default=str))
+    if not (folder / MANIFEST).is_file():
+        _check_free(folder)
     if not (folder / MANIFEST).is_file() and not any(folder.glob("checkpoints/*/checkpoint-*")):
         if not path.is_file() or path.read_text() != json.dumps(settings, indent=2) + "\n":
             (folder / METRICS).unlink(missing_ok=True)
@@ -78,6 +89,41 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
     if added or moved:
         write_json(path, {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}})
+
+
+def _check_free(folder: Path) -> None:
+    """Raise ValueError when a folder without a stack holds files that a run would replace, and that are not a run's."""
+    tasks = sorted(path.name for path in folder.glob("task_*"))
+    if (folder / RUN).is_file():
+        tasks = [name for name in tasks if name != "task_000"]  # killed before the manifest was written
+        if tasks:
+            raise ValueError(f"{folder} holds {tasks[0]} and no {MANIFEST}: put it back, or use another output_dir")
+    elif found := [*tasks, *(name for name in (METRICS, *TOP_FILES) if (folder / name).exists())]:
+        raise ValueError(f"{folder} holds {found[0]}, which is of no run and would be replaced: use another output_dir")
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """One run a folder at a time: two would replace each other's files. The lock goes with the process that held it.
+
+    Raises:
+        RuntimeError: another process trains in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another run is at work in {folder}: wait for it, or use another output_dir") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see that no other run works in it", folder, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:

@@ -160,6 +160,8 @@ def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], lis
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
+    if "prompt" in data and "prompt_style" in data:
+        raise ValueError(f"{path}: prompt and prompt_style both say what the prompt is; leave one out")
     nodes = {key.value: value.value for key, value in root.value}
 
     def entries(key: str) -> list[tuple[str, Any]]:
@@ -253,7 +255,7 @@ def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, 
     """`text` is a column, or a template over columns such as 'Title: {title}\\nText: {content}'."""
     columns = re.findall(r"\{(\w+)\}", text)
     for column in [*(columns or [text]), *([label] if label else [])]:
-        if row.get(column) is None:
+        if row.get(column) is None or row[column] != row[column]:  # pandas writes NaN for nothing
             problem = "is empty" if column in row else "does not exist"
             raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
     value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ PROMPT_STYLES = {
     "olora": "Task:{category}\nDataset:{dataset}\n{instruction}\nOption: {option_list} \n{text}\nAnswer:",
 }
 PROMPT = PROMPT_STYLES["jumplora"]
+_PLACES = ("instruction", "options", "option_list", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -42,8 +43,10 @@ class Task:
     held_out: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"task name {self.name!r}: use letters, digits, '-', '_' and '.', starting with a letter")
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"task name {self.name!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit"
+            )
         if self.held_out:
             if self.eval_dataset is None:
                 raise ValueError(f"task {self.name!r} is held out and has no eval set: there is nothing to do with it")
@@ -125,14 +128,19 @@ class TextTask(Task):
             raise ValueError(f"{where}: unknown metric {self.metric!r}; known: accuracy, {', '.join(TEXT_METRICS)}")
         elif self.labels:
             raise ValueError(f"{where}: metric {self.metric!r} compares free answers: leave the labels out")
-        else:
-            self.max_answer = 64 if self.max_answer is None else self.max_answer
+        elif self.max_answer is None:
+            self.max_answer = 64
+        elif not isinstance(self.max_answer, int) or self.max_answer < 1:
+            raise ValueError(f"{where}: max_answer is a positive number of tokens, got {self.max_answer!r}")
         if not all(isinstance(label, str) and label.strip() for label in self.labels):
             raise ValueError(f"{where}: labels must be strings that are not empty, got {self.labels}")
         if len(set(map(fold, self.labels))) != len(self.labels):
             raise ValueError(f"{where}: two labels are the same but for case or spaces: {self.labels}")
         if "{text}" not in self.prompt:
             raise ValueError(f"{where}: the prompt needs a place for '{{text}}', got {self.prompt!r}")
+        if unknown := set(re.findall(r"\{(\w+)\}", self.prompt)) - set(_PLACES):
+            known = ", ".join(f"{{{place}}}" for place in _PLACES)
+            raise ValueError(f"{where}: the prompt has places for {known}, not for {sorted(unknown)[0]!r}")
         _check_rows(self, [self.text_column, self.label_column])
         for split, i, row in _rows(self) if self.labels else ():
             if row[self.label_column] not in self.labels:
@@ -148,7 +156,7 @@ class TextTask(Task):
             "option_list": ", ".join(self.labels),
             "text": text.strip(),
         }
-        return re.sub(r"\{(instruction|options|option_list|text)\}", lambda match: parts[match[1]], self.prompt)
+        return re.sub(rf"\{{({'|'.join(_PLACES)})\}}", lambda match: parts[match[1]], self.prompt)
 
     def style(self) -> str:
         """Which of `PROMPT_STYLES` the prompt is, or "own"."""
@@ -186,6 +194,9 @@ def _rows(task: Task):
 
 def _check_rows(task: Task, columns: list[str]) -> None:
     for split, i, row in _rows(task):
+        if not isinstance(row, Mapping):
+            where = f"task {task.name!r}, {split} row {i}"
+            raise ValueError(f"{where}: a row is a dict with {', '.join(columns)}, got {row!r}")
         for column in columns:
             if not isinstance(row.get(column), str):
                 raise ValueError(
@@ -211,7 +222,8 @@ class Encoder:
     def answer_ids(self, label: str) -> list[int]:
         """Tokens of an answer, with the end-of-sequence token."""
         if self.seq2seq:
-            return self.tokenizer(text_target=label).input_ids
+            ids = self.tokenizer(text_target=label).input_ids
+            return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
         return [*self.tokenizer(" " + label, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
     def prompt_ids(self, task: TextTask, text: str) -> list[int]:
@@ -256,6 +268,8 @@ class Encoder:
         on every token."""
         if isinstance(task, LanguageModelTask):
             pieces = self.pieces(row[task.text_column] for row in task.train_dataset)
+            if not pieces:
+                raise ValueError(f"task {task.name!r}: all its training texts are empty")
             return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in pieces])
         rows, longest = [], self.longest_answer(task)
         for row in task.train_dataset:

@@ -26,7 +26,7 @@ class JumpLoraLayer(SummedUpdates):
     """
 
     adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_gate")
-    other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "free")
+    other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "jumplora_free")
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs):
         super().__init__()
@@ -50,7 +50,7 @@ class JumpLoraLayer(SummedUpdates):
         self.jumplora_dropout = nn.ModuleDict()
         self.configs = {}
         self.scaling = {}
-        self.free = {}  # adapter under hard isolation -> packed bits
+        self.jumplora_free = BufferDict(persistent=False)  # adapter under hard isolation -> packed bits
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self._active_adapter = []
@@ -72,7 +72,7 @@ class JumpLoraLayer(SummedUpdates):
             self.jumplora_support[adapter] = torch.zeros(config.support[self.layer_name][0], dtype=torch.uint8)
             self._freeze(adapter)
         elif config.isolation == "hard":
-            self.free[adapter] = pack_bits(~self.occupied(config.parent_adapters))
+            self.jumplora_free[adapter] = pack_bits(~self.occupied(config.parent_adapters))
         self._move_adapter_to_device_of_base_layer(adapter)
         if config.support is None:  # else it is frozen, and the others are as they were
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -149,7 +149,7 @@ class JumpLoraLayer(SummedUpdates):
         meta = torch.device("meta")
         if device is None or device == meta:
             return
-        for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.free):
+        for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.jumplora_free):
             if adapter_name in container and container[adapter_name].device not in (meta, device):
                 container[adapter_name] = container[adapter_name].to(device)
         if adapter_name in self.jumplora_gate and self.gate(adapter_name).log_tau.device != meta:
@@ -196,7 +196,7 @@ class JumpLoraLayer(SummedUpdates):
         gate, config = self.gate(adapter), self.configs[adapter]
         return gated_linear(
             x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=gate.mix, bandwidth=config.bandwidth,
-            threshold_grad=config.threshold_grad, free=self.free.get(adapter), backend=config.backend,
+            threshold_grad=config.threshold_grad, free=self.free(adapter), backend=config.backend,
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -231,7 +231,8 @@ class JumpLoraLayer(SummedUpdates):
         """Record the support of a trained adapter and freeze it; returns [bytes, sha256] for its config."""
         code = encode_support(self.support(adapter))
         self.jumplora_support[adapter] = code.to(self.jumplora_A[adapter].device)
-        self.free.pop(adapter, None)
+        if adapter in self.jumplora_free:
+            del self.jumplora_free[adapter]
         self._past_sum = None
         self._freeze(adapter)
         return [code.numel(), support_sha256(code)]

@@ -65,8 +65,9 @@ class JumpLoraModel(BaseTuner):
     """The PEFT tuner of JumpLoRA (arXiv 2604.16171). Made by `get_peft_model(model, JumpLoraConfig(...))`.
 
     Raises:
-        ValueError: no target module matches (near names are listed), an adapter's name cannot be told from a module's,
-            a parent adapter is missing, or a finished adapter was asked to train on.
+        ValueError: no target module matches (near names are listed), a target shares its weight with another module,
+            an adapter's name cannot be told from a module's, a parent adapter is missing, or a finished adapter was
+            asked to train on.
         NotImplementedError: mixed batches (`adapter_names=`).
     """
 
@@ -93,6 +94,7 @@ class JumpLoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise ValueError(f"{error} {_near_names(model, config.target_modules)}") from error
+        _check_tied(model)
 
     def _load_parents(self, model: nn.Module, config: JumpLoraConfig) -> None:
         """Parents that are not in the model yet are loaded from the folders beside the adapter's own."""
@@ -105,7 +107,14 @@ class JumpLoraModel(BaseTuner):
                 )
             check_adapter_name(model, parent)  # from a file: a name, never a path
             path, subfolder, hub = (config.origin[k] for k in ("path", "subfolder", "kwargs"))
-            if subfolder is None:
+            inside = os.path.join(
+                subfolder or "", parent
+            )  # where PEFT's save_pretrained puts adapters beside "default"
+            if os.path.isfile(os.path.join(path, inside, "adapter_config.json")) or (
+                subfolder is None and not os.path.isdir(path)
+            ):
+                beside: str | None = inside
+            elif subfolder is None:
                 path, beside = os.path.join(os.path.dirname(os.path.abspath(path)), parent), None
             else:
                 beside = os.path.join(os.path.dirname(subfolder), parent)
@@ -202,6 +211,11 @@ class JumpLoraModel(BaseTuner):
             layer.check_no_children(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def unload(self) -> nn.Module:
+        """The base model, with the weights it had: merged tasks are taken out first (`load_stack` merges them)."""
+        self.unmerge_adapter()
+        return super().unload()
+
     def _check_merge_allowed(self) -> None:
         """Before any weight is changed. Raises ValueError when a layer is quantised."""
         super()._check_merge_allowed()
@@ -229,6 +243,22 @@ def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
             raise ValueError(
                 f"bitsandbytes has repacked the 4-bit weights of {name} for inference on this CPU, where they give no "
                 "gradients: load the base model again and add the adapter before its first forward pass"
+            )
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Raise ValueError when an adapted weight is also another module's: merging would change that one too."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    for name, layer in named_layers(model):
+        shared = names.get(id(layer.get_base_layer().weight), [])
+        others = [other for other in shared if not other.startswith(f"{name}.")]
+        if others:
+            raise ValueError(
+                f"the weight of target module {name} is that of {others[0].rpartition('.')[0]} too (tied), and merging "
+                "a task would change both: leave it out of target_modules, or untie them in the base model first "
+                "(a copy of the weight, and tie_word_embeddings=False in its config)"
             )
 
 

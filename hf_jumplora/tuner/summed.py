@@ -29,7 +29,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
     jumplora_support: BufferDict
     configs: dict[str, JumpLoraConfig]
     scaling: dict[str, float]
-    free: dict[str, torch.Tensor]
+    jumplora_free: BufferDict
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,13 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(A [r, in], B [out, r], packed bits of the entries it may use or None). Raises ValueError if folded."""
         self._own(adapter)
-        return self.jumplora_A[adapter], self.jumplora_B[adapter], self.free.get(adapter)
+        return self.jumplora_A[adapter], self.jumplora_B[adapter], self.free(adapter)
+
+    def free(self, adapter: str) -> torch.Tensor | None:
+        """Packed bits of the entries that an adapter under hard isolation may use; None for all."""
+        if adapter not in self.jumplora_free:
+            return None
+        return self.jumplora_free[adapter]
 
     def product(self, adapter: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """D = B A without gradient, into `out` or a new tensor: [out, in], float32 under autocast too.
@@ -126,9 +132,9 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
 
     def mask_free(self, adapter: str, mask: torch.Tensor) -> torch.Tensor:
         """`mask` [out, in] without the entries that hard isolation closes to this adapter."""
-        if adapter not in self.free:
+        if adapter not in self.jumplora_free:
             return mask
-        return mask & unpack_bits(self.free[adapter], 0, mask.numel()).view_as(mask)
+        return mask & unpack_bits(self.jumplora_free[adapter], 0, mask.numel()).view_as(mask)
 
     def occupied(self, adapters) -> torch.Tensor:
         """Union of the supports of finished adapters and their ancestors: bool [out, in], on the CPU."""
@@ -156,7 +162,7 @@ class SummedUpdates(nn.Module, BaseTunerLayer):
         if adapter in self.jumplora_gate:
             kept = E * (E.abs() > self.gate(adapter).log_tau.exp())
             E = torch.lerp(E, kept, self.gate(adapter).mix)
-            if adapter in self.free:
+            if adapter in self.jumplora_free:
                 E = E * self.mask_free(adapter, torch.ones_like(E, dtype=torch.bool))
         return E.mul_(self.scaling[adapter])
 

@@ -126,7 +126,7 @@ def held(run, adapter):
         "factors": sum(layer.jumplora_A[adapter].nbytes + layer.jumplora_B[adapter].nbytes for layer in layers),
         "originals": sum(layer._original.nbytes for layer in layers if layer._original is not None),
         "summed": sum(layer._folded_sum.nbytes + layer._folded_bits.nbytes for layer in layers),
-        "masks": sum(layer.free[adapter].nbytes for layer in layers if adapter in layer.free),
+        "masks": sum(layer.jumplora_free[adapter].nbytes for layer in layers if adapter in layer.jumplora_free),
         "live": sum(t.nbytes for layer in layers if layer._past_sum is not None for t in layer._past_sum[1]),
     }  # fmt: skip
 

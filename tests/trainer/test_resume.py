@@ -141,7 +141,7 @@ def test_from_a_tag(local_hub, toy_run, toy_base, tmp_path):
 
 
 def test_what_a_method_remembers(local_hub, toy_base, tmp_path):
-    """Is kept after the newest task alone. A tag that was pushed in time has it, and a late one says that it has not."""
+    """Is kept after the newest task alone. A tag that was pushed in time has it, and a late one says it has not."""
     folder, name = tmp_path / "run", "strategies.safetensors"
     toy.make_run(toy_base, folder, "kfac", stream=toy.tasks(2)).train()
     push_stack(folder, "me/stack")

@@ -209,7 +209,7 @@ def test_generic_task_with_compute_metrics(toy_base, tmp_path):
 def test_metric_that_is_not_there(toy_base, tmp_path):
     tasks = generic_tasks()
     tasks[1].metric = "f1"
-    with pytest.raises(ValueError, match=r"task 'second': compute_metrics gave no 'f1', only .*eval_next_token"):
+    with pytest.raises(ValueError, match=r"task 'second': compute_metrics gave no 'f1', only .*'next_token'"):
         toy.make_run(toy_base, tmp_path, stream=tasks).train()
 
 

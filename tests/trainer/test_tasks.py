@@ -101,7 +101,7 @@ def test_free_answers(seq2seq):
     size = 12 if seq2seq else 8
     if seq2seq:
         assert [len(short["input_ids"]), len(long["labels"])] == [size, 4]
-        assert words(encoder, short["labels"]) == ["very", "tiny"]
+        assert words(encoder, short["labels"]) == ["very", "tiny", "</s>"]
     else:
         assert words(encoder, short["input_ids"])[size - 1 :] == ["=", "very", "tiny", "</s>"]
         assert words(encoder, long["input_ids"])[size - 1 :] == ["=", *["very"] * 4]

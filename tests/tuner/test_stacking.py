@@ -207,7 +207,7 @@ def test_hard_isolation_has_no_collision(gated, add_task, ids):
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
         assert same(before, [layer.support(f"task_{k:03d}") for layer in layers(model)])
     for layer in layers(model):
-        assert not layer.free
+        assert not layer.jumplora_free
         supports = [layer.support(f"task_{k:03d}") for k in range(3)]
         assert all(s.any() for s in supports)
         assert sum(s.int() for s in supports).max() == 1
@@ -241,7 +241,7 @@ def test_hard_isolation_masks_the_gradient(gated, add_task):
     layer(x).backward(grad)
     assert (layer.jumplora_A["default"].grad == 0).all()
     assert (layer.jumplora_B["default"].grad == 0).all()
-    layer.free["default"] = pack_bits(torch.ones_like(taken))
+    layer.jumplora_free["default"] = pack_bits(torch.ones_like(taken))
     layer(x).backward(grad)
     assert (layer.jumplora_A["default"].grad != 0).any()
 
@@ -525,7 +525,7 @@ def test_hard_isolation_above_folded_tasks(stack, add_task):
         if fold:
             fold_finished(model, ["task_000", "task_001", "task_002"])
         add_task(model, [f"task_00{k}" for k in range(4)], isolation="hard")
-        free.append([layer.free["default"] for layer in layers(model)])
+        free.append([layer.jumplora_free["default"] for layer in layers(model)])
     assert same(*free)
 
 

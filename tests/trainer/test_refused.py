@@ -1,0 +1,252 @@
+"""What a run cannot do is said before it trains, and what it can do but nobody had tried."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import toy
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM
+
+from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
+from hf_jumplora.options import make_strategies
+from hf_jumplora.stack import merge_stack
+from hf_jumplora.strategies import KFac
+from hf_jumplora.trainer.evaluation import score_labels
+from hf_jumplora.trainer.state import in_use
+from hf_jumplora.trainer.tasks import Encoder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[3, 12, 13, 8, 14, 9]])).logits
+
+
+def test_tied_weights(tmp_path):
+    """A merge of lm_head would change the embeddings too."""
+    config = toy.config()
+    config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match=r"target module lm_head is that of model\.embed_tokens too \(tied\)"):
+        get_peft_model(LlamaForCausalLM(config), JumpLoraConfig(target_modules=["q_proj", "lm_head"]))
+    get_peft_model(LlamaForCausalLM(toy.config()), JumpLoraConfig(target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter_config": LoraConfig()}, "adapter_config is a JumpLoraConfig"),
+        ({"strategies": [KFac]}, "strategies holds Strategy objects"),
+        ({"model": "me/model"}, "model is a loaded model"),
+        (
+            {
+                "method": "jumplora-hard",
+                "adapter_config": JumpLoraConfig(threshold_update="density", target_density=0.4),
+            },
+            r"3 tasks that keep 40% each.*target_density must be below 0\.333",
+        ),
+    ],
+)
+def test_before_training(change, message, toy_base, tmp_path):
+    given = {"model": toy.load_base(toy_base), "tasks": toy.tasks(3), "args": toy.arguments(tmp_path)}
+    given |= {"processing_class": toy.tokenizer(), **change}
+    with pytest.raises(ValueError, match=message):
+        ContinualRun(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 5}, "task name 5"),
+        ({"prompt": "{instructions}: {text}"}, r"not for 'instructions'"),
+        ({"train_dataset": ["a row"]}, "a row is a dict with sentence, label, got 'a row'"),
+        ({"labels": [], "metric": "rouge_l", "max_answer": 0}, "max_answer is a positive number"),
+    ],
+)
+def test_bad_tasks(change, message):
+    given = {"name": "size", "train_dataset": toy.rows(0, 8), "labels": toy.KINDS[0], **change}
+    with pytest.raises(ValueError, match=message):
+        TextTask(**given)
+
+
+def test_empty_texts_and_strange_options(toy_base, tmp_path):
+    task = LanguageModelTask("news", [{"text": " "}])
+    with pytest.raises(ValueError, match="'news': all its training texts are empty"):
+        toy.make_run(toy_base, tmp_path, stream=[task]).train()
+    with pytest.raises(ValueError, match="a value is of the wrong kind"):
+        make_strategies("kfac", ["kfac.weight=abc"])
+    with pytest.raises(ValueError, match=r"r must be a positive integer, got 2\.5"):
+        JumpLoraConfig(r=2.5)
+
+
+def test_one_long_text_is_many_steps(toy_base, tmp_path):
+    """The gate's ramp is checked against the steps of the pieces, not of the texts."""
+    task = LanguageModelTask("news", [{"text": "the very big cat2 " * 100}])
+    assert toy.make_run(toy_base, tmp_path, stream=[task], max_length=16).train()["trained"][0]["steps"] > 5
+
+
+def test_a_score_is_a_number(toy_base, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}] * 32)
+    task = Task("a", rows, rows, compute_metrics=lambda output: {"accuracy": float("nan")})
+    with pytest.raises(ValueError, match="'a': its accuracy is nan"):
+        toy.make_run(toy_base, tmp_path, stream=[task]).train()
+
+
+def test_one_run_a_folder(toy_base, tmp_path):
+    """Another process that trains there is noticed, and forgotten when it dies."""
+    code = (
+        f"from pathlib import Path; from hf_jumplora.trainer.state import in_use; c = in_use(Path({str(tmp_path)!r}))"
+    )
+    code += "; c.__enter__(); print('locked', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    while "locked" not in other.stdout.readline():
+        assert other.poll() is None
+    with pytest.raises(RuntimeError, match="another run is at work in"):
+        toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)).train()
+    other.kill()
+    other.wait()
+    with in_use(tmp_path):
+        pass
+
+
+def test_foreign_files_are_not_replaced(toy_run, toy_base, tmp_path):
+    (tmp_path / "task_000").mkdir()
+    (tmp_path / "task_000" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="holds task_000, which is of no run"):
+        toy.make_run(toy_base, tmp_path).train()
+    assert (tmp_path / "task_000" / "mine").read_text() == "mine"
+    (tmp_path / "run.json").write_bytes((toy_run.output_dir / "run.json").read_bytes())
+    (tmp_path / "task_001").mkdir()
+    with pytest.raises(ValueError, match=r"holds task_001 and no stack\.json"):
+        toy.make_run(toy_base, tmp_path).train()
+
+
+def test_loaded_as_it_was_trained(toy_base, tmp_path):
+    """In the dtype of the training, whatever the base's files hold; another one when asked for."""
+    run = toy.make_run(toy.LlamaForCausalLM.from_pretrained(toy_base, dtype="bfloat16"), tmp_path, stream=toy.tasks(1))
+    run.train()
+    assert torch.equal(logits(load_stack(tmp_path)), logits(run.model))
+    assert logits(load_stack(tmp_path)).dtype == torch.bfloat16
+    assert logits(load_stack(tmp_path, dtype="float32")).dtype == torch.float32
+
+
+def test_peft_round_trip_of_a_stacked_task(toy_run, toy_base, tmp_path):
+    """PEFT writes the parents inside the folder of "default"."""
+    model = PeftModel.from_pretrained(toy.load_base(toy_base), toy_run.output_dir, subfolder="task_001")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(toy.load_base(toy_base), tmp_path)), expected)
+
+
+def test_a_merged_model_is_not_its_own_base(toy_run, tmp_path):
+    """The updates would count twice; the same weights under another stack are an ordinary base."""
+    merge_stack(toy_run.output_dir, tmp_path / "disk")
+    load_stack(toy_run.output_dir, tasks=["mood"], merge=True).save_pretrained(tmp_path / "memory")
+    for name, task in (("disk", "size"), ("memory", "mood")):
+        with pytest.raises(ValueError, match=f"task '{task}' is in the weights of this base already"):
+            load_stack(toy_run.output_dir, base_model=tmp_path / name)
+        with pytest.raises(ValueError, match=f"task '{task}' is in the weights of this base already"):
+            merge_stack(toy_run.output_dir, tmp_path / "twice", base_model=tmp_path / name)
+    toy.tokenizer().save_pretrained(tmp_path / "disk")
+    toy.make_run(str(tmp_path / "disk"), tmp_path / "more", stream=toy.tasks(1), seed=7).train()
+    load_stack(tmp_path / "more")
+
+
+def test_unload_gives_the_base(toy_run, toy_base):
+    loaded = load_stack(toy_run.output_dir)
+    assert not torch.equal(logits(loaded), logits(toy.load_base(toy_base)))
+    assert torch.equal(logits(loaded.unload()), logits(toy.load_base(toy_base)))
+
+
+def test_training_after_inference_mode(toy_base):
+    """The workspace of the blocked backend is an ordinary tensor, whoever asked for it first."""
+    from hf_jumplora.ops import blocked
+
+    blocked._workspaces.__dict__.clear()
+    config = JumpLoraConfig(r=2, target_modules=["q_proj"], backend="blocked", init_weights=False)
+    model = get_peft_model(toy.load_base(toy_base), config)
+    ids = torch.tensor([[3, 12, 13, 8]])
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "jumplora_B" in name)
+
+
+def test_closed_entries_follow_the_model(toy_base):
+    model = get_peft_model(toy.load_base(toy_base), JumpLoraConfig(r=2, target_modules=["q_proj"], isolation="hard"))
+    layers = [m for m in model.modules() if hasattr(m, "jumplora_free")]
+    assert all("jumplora_free" not in key for key in model.state_dict())
+    model.to("meta")
+    assert {layer.jumplora_free["default"].device.type for layer in layers} == {"meta"}
+
+
+@pytest.mark.parametrize("method", ["jumplora-best", "kfac", "drift", "ewc", "gorp"])
+def test_layers_that_are_never_called(method, toy_base, tmp_path):
+    """A second tower that matches the targets and that no text reaches."""
+    model = toy.load_base(toy_base)
+    model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32)})
+    result = toy.make_run(model, tmp_path, method, stream=toy.tasks(2)).train()
+    assert len(result["trained"]) == 2
+
+
+def test_curvature_of_a_layer_that_no_answer_depends_on(toy_t5, tmp_path):
+    """T5's first decoder position attends to itself alone: the factor of its query is exactly zero."""
+    assert len(toy.make_run(toy_t5, tmp_path, "jumplora-best", stream=toy.tasks(2)).train()["trained"]) == 2
+
+
+def test_seq2seq_scores_do_not_depend_on_the_batch():
+    """Learned absolute positions: short prompts are padded on the right, as in training."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+    heads = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=96, init_std=1.0, **sizes, **heads, **special)).eval()
+    encoder = Encoder(toy.tokenizer(), 64, seq2seq=True)
+    task = toy.tasks(1)[0]
+    short = [encoder.prompt_ids(task, row["sentence"])[-n:] for n, row in enumerate(toy.rows(0, 12), 2)]
+    alone = [score_labels(model, encoder, task, [ids])[0] for ids in short]
+    assert len(set(alone)) == 2
+    assert score_labels(model, encoder, task, [*short, list(range(3, 40))])[:-1] == alone
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trl_tasks_are_evaluated_and_go_on(kind, toy_base, tmp_path):
+    """Data sets as TRL takes them, with an eval set where it can be; a task later; other arguments are refused."""
+    trl = pytest.importorskip("trl")
+    from hf_jumplora import make_continual
+
+    if kind == "sft":
+        rows = [{"text": row["sentence"]} for row in toy.rows(0, 32)]
+        cls, config, more = make_continual(trl.SFTTrainer), trl.SFTConfig, {"max_length": 16}
+    else:
+        rows = [{"prompt": r["sentence"], "chosen": " tiny", "rejected": " huge"} for r in toy.rows(0, 32)]
+        cls, config, more = make_continual(trl.DPOTrainer), trl.DPOConfig, {"max_length": 16}
+    data = Dataset.from_list(rows)
+    options = {
+        "max_steps": 6, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "save_strategy": "no",
+        "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, **more,
+    }  # fmt: skip
+
+    def run(args, evaluated):
+        tasks = [Task(name, data, evaluated, metric="loss") for name in "ab"]
+        return ContinualRun(
+            toy.load_base(toy_base), tasks, "jumplora", args,
+            toy.tokenizer(), trainer_cls=cls, adapter_config=JumpLoraConfig(r=2, target_modules=["q_proj"]),
+        )  # fmt: skip
+
+    evaluated = data if kind == "sft" else None
+    with pytest.raises(TypeError, match=r"args are of the class it takes"):
+        run(toy.arguments(tmp_path / "other"), evaluated).train()
+    if kind == "dpo":
+        with pytest.raises(ValueError, match="leave eval_dataset out"):
+            run(config(str(tmp_path), **options), data)
+    result = run(config(str(tmp_path), **options), evaluated).train()
+    assert all((value is not None) == (kind == "sft") for row in result["matrix"] for value in row)
+    with pytest.raises(ValueError, match="not trained with ContinualTrainingArguments: give args_cls"):
+        ContinualRun.from_stack(tmp_path, [Task("c", data)], tmp_path, trainer_cls=cls, use_cpu=True)
+    again = ContinualRun.from_stack(
+        tmp_path, [Task("c", data, evaluated, metric="loss")], tmp_path, trainer_cls=cls, args_cls=config,
+        processing_class=toy.tokenizer(), report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    assert [info["name"] for info in again.train()["trained"]] == ["a", "b", "c"]
