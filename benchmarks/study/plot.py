@@ -50,6 +50,7 @@ def scatter(axes: Any, results: dict[str, list[dict[str, Any]]], title: str) -> 
 
 def bars(axes: Any, tables: dict[str, dict[str, list[dict[str, Any]]]], names: list[str]) -> None:
     """AA of the variants, a bar a stream, with the standard deviation over seeds."""
+    names = [name for name in names if any(len(results.get(name, ())) > 1 for results in tables.values())]
     height = 0.8 / len(tables)
     for n, (title, results) in enumerate(tables.items()):
         shown = [(k, results[name]) for k, name in enumerate(names) if len(results.get(name, ())) > 1]
