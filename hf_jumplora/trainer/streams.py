@@ -72,6 +72,8 @@ def load_tasks(
     """
     path, given = stream_path(stream), {"max_train": max_train, "max_eval": max_eval}
     _check_keys({key: value for key, value in given.items() if value is not None}, set(given), set(), "load_tasks")
+    if isinstance(held_out, str):
+        raise ValueError(f"held_out is a list of names, got {held_out!r}")
     data, entries, kept_out = _read_stream(path)
     described, listed = path, entries
     if "catalogue" in data:
@@ -209,6 +211,8 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         splits = {"train": folder / "train.json", "eval": folder / "test.json"}
         if held_out and not splits["train"].is_file():
             del splits["train"]
+        if data_dir is None and not folder.is_dir():
+            raise FileNotFoundError(f"{where}: {folder} is no folder; give the data's place as data_dir (--data_dir)")
         rows = {split: read_rows(file) for split, file in splits.items()}
         own, source = folder / "labels.json", str(entry["folder"])
         if own.is_file() and not plain:

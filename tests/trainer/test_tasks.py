@@ -408,7 +408,7 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         ("catalogue: stream.yaml\ntasks: [a]\n", r"line 2: expected keys and values, found str 'a'"),
         (ONE.replace("d.json", "e.json"), r"data file .*e\.json does not exist"),
         (ONE.replace("d.json", "d.txt"), r"d\.txt: cannot read '\.txt'; use \.json"),
-        ("tasks:\n- name: a\n  folder: nowhere\n", r"data file .*nowhere/train\.json does not exist"),
+        ("tasks:\n- name: a\n  folder: nowhere\n", r"line 2: .*nowhere is no folder; give .* data_dir"),
     ],
     ids=lambda value: value.encode("unicode_escape").decode()[:40].replace(" ", "_"),
 )
