@@ -209,7 +209,7 @@ def test_bench(stream, bert, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, small, full"),
+        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, small, long, full"),
         ({"setting": "decoder"}, "setting is 'encoder' or 'causal'"),
         ({"prompt_style": "olora"}, "the encoder reads texts without a prompt"),
         ({"general_text": "x.txt"}, "the encoder is no language model: general_text is for the setting 'causal'"),
