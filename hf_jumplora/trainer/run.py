@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..hub import Pusher, push_stack, task_card
 from ..methods import get_method
@@ -48,7 +47,17 @@ from .next_adapter import new_adapter, task_trainer
 from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
 from .resume import complete_row, continued
-from .state import METRICS, RUN, check_settings, explain_disk_errors, in_use, overlaps, read_matrix, write_readme
+from .state import (
+    METRICS,
+    RUN,
+    check_settings,
+    explain_disk_errors,
+    in_use,
+    newest_checkpoint,
+    overlaps,
+    read_matrix,
+    write_readme,
+)
 from .tasks import Encoder, LanguageModelTask, Task, TextTask, check_tasks, collate
 
 
@@ -288,9 +297,7 @@ class ContinualRun:
         trainer = self._trainer(checkpoints, index, train_dataset=mixed)
         examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
         call_strategies(self, "on_task_start", examples)
-        # The newest that is complete: trainer_state.json is written last.
-        saved = [p.parent for p in checkpoints.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-        last = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
+        last = newest_checkpoint(checkpoints)
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
         release(trainer)
         for extra in set(self.model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter

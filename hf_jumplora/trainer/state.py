@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import metrics as formulas
 from ..hub import stack_card
@@ -135,6 +136,20 @@ def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
         return [row + [None] * (tasks - len(row)) for row in json.loads(path.read_text())["matrix"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a task. Its trainer_state.json is written last, and not at once: a process that
+    is killed meanwhile leaves an empty one."""
+
+    def complete(path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return False
+
+    saved = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if complete(path)]
+    return max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def overlaps(model: nn.Module, stack: Path, index: int) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ from hf_jumplora.options import make_strategies
 from hf_jumplora.stack import merge_stack
 from hf_jumplora.strategies import KFac
 from hf_jumplora.trainer.evaluation import score_labels
-from hf_jumplora.trainer.state import in_use
+from hf_jumplora.trainer.state import in_use, newest_checkpoint
 from hf_jumplora.trainer.tasks import Encoder
 
 
@@ -108,6 +108,15 @@ def test_one_run_a_folder(toy_base, tmp_path):
     other.wait()
     with in_use(tmp_path):
         pass
+
+
+def test_half_written_checkpoint(tmp_path):
+    """A process killed while it wrote trainer_state.json: the checkpoint before is the newest."""
+    for step, text in ((2, '{"global_step": 2}'), (10, ""), (11, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_checkpoint(tmp_path / "checkpoint-2") is None
 
 
 def test_foreign_files_are_not_replaced(toy_run, toy_base, tmp_path):
