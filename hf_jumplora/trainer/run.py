@@ -239,7 +239,6 @@ class ContinualRun:
         result = self._write_metrics()
         if self.manifest is not None and len(self.manifest.tasks) > 1 and self._folds():
             # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
-            self.model.unmerge_adapter()
             self.model = attach(self.model.unload(), self.output_dir, self.manifest.tasks)
         if PartialState().is_main_process:
             print(table(result, self.method_name))

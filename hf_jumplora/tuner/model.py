@@ -107,9 +107,7 @@ class JumpLoraModel(BaseTuner):
                 )
             check_adapter_name(model, parent)  # from a file: a name, never a path
             path, subfolder, hub = (config.origin[k] for k in ("path", "subfolder", "kwargs"))
-            inside = os.path.join(
-                subfolder or "", parent
-            )  # where PEFT's save_pretrained puts adapters beside "default"
+            inside = os.path.join(subfolder or "", parent)  # PEFT's save_pretrained puts it there beside "default"
             if os.path.isfile(os.path.join(path, inside, "adapter_config.json")) or (
                 subfolder is None and not os.path.isdir(path)
             ):
@@ -252,7 +250,7 @@ def _check_tied(model: nn.Module) -> None:
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
     for name, layer in named_layers(model):
-        shared = names.get(id(layer.get_base_layer().weight), [])
+        shared = names.get(id(getattr(layer.get_base_layer(), "weight", None)), [])  # some quantised layers have none
         others = [other for other in shared if not other.startswith(f"{name}.")]
         if others:
             raise ValueError(
