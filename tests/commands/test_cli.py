@@ -1,5 +1,7 @@
 """The `hf-jumplora` command: help, one-line errors, exit codes."""
 
+import argparse
+import importlib
 import subprocess
 import sys
 
@@ -13,7 +15,12 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert len(capsys.readouterr().out.split()) > 15
+    shown = " ".join(capsys.readouterr().out.split())
+    module, parser = importlib.import_module(f"hf_jumplora.commands.{command}"), argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert " ".join(module.__doc__.split()) in shown
+    for action in parser._actions:
+        assert (action.option_strings or [action.dest])[-1] in shown
 
 
 def test_help_lists_all_commands_and_imports_none():

@@ -132,6 +132,10 @@ def test_migu_by_hand(toy_base, relative_error):
     migu.on_task_end(model, "default", None)
     assert not migu.handles
     migu.on_task_start(model, "default", None)
+    model.eval()(input_ids=IDS + 20)  # an evaluation in between: no row of it counts
+    assert not migu.magnitude
+    inputs.clear()
+    model.train()
     for ids in (IDS, IDS + 40):
         model(input_ids=ids, labels=ids).loss.backward()
     before = {
@@ -197,6 +201,22 @@ def test_output_directions(shape, relative_error):
         assert V.shape == (shape[0], expected)
         assert relative_error(V @ V.T, U[:, :expected] @ U[:, :expected].T) < 1e-3
         assert relative_error(V.T @ V, torch.eye(expected)) < 1e-5
+
+
+def test_nullspace_by_hand(toy_base, relative_error):
+    """Gradient and B lose their part along V, that of the earlier task's float64 SVD, and keep the rest."""
+    model, strategy = trained_model(toy_base), NullSpace(2)
+    strategy.on_task_start(model, "default", None)
+    torch.manual_seed(0)
+    for _, layer in named_layers(model):
+        V = torch.linalg.svd(layer.update("task_000").double()).U[:, :2]
+        B = layer.jumplora_B["default"]
+        B.grad = torch.randn_like(B)
+        grad, before = (t.detach().double() - V @ V.T @ t.detach().double() for t in (B.grad, B))
+        strategy.on_gradients(model, "default")
+        assert relative_error(B.grad, grad) < 1e-4
+        strategy.on_step_end(model, "default")
+        assert relative_error(B.detach(), before) < 1e-4
 
 
 # ---- what they promise --------------------------------------------------------------------------------------------

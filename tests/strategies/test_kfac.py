@@ -99,6 +99,20 @@ def test_factors_by_definition(kind, toy_base, toy_t5, relative_error, monkeypat
             assert relative_error(ours[name], theirs[name]) < 1e-5
 
 
+def test_padding_is_no_token(toy_base, relative_error):
+    """An example padded to another length gives the same factors: means are over the tokens that are there."""
+    model = peft_model(toy.load_base(toy_base), gate=False).eval()
+    examples = list(token_examples(False))
+    padded = [{key: nn.functional.pad(value, (0, 5), value=-100 if key == "labels" else 0) for key, value in e.items()}
+              for e in examples]  # fmt: skip
+    found, expected = (
+        kronecker_factors(model, "default", e, torch.Generator().manual_seed(0), 1) for e in (padded, examples)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs:
+            assert relative_error(ours[name], theirs[name]) < 1e-4
+
+
 def test_labels_are_drawn_from_the_model():
     """Over many draws G of one example is sum_c p(c) g_c g_c^T: the Fisher matrix, not the empirical one."""
     model = peft_model(Classifier(), gate=False).eval()
