@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..tuner import named_layers
-from ..tuner.shards import full_shape, whole
+from ..tuner.sharded_parameters import full_shape, whole
 
 
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from ..tuner.adapters import adapter_config
+from ..tuner.lookup import adapter_config
 from .manifest import file_sha256, stack_support_sha256, sync_folder, write_atomic, write_json
 
 

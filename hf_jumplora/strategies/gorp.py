@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..tuner import named_layers
-from ..tuner.adapters import adapter_config
+from ..tuner.lookup import adapter_config
 from .base import Strategy
 
 

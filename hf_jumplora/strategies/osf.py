@@ -9,7 +9,7 @@ from peft.tuners.osf.layer import Linear as OSFLinear
 from torch import nn
 
 from ..tuner import named_layers
-from ..tuner.adapters import adapter_config
+from ..tuner.lookup import adapter_config
 from .base import Strategy
 
 

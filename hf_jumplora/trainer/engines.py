@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..strategies.base import Examples
 from ..tuner import named_layers
-from ..tuner.shards import master
+from ..tuner.sharded_parameters import master
 from .processes import sharding
 
 

@@ -18,8 +18,9 @@ from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import density, gate_groups, named_layers, ramp, ramp_steps, set_mix, set_threshold
-from ..tuner.adapters import adapter_config, adapter_parameters, can_continue, density_at
-from ..tuner.shards import assign, gathered, keep_whole_in_forward, whole
+from ..tuner.lookup import adapter_config, adapter_parameters, can_continue
+from ..tuner.schedule import density_at
+from ..tuner.sharded_parameters import assign, gathered, keep_whole_in_forward, whole
 from .engines import ignore_cut_weights
 from .optimizers import arrange_optimizer
 from .processes import sharding

@@ -1,22 +1,13 @@
 """The PEFT tuner: config, gate, layer, model, and what a training loop does with an adapter."""
 
-from .adapters import (
-    can_continue,
-    density,
-    finish_adapter,
-    fold_finished,
-    gate_groups,
-    ramp,
-    ramp_steps,
-    set_mix,
-    set_threshold,
-    without_adapter,
-)
 from .config import JumpLoraConfig
+from .finish import finish_adapter, fold_finished
 from .gate import JumpGate
 from .layer import JumpLoraLayer
-from .model import JumpLoraModel, named_layers
+from .lookup import can_continue, gate_groups, named_layers, without_adapter
+from .model import JumpLoraModel
 from .register import register
+from .schedule import density, ramp, ramp_steps, set_mix, set_threshold
 
 
 __all__ = [

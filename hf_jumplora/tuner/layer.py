@@ -14,10 +14,10 @@ from ..ops import gated_linear
 from ..ops.sparse import encode_support, pack_bits, sparse_linear, support_sha256, to_csr
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
-from .summed import SummedUpdates
+from .updates import AdapterUpdates
 
 
-class JumpLoraLayer(SummedUpdates):
+class JumpLoraLayer(AdapterUpdates):
     """Wraps an `nn.Linear`, a `Conv1D` or a quantised linear layer of weight [out, in].
 
     Several adapters can live here; PEFT only ever sees one active. The active adapter brings its parents with it (the

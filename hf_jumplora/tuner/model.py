@@ -17,6 +17,7 @@ from torch import nn
 from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer, Linear
+from .lookup import named_layers
 
 
 ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
@@ -271,20 +272,3 @@ def _near_names(model: nn.Module, targets) -> str:
     wanted = [targets] if isinstance(targets, str) else list(targets or [])
     near = sorted({hit for w in wanted for hit in difflib.get_close_matches(w, linear, cutoff=0.4)})
     return f"Near names: {', '.join(near)}." if near else f"Linear layers of this model: {', '.join(linear)}."
-
-
-def named_layers(model: nn.Module, adapter: str | None = None):
-    """(name, layer) of every JumpLoraLayer of a model, or of those that hold an adapter; names without wrappers."""
-    seen: set[nn.Module] = set()
-
-    def walk(module):  # as modules(), but not into the layers: what is in there grows with the number of adapters
-        if module in seen:
-            return
-        seen.add(module)
-        if not isinstance(module, JumpLoraLayer):
-            for child in module.children():
-                yield from walk(child)
-        elif adapter is None or adapter in module.configs:
-            yield module.layer_name, module
-
-    yield from walk(model)

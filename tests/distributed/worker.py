@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 import hf_jumplora.trainer.run as run_module
 from hf_jumplora import strategies
 from hf_jumplora.stack.load import merge_finished
-from hf_jumplora.tuner.shards import full_shape, piece
+from hf_jumplora.tuner.sharded_parameters import full_shape, piece
 
 
 class Record(TrainerCallback):

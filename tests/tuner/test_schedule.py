@@ -16,7 +16,7 @@ from hf_jumplora.tuner import (
     set_mix,
     set_threshold,
 )
-from hf_jumplora.tuner.adapters import density_at
+from hf_jumplora.tuner.schedule import density_at
 
 
 @pytest.mark.parametrize(("total", "expected"), [(40, (8, 32)), (5, (1, 4)), (9, (1, 7)), (1000, (200, 800))])

@@ -8,10 +8,10 @@ from torch import nn
 from ..ops.sparse import add_at, decode_index, pack_bits, support_sha256, unpack_bits
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
-from .shards import piece, piece_of
+from .sharded_parameters import piece, piece_of
 
 
-class SummedUpdates(nn.Module, BaseTunerLayer):
+class AdapterUpdates(nn.Module, BaseTunerLayer):
     """The part of a [`JumpLoraLayer`] that knows its adapters' updates and adds them up.
 
     `fold` turns finished adapters into one float32 sum [out, in] and one bit per entry (kept by any of them), so that

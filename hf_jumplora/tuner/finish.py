@@ -1,0 +1,96 @@
+"""The end of a task: its adapter is finished and renamed, and finished adapters are folded into their sum."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+from .config import JumpLoraConfig
+from .layer import JumpLoraLayer
+from .lookup import adapter_config, gate_groups, named_layers
+from .model import check_adapter_name
+
+
+@torch.no_grad()
+def finish_adapter(model: Any, adapter: str = "default", name: str | None = None) -> None:
+    """End of a task: record the support, freeze the adapter and give it its final name.
+
+    From here on its update is D on the recorded support, on every device; the threshold is not evaluated again.
+    An adapter without a gate is only renamed.
+
+    Raises:
+        FloatingPointError: a weight is not finite.
+        ValueError: the ramp of the gate has not arrived at 1, or the name is taken or not a possible one.
+    """
+    config = adapter_config(model, adapter)
+    if name is not None and name != adapter:
+        if name in model.peft_config:
+            raise ValueError(f"an adapter {name!r} exists already")
+        check_adapter_name(model, name)
+    for gate, _ in gate_groups(model, adapter):
+        if gate.mix.item() != 1:
+            raise ValueError(
+                f"the gate of adapter {adapter!r} stands at f = {gate.mix.item():g}; a task is finished when its ramp "
+                "has arrived at 1 (train on to gate_end)"
+            )
+    for layer_name, layer in named_layers(model, adapter):
+        if not all(torch.isfinite(t).all() for t in (layer.jumplora_A[adapter], layer.jumplora_B[adapter])):
+            raise FloatingPointError(
+                f"adapter {adapter!r}, layer {layer_name} holds weights that are not finite: training has diverged in "
+                "its last step. Lower the learning rate; finished tasks are safe"
+            )
+    if config.gate:
+        config.support = {layer_name: layer.finish(adapter) for layer_name, layer in named_layers(model, adapter)}
+    config.inference_mode = True
+    if name is not None and name != adapter:
+        _rename(model, adapter, name)
+
+
+@torch.no_grad()
+def fold_finished(model: Any, adapters: list[str]) -> None:
+    """Keep of finished adapters only the sum of their updates and one bit per entry, and delete them from the model.
+
+    The model computes what it did before, at a cost that does not grow with the number of tasks. Every other adapter,
+    now and later, has to stand on all folded ones (`parent_adapters`). Unmerges the model, if it is merged.
+
+    Raises:
+        ValueError: one of them is not finished, or a remaining adapter does not stand on all of them.
+    """
+    model.unmerge_adapter()
+    for _, layer in named_layers(model):
+        layer.fold(adapters)
+    for adapter in adapters:
+        model.delete_adapter(adapter)
+
+
+def _rename(model: Any, old: str, new: str) -> None:
+    configs = model.peft_config
+    configs[new] = configs.pop(old)
+    for config in configs.values():
+        if isinstance(config, JumpLoraConfig):
+            config.parent_adapters = [new if n == old else n for n in config.parent_adapters]
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:  # ours, and those of `modules_to_save` and `trainable_token_indices`
+        if isinstance(layer, BaseTunerLayer):
+            attributes = (*layer.adapter_layer_names, *layer.other_param_names, "frozen_peft_weight_names")
+        else:
+            attributes = ("modules_to_save",) if isinstance(layer, ModulesToSaveWrapper) else ()
+        for attribute in attributes:
+            container = getattr(layer, attribute)
+            if old in container:
+                container[new] = container[old]
+                del container[old]
+        if isinstance(layer, JumpLoraLayer):
+            layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
+            layer.merged_adapters = [new if n == old else n for n in layer.merged_adapters]
+            continue
+        if isinstance(layer, AuxiliaryTrainingWrapper) and old in layer._adapters:
+            layer._adapters = layer._adapters - {old} | {new}
+        if old in layer.active_adapters:
+            layer._active_adapter = [new]
+            layer.set_adapter([new], inference_mode=True)
+    for module in model.modules():  # the PeftModel and the tuner inside it; the latter holds a name or a list
+        active = getattr(module, "active_adapter", None)
+        if active in (old, [old]) and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            module.active_adapter = new
