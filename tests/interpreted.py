@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from hf_jumplora.ops import dispatch
+
 
 NAME = "jumplora_kernels"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,8 +42,10 @@ def kernels_package() -> Iterator[ModuleType]:
                 patch.setattr(triton.language, name, InterpretedFunction(function.fn))
         patch.syspath_prepend(Path(__file__).parents[1] / "kernels")
         others = _take_modules()
+        dispatch._choose.cache_clear()
         try:
             yield importlib.import_module(NAME)
         finally:
             _take_modules()
             sys.modules.update(others)
+            dispatch._choose.cache_clear()

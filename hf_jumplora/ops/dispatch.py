@@ -1,5 +1,6 @@
 """The one public entry to the arithmetic: picks a backend and brings the arguments into its form."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -7,7 +8,7 @@ import os
 import torch
 
 from .blocked import gated_linear_blocked
-from .fused import gated_linear_fused
+from .fused import gated_linear_fused, low_rank_linear
 from .naive import gated_linear_naive
 from .sparse import pack_bits, unpack_bits
 
@@ -45,11 +46,12 @@ def gated_linear(
         A, B: [r, in] and [out, r], float32 (or float64).
         log_tau: [1], same dtype; tau = exp(log_tau) is compared with the unscaled product.
         scaling: alpha / r.
-        mix: f in [0, 1], a number or a one-element tensor (no recompilation under torch.compile when it changes).
+        mix: f in [0, 1], a number or a one-element tensor (no recompilation under torch.compile when it changes). The
+            number 0 is plain LoRA, and costs what LoRA costs on a GPU too.
         bandwidth: width of the rectangle around +-tau that gives the threshold a gradient.
         threshold_grad: "mean" divides that gradient by out * in (published code), "sum" does not.
         free: [out, in] of {0, 1}, or packed by [`ops.sparse.pack_bits`]; entries with 0 stay out of the update.
-        backend: "naive", "blocked", "triton" (needs the extra and a GPU; not measured on one yet) or "triton-fold"
+        backend: "naive", "blocked", "triton" (needs the extra and a GPU) or "triton-fold"
             (folds the update into half-precision base weights too; `ops/fused.py` says what that loses). None: what
             the environment variable HF_JUMPLORA_BACKEND says, else triton where it can run, else blocked.
 
@@ -82,8 +84,8 @@ def gated_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     options = {"scaling": scaling, "bandwidth": bandwidth, "threshold_grad": threshold_grad}
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in (x, A, B, weight) if t is not None]
-    backend = _choose(backend, str(x.device), dtypes)
+    dtypes = tuple(t.dtype for t in (x, A, B, weight) if t is not None)
+    backend = choose_backend(backend, x.device, dtypes)
     if backend == "naive":
         if free is not None and free.dim() == 1:
             free = unpack_bits(free, 0, B.shape[0] * A.shape[1]).view(B.shape[0], A.shape[1])
@@ -97,28 +99,34 @@ def gated_linear(
             mix = torch.tensor([mix], dtype=torch.float32)
         return gated_linear_blocked(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
     if not isinstance(mix, torch.Tensor):
+        if mix == 0 and free is None:
+            return low_rank_linear(x, weight, bias, A, B, scaling)
         mix = torch.full((1,), mix, device=x.device)  # filled there: nothing is copied, nothing waits
+    mix = mix.to(x.device, torch.float32, non_blocking=True).reshape(1)
     fold = backend == "triton-fold"
     return gated_linear_fused(x, weight, bias, A, B, log_tau, mix=mix, free=free, fold=fold, **options)
 
 
 # Once a graph under torch.compile: neither the environment nor the device changes under it.
 @torch.compiler.assume_constant_result
-def _choose(backend: str | None, device: str, dtypes: list[str]) -> str:
+def choose_backend(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The argument, else the environment, else the fastest backend that can run; said in the log once."""
-    asked, source = backend, "backend"
-    if asked is None:
-        asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE
+    return _choose(backend, os.environ.get(BACKEND_VARIABLE) or None, device, dtypes)
+
+
+@functools.lru_cache(maxsize=64)  # asked by every layer in every pass
+def _choose(backend: str | None, environment: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    asked, source = (backend, "backend") if backend is not None else (environment, BACKEND_VARIABLE)
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"{source} is one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
     if asked in (None, "triton", "triton-fold"):
-        missing = _missing_for_triton(torch.device(device), dtypes)
+        missing = _missing_for_triton(device, [str(dtype).removeprefix("torch.") for dtype in dtypes])
         if asked is None:
-            asked, source = ("blocked" if missing or device.startswith("cpu") else "triton"), "automatic"
+            asked, source = ("blocked" if missing or device.type == "cpu" else "triton"), "automatic"
         elif missing:
             raise ValueError(f"{source}={asked!r} {missing}, or use {source}='blocked'")
-    if (asked, device) not in _logged:
-        _logged.add((asked, device))
+    if (asked, str(device)) not in _logged:
+        _logged.add((asked, str(device)))
         logger.info("gated_linear on %s: %s (%s)", device, asked, source)
     return asked
 

@@ -1,4 +1,4 @@
-"""Triton kernels for JumpLoRA layers: `forward` and `backward` of one gated low-rank linear layer.
+"""Triton kernels for JumpLoRA layers: `forward`, `backward` and `penalty` of gated low-rank linear layers.
 
 Imports torch and triton only. Without triton the package still imports, and `is_available()` is False.
 """
@@ -14,6 +14,6 @@ if find_spec("triton") is None:
 
     __all__ = ["is_available"]
 else:
-    from .launch import backward, forward, is_available
+    from .launch import backward, forward, is_available, penalty, product
 
-    __all__ = ["backward", "forward", "is_available"]
+    __all__ = ["backward", "forward", "is_available", "penalty", "product"]

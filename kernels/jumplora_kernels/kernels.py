@@ -1,27 +1,28 @@
-"""Triton kernels of one gated low-rank linear layer.
+"""Triton kernels around the products of one gated low-rank linear layer.
 
-    D = B A        keep = 1[|D| > tau]        E = D * ((1 - f) + f * keep) * free        y = x (W + s E)^T + bias
+    D = B A        keep = 1[|D| > tau]        E = D * ((1 - f) + f * keep) * free        y = x W^T + s x E^T + bias
 
-Two ways to the same result; `launch.py` chooses:
+All products over tokens are the library's: on a GPU's tensor cores no kernel of ours would be faster. What stands here
+is what comes before and after them, each in one pass:
 
-* tiles (small rank, few tokens): `forward_kernel`, `grad_x_kernel`, `grad_params_kernel`. The weight tile is made in
-  registers, inside the matrix product. Each tile of D is computed again for every BT tokens.
-* rows (large rank, many tokens, float32): `weight_rows_kernel` and `grad_rows_kernel` make a bounded number of rows of
-  the weight and of dL/dD, each entry of D once whatever the number of tokens; the products with them are the library's.
+* `update_rows_kernel` writes rows of s E, or of W + s E, in the dtype of x.
+* `gate_grad_kernel` takes rows of dL/dE, float32, through the gate, and reduces them to parts of dL/dA, dL/dB and
+  dL/dtau while they are in registers (small ranks), or writes dL/dD in their place (large ones).
+* `sum_parts_kernel` adds the parts up in a fixed order: no atomics, the same inputs give the same bits.
+* `penalty_kernel` makes parts of G^T E C for the penalty ||G^T E C||^2; its gradient 2 G (G^T E C) C^T goes through
+  `gate_grad_kernel` as two thin factors. For many layers of one shape in one launch.
 
-Neither writes an [out, in] tensor. D, the comparison with tau and the gradient of E are float32 whatever the dtype of x
-and W, because a support decided in bf16 is another support. `w_ptr`, `bias_ptr` and `free_ptr` may be None: Triton
-compiles the branch away.
+None keeps an [out, in] tensor of float32 but the rows that it is given. D, the comparison with tau and the gradient of
+E are float32 whatever the dtype of x and W: with half precision, the support would change. `w_ptr`, `free_ptr` and
+others may be None: Triton compiles the branch away.
 
-x, dy and the outputs are row-major; W has strides, so that a transposed view (GPT-2's Conv1D) needs no copy.
-Row offsets are int64: out * in and tokens * in can pass 2^31 (a vocabulary-sized layer, a long packed batch).
-tau, f are read in the kernel: no host waits for them, nothing is compiled again when they change.
+Row-major but for W, whose strides are arguments: a transposed view (GPT-2's Conv1D) needs no copy. Row offsets are
+int64: out * in can pass 2^31. tau and f are read in the kernel: no host waits for them, nothing is compiled again when
+they change, and a captured CUDA graph sees new values.
 
-RC is the number of ranks one product takes. GATE_PRECISION is that of the product D: "ieee", or "tf32x3", which is as
-exact (emulated, r = 8 to 512: a relative error of 0.9e-7 to 2.4e-7 against 0.5e-7 to 2.4e-7, no entry of 1024^2 on the
-other side of tau; plain tf32: 3e-4 and 50) and runs on tensor cores. The products dA and dB are "ieee", because as
-tf32x3 they spill. UPCAST is for the interpreter only: NumPy has no bf16 and multiplies its
-bits as integers.
+D takes `RC` ranks in one product. GATE_PRECISION is that of its products: "ieee", or "tf32x3", which is as exact
+(emulated, r = 8 to 512: a relative error of 0.9e-7 to 2.4e-7 against 0.5e-7 to 2.4e-7, no entry of 1024^2 on the other
+side of tau; plain tf32: 3e-4 and 50) and runs on tensor cores.
 """
 
 import triton
@@ -37,7 +38,7 @@ def _row_major(ptr, rows, cols, n_rows, n_cols):
 
 @triton.jit
 def _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R: tl.constexpr, RC: tl.constexpr, GATE_PRECISION: tl.constexpr):
-    """Float32 tile of D = B A. The rank goes by in chunks: the registers needed do not grow with R."""
+    """Float32 tile of D = B A."""
     d = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
     for r0 in range(0, R, RC):
         ranks = r0 + tl.arange(0, RC)
@@ -57,160 +58,13 @@ def _is_free(free_ptr, rows, cols, OUT, IN):
 
 
 @triton.jit
-def _effective_weight(
-    w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, RC: tl.constexpr, GATE_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Float32 tile of W + s E, or of s E when there is no W."""
-    d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R, RC, GATE_PRECISION)
-    # Strict: an entry that equals tau is not kept.
-    e = d * tl.where(tl.abs(d) > tau, 1.0, 1.0 - f) * scaling
-    if free_ptr is not None:
-        e *= _is_free(free_ptr, rows, cols, OUT, IN)
-    if w_ptr is not None:
-        mask = (rows[:, None] < OUT) & (cols[None, :] < IN)
-        offsets = rows.to(tl.int64)[:, None] * stride_wo + cols.to(tl.int64)[None, :] * stride_wi
-        e += tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return e
-
-
-@triton.jit
-def _grad_weight(x_ptr, dy_ptr, rows, cols, T, STOP, OUT, IN, BT: tl.constexpr, UPCAST: tl.constexpr):
-    """Float32 tile of dy^T x; 0 from row STOP on."""
-    g = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
-    for t0 in range(0, T, BT):
-        tokens = t0 + tl.arange(0, BT)
-        mask = (tokens[:, None] < T) & (rows[None, :] < STOP)
-        dy = tl.load(dy_ptr + tokens.to(tl.int64)[:, None] * OUT + rows[None, :], mask=mask, other=0.0)
-        x = _row_major(x_ptr, tokens, cols, T, IN)
-        if UPCAST:
-            dy = dy.to(tl.float32)
-            x = x.to(tl.float32)
-        g = tl.dot(tl.trans(dy), x, g, input_precision="ieee")
-    return g
-
-
-@triton.jit
-def _through_gate(g, d, tau, f, half_bandwidth):
-    """(dL/dD, sum over the windows of dL/dJ) of a tile, from g = dL/dE after the support limit.
-
-    J is a gate for D minus a gate for -D, each with its window: where tau < bandwidth / 2 they overlap and cancel.
-    """
-    above = tl.where(tl.abs(d - tau) < half_bandwidth, g, 0.0)
-    below = tl.where(tl.abs(d + tau) < half_bandwidth, g, 0.0)
-    return g * tl.where(tl.abs(d) > tau, 1.0, 1.0 - f), f * tl.sum(above - below)
-
-
-# ---- tiles ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["T", "T_CLASS"])
-def forward_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, y_ptr,
-    T, T_CLASS, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, RC: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    ADD: tl.constexpr, GATE_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """y[t, o] = sum_i x[t, i] (W + s E)[o, i] + bias[o]; with ADD on top of what y holds.  Grid (T / BT, OUT / BO)."""
-    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
-    rows = tl.program_id(1) * BO + tl.arange(0, BO)
-    tau = tl.load(tau_ptr)
-    f = tl.load(mix_ptr)
-    y = tl.zeros((BT, BO), dtype=tl.float32)
-    for i0 in range(0, IN, BI):
-        cols = i0 + tl.arange(0, BI)
-        weight = _effective_weight(
-            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling,
-            R, RC, GATE_PRECISION,
-        )  # fmt: skip
-        x = _row_major(x_ptr, tokens, cols, T, IN)
-        if UPCAST:
-            x = x.to(tl.float32)
-        y = tl.dot(x, tl.trans(weight).to(x.dtype), y, input_precision="ieee")
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows, mask=rows < OUT, other=0.0).to(tl.float32)[None, :]
-    if ADD:
-        y += _row_major(y_ptr, tokens, rows, T, OUT).to(tl.float32)
-    mask = (tokens[:, None] < T) & (rows[None, :] < OUT)
-    tl.store(y_ptr + tokens.to(tl.int64)[:, None] * OUT + rows[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["T", "T_CLASS"])
-def grad_x_kernel(
-    dy_ptr, w_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, dx_ptr,
-    T, T_CLASS, OUT, IN, stride_wo, stride_wi, scaling,
-    R: tl.constexpr, RC: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    ADD: tl.constexpr, GATE_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dx[t, i] = sum_o dy[t, o] (W + s E)[o, i]; with ADD on top of what dx holds.  Grid (T / BT, IN / BI)."""
-    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
-    cols = tl.program_id(1) * BI + tl.arange(0, BI)
-    tau = tl.load(tau_ptr)
-    f = tl.load(mix_ptr)
-    dx = tl.zeros((BT, BI), dtype=tl.float32)
-    for o0 in range(0, OUT, BO):
-        rows = o0 + tl.arange(0, BO)
-        weight = _effective_weight(
-            w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, OUT, IN, stride_wo, stride_wi, scaling,
-            R, RC, GATE_PRECISION,
-        )  # fmt: skip
-        dy = _row_major(dy_ptr, tokens, rows, T, OUT)
-        if UPCAST:
-            dy = dy.to(tl.float32)
-        dx = tl.dot(dy, weight.to(dy.dtype), dx, input_precision="ieee")
-    if ADD:
-        dx += _row_major(dx_ptr, tokens, cols, T, IN).to(tl.float32)
-    mask = (tokens[:, None] < T) & (cols[None, :] < IN)
-    tl.store(dx_ptr + tokens.to(tl.int64)[:, None] * IN + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["T", "T_CLASS", "START", "STOP"])
-def grad_params_kernel(
-    x_ptr, dy_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, da_ptr, db_ptr, dtau_ptr,
-    T, T_CLASS, START, STOP, OUT, IN, scaling, half_bandwidth,
-    R: tl.constexpr, RC: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    GATE_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of the parameter gradients over rows START to STOP.  Grid ((STOP - START) / BO, IN / BI).
-
-    da [(STOP - START) / BO, R, IN], db [IN / BI, STOP - START, R], dtau [one a program], all float32. The caller sums
-    over the first dimension (both of dtau): no atomics, so the same inputs give the same bits. dtau holds
-    sum(s f G free (1[|D - tau| < bandwidth / 2] - 1[|D + tau| < bandwidth / 2])); the factor -tau / bandwidth is the
-    caller's.
-    """
-    tile_o = tl.program_id(0)
-    tile_i = tl.program_id(1)
-    rows = START + tile_o * BO + tl.arange(0, BO)
-    cols = tile_i * BI + tl.arange(0, BI)
-    tau = tl.load(tau_ptr)
-    f = tl.load(mix_ptr)
-
-    g = _grad_weight(x_ptr, dy_ptr, rows, cols, T, STOP, OUT, IN, BT, UPCAST) * scaling
-    if free_ptr is not None:
-        g *= _is_free(free_ptr, rows, cols, STOP, IN)
-    d = _delta(a_ptr, b_ptr, rows, cols, STOP, IN, R, RC, GATE_PRECISION)
-    g, dtau = _through_gate(g, d, tau, f, half_bandwidth)
-    tl.store(dtau_ptr + tile_o.to(tl.int64) * tl.num_programs(1) + tile_i, dtau)
-
-    da_ptr += tile_o.to(tl.int64) * R * IN
-    db_ptr += tile_i.to(tl.int64) * R * (STOP - START)
-    for r0 in range(0, R, RC):
-        ranks = r0 + tl.arange(0, RC)
-        b = _row_major(b_ptr, rows, ranks, STOP, R).to(tl.float32)
-        a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
-        da = tl.dot(tl.trans(b), g, input_precision="ieee")
-        db = tl.dot(g, tl.trans(a), input_precision="ieee")
-        mask_a = (ranks[:, None] < R) & (cols[None, :] < IN)
-        mask_b = (rows[:, None] < STOP) & (ranks[None, :] < R)
-        tl.store(da_ptr + ranks.to(tl.int64)[:, None] * IN + cols[None, :], da, mask=mask_a)
-        tl.store(db_ptr + (rows - START).to(tl.int64)[:, None] * R + ranks[None, :], db, mask=mask_b)
-
-
-# ---- rows ----------------------------------------------------------------------------------------------------------
+def _slope(d, tau, f):
+    """dE/dD = E / D without the support limit. Strict: an entry that equals tau is not kept."""
+    return tl.where(tl.abs(d) > tau, 1.0, 1.0 - f)
 
 
 @triton.jit(do_not_specialize=["START", "STOP"])
-def weight_rows_kernel(
+def update_rows_kernel(
     w_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, rows_ptr,
     START, STOP, IN, stride_wo, stride_wi, scaling,
     R: tl.constexpr, RC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, GATE_PRECISION: tl.constexpr,
@@ -218,42 +72,146 @@ def weight_rows_kernel(
     """Rows START to STOP of W + s E, or of s E when there is no W.  Grid ((STOP - START) / BO, IN / BI)."""
     rows = START + tl.program_id(0) * BO + tl.arange(0, BO)
     cols = tl.program_id(1) * BI + tl.arange(0, BI)
-    tau = tl.load(tau_ptr)
-    f = tl.load(mix_ptr)
-    weight = _effective_weight(
-        w_ptr, a_ptr, b_ptr, free_ptr, tau, f, rows, cols, STOP, IN, stride_wo, stride_wi, scaling,
-        R, RC, GATE_PRECISION,
-    )  # fmt: skip
+    d = _delta(a_ptr, b_ptr, rows, cols, STOP, IN, R, RC, GATE_PRECISION)
+    e = d * _slope(d, tl.load(tau_ptr), tl.load(mix_ptr)) * scaling
+    if free_ptr is not None:
+        e *= _is_free(free_ptr, rows, cols, STOP, IN)
     mask = (rows[:, None] < STOP) & (cols[None, :] < IN)
+    if w_ptr is not None:
+        offsets = rows.to(tl.int64)[:, None] * stride_wo + cols.to(tl.int64)[None, :] * stride_wi
+        e += tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     offsets = (rows - START).to(tl.int64)[:, None] * IN + cols[None, :]
-    tl.store(rows_ptr + offsets, weight.to(rows_ptr.dtype.element_ty), mask=mask)
+    tl.store(rows_ptr + offsets, e.to(rows_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "T_CLASS", "START", "STOP"])
-def grad_rows_kernel(
-    x_ptr, dy_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, dd_ptr, dtau_ptr,
-    T, T_CLASS, START, STOP, OUT, IN, scaling, half_bandwidth,
-    R: tl.constexpr, RC: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    GATE_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit(do_not_specialize=["START", "STOP"])
+def gate_grad_kernel(
+    g_ptr, left_ptr, right_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, free_ptr, da_ptr, db_ptr, dtau_ptr,
+    START, STOP, OUT, IN, scaling, half_bandwidth,
+    R: tl.constexpr, RC: tl.constexpr, K: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GATE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows START to STOP of dL/dD, float32, and one partial sum of tau's gradient a program (see grad_params_kernel).
+    """dL/dE of rows START to STOP through the gate.  Grid ((STOP - START) / BO, IN / BI, layers).
 
-    Without x, dd holds the rows of dy^T x when the kernel starts.  Grid ((STOP - START) / BO, IN / BI).
+    dL/dE / s is `g` [STOP - START, IN] float32 (one layer), or left [layers, OUT, K] times right [layers, IN, K]^T.
+    Of the layers' a [R, IN], b [OUT, R], tau, mix one after the other. Written: parts of the sums, float32, with the
+    grid's programs first: da [layers, programs, R, IN], db [layers, programs, STOP - START, R], dtau [layers,
+    programs]; the last is sum(s f g free (1[|D - tau| < bandwidth / 2] - 1[|D + tau| < bandwidth / 2])). Without `da`,
+    g becomes dL/dD (large ranks). Without `dtau` it is left out (a threshold that is not learned).
     """
-    rows = START + tl.program_id(0) * BO + tl.arange(0, BO)
-    cols = tl.program_id(1) * BI + tl.arange(0, BI)
-    tau = tl.load(tau_ptr)
-    f = tl.load(mix_ptr)
+    tile_o, tile_i, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = START + tile_o * BO + tl.arange(0, BO)
+    cols = tile_i * BI + tl.arange(0, BI)
+    tau, f = tl.load(tau_ptr + layer), tl.load(mix_ptr + layer)
+    a_ptr += layer * R * IN
+    b_ptr += layer * R * OUT
     mask = (rows[:, None] < STOP) & (cols[None, :] < IN)
     offsets = (rows - START).to(tl.int64)[:, None] * IN + cols[None, :]
-    if x_ptr is None:
-        g = tl.load(dd_ptr + offsets, mask=mask, other=0.0)
+    if g_ptr is not None:
+        g = tl.load(g_ptr + offsets, mask=mask, other=0.0)
     else:
-        g = _grad_weight(x_ptr, dy_ptr, rows, cols, T, STOP, OUT, IN, BT, UPCAST)
+        g = tl.zeros((BO, BI), dtype=tl.float32)
+        for k0 in range(0, K, RC):
+            columns = k0 + tl.arange(0, RC)
+            left = _row_major(left_ptr + layer * OUT * K, rows, columns, STOP, K)
+            right = _row_major(right_ptr + layer * IN * K, cols, columns, IN, K)
+            g = tl.dot(left, tl.trans(right), g, input_precision=PRECISION)
     g *= scaling
     if free_ptr is not None:
         g *= _is_free(free_ptr, rows, cols, STOP, IN)
     d = _delta(a_ptr, b_ptr, rows, cols, STOP, IN, R, RC, GATE_PRECISION)
-    g, dtau = _through_gate(g, d, tau, f, half_bandwidth)
-    tl.store(dtau_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), dtau)
-    tl.store(dd_ptr + offsets, g, mask=mask)
+    if dtau_ptr is not None:
+        # J is a gate for D minus a gate for -D: where tau < bandwidth / 2 their windows overlap and cancel.
+        above = tl.where(tl.abs(d - tau) < half_bandwidth, g, 0.0)
+        below = tl.where(tl.abs(d + tau) < half_bandwidth, g, 0.0)
+        part = (layer * tl.num_programs(0) + tile_o) * tl.num_programs(1) + tile_i
+        tl.store(dtau_ptr + part, f * tl.sum(above - below))
+    g *= _slope(d, tau, f)
+    if da_ptr is None:
+        tl.store(g_ptr + offsets, g, mask=mask)
+    else:
+        da_ptr += (layer * tl.num_programs(0) + tile_o) * R * IN
+        db_ptr += (layer * tl.num_programs(1) + tile_i) * R * (STOP - START)
+        for r0 in range(0, R, RC):
+            ranks = r0 + tl.arange(0, RC)
+            b = _row_major(b_ptr, rows, ranks, STOP, R).to(tl.float32)
+            a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
+            da = tl.dot(tl.trans(b), g, input_precision=PRECISION)
+            db = tl.dot(g, tl.trans(a), input_precision=PRECISION)
+            mask_a = (ranks[:, None] < R) & (cols[None, :] < IN)
+            mask_b = (rows[:, None] < STOP) & (ranks[None, :] < R)
+            tl.store(da_ptr + ranks.to(tl.int64)[:, None] * IN + cols[None, :], da, mask=mask_a)
+            tl.store(db_ptr + (rows - START).to(tl.int64)[:, None] * R + ranks[None, :], db, mask=mask_b)
+
+
+@triton.jit
+def _sum_part(parts_ptr, total_ptr, block, PARTS, SIZE, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total[block] = factor * sum over parts [PARTS, SIZE]; with ADD on top of what it holds."""
+    entries = block * BLOCK + tl.arange(0, BLOCK)
+    mask = entries < SIZE
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + part * SIZE + entries, mask=mask, other=0.0)
+    total *= factor
+    if ADD:
+        total += tl.load(total_ptr + entries, mask=mask, other=0.0)
+    tl.store(total_ptr + entries, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["PARTS_A", "PARTS_B", "SIZE_B"])
+def sum_parts_kernel(
+    parts_a_ptr, parts_b_ptr, parts_tau_ptr, tau_ptr, da_ptr, db_ptr, dtau_ptr,
+    PARTS_A, PARTS_B, SIZE_A, SIZE_B, tau_factor,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The parts of `gate_grad_kernel` for one layer.  Grid (SIZE_A / BLOCK + SIZE_B / BLOCK + 1).
+
+    da [SIZE_A] from parts [PARTS_A, SIZE_A], db [SIZE_B] likewise, and dL/dlog_tau = tau^2 * tau_factor * the sum of
+    the PARTS_A * PARTS_B parts. ADD: da and dtau are added to (a later block of rows; db has rows of its own).
+    """
+    block = tl.program_id(0)
+    blocks_a, blocks_b = (SIZE_A + BLOCK - 1) // BLOCK, (SIZE_B + BLOCK - 1) // BLOCK
+    if block < blocks_a:
+        _sum_part(parts_a_ptr, da_ptr, block, PARTS_A, SIZE_A, 1.0, ADD, BLOCK)
+    elif block < blocks_a + blocks_b:
+        _sum_part(parts_b_ptr, db_ptr, block - blocks_a, PARTS_B, SIZE_B, 1.0, False, BLOCK)
+    elif dtau_ptr is not None:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, PARTS_A * PARTS_B, BLOCK):
+            entries = start + tl.arange(0, BLOCK)
+            total += tl.load(parts_tau_ptr + entries, mask=entries < PARTS_A * PARTS_B, other=0.0)
+        tau = tl.load(tau_ptr)
+        dtau = tl.sum(total) * tau * tau * tau_factor
+        if ADD:
+            dtau += tl.load(dtau_ptr)
+        tl.store(dtau_ptr, dtau)
+
+
+@triton.jit
+def penalty_kernel(
+    left_ptr, right_ptr, a_ptr, b_ptr, tau_ptr, mix_ptr, parts_ptr,
+    OUT, IN,
+    R: tl.constexpr, RC: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GATE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Parts [layers, OUT / BO, K, K] of G^T E C, whose sum over the second dimension it is.  Grid (OUT / BO, layers).
+
+    left: G [layers, OUT, K]. right: C [layers, IN, K]. KP: K rounded up to a power of 2.
+    """
+    tile, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = tile * BO + tl.arange(0, BO)
+    columns = tl.arange(0, KP)
+    tau, f = tl.load(tau_ptr + layer), tl.load(mix_ptr + layer)
+    a_ptr += layer * R * IN
+    b_ptr += layer * R * OUT
+    product = tl.zeros((BO, KP), dtype=tl.float32)
+    for i0 in range(0, IN, BI):
+        cols = i0 + tl.arange(0, BI)
+        d = _delta(a_ptr, b_ptr, rows, cols, OUT, IN, R, RC, GATE_PRECISION)
+        right = _row_major(right_ptr + layer * IN * K, cols, columns, IN, K)
+        product = tl.dot(d * _slope(d, tau, f), right, product, input_precision=PRECISION)
+    left = _row_major(left_ptr + layer * OUT * K, rows, columns, OUT, K)
+    part = tl.dot(tl.trans(left), product, input_precision=PRECISION)
+    mask = (columns[:, None] < K) & (columns[None, :] < K)
+    offsets = columns[:, None] * K + columns[None, :]
+    tl.store(parts_ptr + (layer * tl.num_programs(0) + tile) * K * K + offsets, part, mask=mask)

@@ -44,6 +44,7 @@ def test_the_loss_curve_does_not_depend_on_the_backend(architecture, request, tm
     """
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_logged", set())
+    dispatch._choose.cache_clear()
     base = request.getfixturevalue(architecture)
     results = {backend: train(base, tmp_path / backend, backend) for backend in ("naive", "blocked")}
     with kernels_package():

@@ -39,30 +39,33 @@ TARGETS = {  # and the shared memory that one block may use
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
 KERNELS = {name: getattr(kernels, f"{name}_kernel") for name in launch.TILES}
-BY_TILES = ("forward", "grad_x", "grad_params")
-FORMS: dict[str, set[str]] = {  # the pointers that are None; W^T is a W read through transposed strides
-    "W, free": set(),
-    "free": {"w_ptr"},
-    "neither": {"w_ptr", "free_ptr"},
-    "W^T, free": set(),
+# kernel -> forms: the pointers that are None. W^T is a W read through transposed strides.
+FORMS: dict[str, dict[str, set[str]]] = {
+    "update_rows": {"W, free": set(), "neither": {"w_ptr", "free_ptr"}, "W^T, free": set()},
+    "gate_grad": {  # of a layer, of a large rank, of a penalty
+        "layer": {"left_ptr", "right_ptr"},
+        "rows": {"left_ptr", "right_ptr", "da_ptr", "db_ptr"},
+        "penalty": {"g_ptr", "free_ptr", "dtau_ptr"},
+    },
+    "sum_parts": {"all": set(), "no tau": {"parts_tau_ptr", "dtau_ptr"}},
+    "penalty": {"all": set()},
 }
-RANKS = {"tiles": [8, 16], "rows": [16, 512]}
-FLOAT32_POINTERS = {"a_ptr", "b_ptr", "tau_ptr", "mix_ptr", "da_ptr", "db_ptr", "dtau_ptr", "dd_ptr"}
-FLOATS = {"scaling", "half_bandwidth"}
+RANKS = {"layer": [16, 8], "rows": [512, 17], "all": [70, 8]}
+WIDTHS = [100, 64]  # k of a penalty
+FLOATS = {"scaling", "half_bandwidth", "tau_factor"}
 DIVISIBLE = {"OUT", "IN", "stride_wo", "stride_wi"}  # by 16, as in real models: Triton compiles that case apart
 
 
-def compile_kernel(name: str, target: GPUTarget, *, rank: int, dtype: str, form: str, tile: dict[str, int]) -> Any:
-    """Compiles a kernel for x, W and y in `dtype`, A and B in float32."""
+def compile_kernel(name: str, target: GPUTarget, *, rank: int, k: int, dtype: str, form: str, tile: dict) -> Any:
+    """Compiles a kernel for x, W and y in `dtype`, everything else in float32."""
     kernel = KERNELS[name]
     settings = dict(tile)
     options = {option: settings.pop(option) for option in ("num_warps", "num_stages")}
-    precision = "ieee" if target.backend == "hip" else "tf32x3"
-    constants: dict[str, Any] = {**settings, "R": rank, "RC": launch.RANK_CHUNK, "GATE_PRECISION": precision}
-    # ADD as where it is used: on top of the base's own product.
-    constants |= {"UPCAST": False, "ADD": "w_ptr" in FORMS[form], **dict.fromkeys(FORMS[form])}
-    if dtype == "fp32":
-        constants |= {"x_ptr": None, "dy_ptr": None}  # the product with x is the library's
+    gate, thin = ("ieee", "ieee") if target.backend == "hip" else ("tf32x3", "tf32")
+    precision = thin if form in ("penalty", "all") else gate
+    constants: dict[str, Any] = {**settings, "R": rank, "RC": launch.RANK_CHUNK, "GATE_PRECISION": gate}
+    constants |= {"PRECISION": precision, "K": k, "KP": triton.next_power_of_2(k), "ADD": True}
+    constants |= dict.fromkeys(FORMS[name][form])
     # Triton makes a constant of an argument that is 1.
     constants["stride_wo" if form.startswith("W^T") else "stride_wi"] = 1
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
@@ -71,7 +74,7 @@ def compile_kernel(name: str, target: GPUTarget, *, rank: int, dtype: str, form:
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            element = "fp32" if argument in FLOAT32_POINTERS else "u8" if argument == "free_ptr" else dtype
+            element = "u8" if argument == "free_ptr" else dtype if argument in ("w_ptr", "rows_ptr") else "fp32"
             signature[argument] = f"*{element}"
         else:
             signature[argument] = "fp32" if argument in FLOATS else "i32"
@@ -82,21 +85,21 @@ def compile_kernel(name: str, target: GPUTarget, *, rank: int, dtype: str, form:
 
 
 def cases(names: list[str], targets: list[str], dtypes: list[str], fast: bool) -> Iterator[tuple]:
-    """(kernel, target, rank, dtype, form, tile) of everything that `launch` can ask for, or of a subset.
+    """(kernel, target, rank, k, dtype, form) of everything that `launch` can ask for, or of a subset.
 
-    The subset: every kernel for every target with its first tile, in bf16, in the form with most pointers and the
-    largest rank.
+    The subset: every kernel for every target, in bf16, in each form with most pointers and the largest rank.
     """
-    for name in names:
-        kernel = KERNELS[name]
-        ranks = RANKS["tiles" if name in BY_TILES else "rows"]
-        forms = list(FORMS) if "w_ptr" in kernel.arg_names else ["free", "neither"]
-        tiles = launch.TILES[name]
-        if fast:
-            dtypes, ranks, forms, tiles = ["bf16"], ranks[-1:], forms[:1], tiles[:1]
-        for target, rank, dtype, form, tile in itertools.product(targets, ranks, dtypes, forms, tiles):
-            if dtype != "fp32" or name not in BY_TILES:
-                yield name, target, rank, dtype, form, tile
+    for name, target in itertools.product(names, targets):
+        for form in FORMS[name]:
+            ranks = RANKS.get(form, RANKS["all"])
+            widths = WIDTHS if "K" in KERNELS[name].arg_names and form in ("penalty", "all") else [1]
+            types = dtypes if name == "update_rows" else ["fp32"]
+            if fast:
+                ranks, widths, types = ranks[:1], widths[:1], types[:1]
+            for rank, k, dtype in itertools.product(ranks, widths, types):
+                yield name, target, rank, k, dtype, form
+            if fast and name != "gate_grad":
+                break
 
 
 def resources(compiled: Any, target: GPUTarget) -> tuple[str, bool]:
@@ -124,16 +127,17 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[str, bool]:
 
 def check(case: tuple) -> bool:
     """Compile one case and print what it uses. Returns whether it spills or does not fit."""
-    name, target_name, rank, dtype, form, tile = case
+    name, target_name, rank, k, dtype, form, *other = case
+    tile = other[0] if other else launch.TILES[name]
     target, shared_limit = TARGETS[target_name]
     start = time.perf_counter()
-    compiled = compile_kernel(name, target, rank=rank, dtype=dtype, form=form, tile=tile)
+    compiled = compile_kernel(name, target, rank=rank, k=k, dtype=dtype, form=form, tile=tile)
     used, spills = resources(compiled, target)
     shared = compiled.metadata.shared
     bad = spills or shared > shared_limit
-    shape = "x".join(str(tile[side]) for side in ("BT", "BO", "BI") if side in tile)
+    shape = "x".join(str(tile[side]) for side in ("BO", "BI", "BLOCK") if side in tile)
     print(
-        f"{'FAIL' if bad else 'ok':4} {name:11} {target_name:6} r={rank:<3} {dtype:4} {form:9} "
+        f"{'FAIL' if bad else 'ok':4} {name:11} {target_name:6} r={rank:<3} k={k:<3} {dtype:4} {form:9} "
         f"{shape:10} w{tile['num_warps']} s{tile['num_stages']}  {used}, shared {shared / KIB:.0f} KiB "
         f"({time.perf_counter() - start:.1f} s)",
         flush=True,

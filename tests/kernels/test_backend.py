@@ -118,6 +118,7 @@ def test_argument_over_environment_over_automatic(monkeypatch, caplog):
         monkeypatch.setattr(dispatch, f"gated_linear_{name}", spy)
     monkeypatch.setattr(dispatch, "_logged", set())
     x, A, B, log_tau = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(4, 1), torch.zeros(1)
+    dispatch._choose.cache_clear()
     caplog.set_level(logging.INFO, "hf_jumplora")
     monkeypatch.delenv("HF_JUMPLORA_BACKEND", raising=False)
     for value, argument in ((None, None), (None, None), ("naive", None), ("naive", "blocked")):
@@ -140,7 +141,10 @@ def test_automatic_choice_on_a_gpu(monkeypatch, capability, dtype, expected):
     jumplora_kernels = pytest.importorskip("jumplora_kernels")
     monkeypatch.delenv("HF_JUMPLORA_BACKEND", raising=False)
     monkeypatch.setattr(jumplora_kernels, "is_available", lambda device: capability == "present")
-    assert dispatch._choose(None, "cuda:0", [dtype, "float32"]) == expected
+    dispatch._choose.cache_clear()
+    dtypes = getattr(torch, dtype), torch.float32
+    assert dispatch.choose_backend(None, torch.device("cuda:0"), dtypes) == expected
+    dispatch._choose.cache_clear()
 
 
 def test_the_config_says_so_to_its_layers(gated, ids, monkeypatch, tmp_path):

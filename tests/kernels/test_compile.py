@@ -27,11 +27,11 @@ def check(cache: Path, *arguments: str) -> list[str]:
 
 
 def test_every_kernel_for_every_target(tmp_path):
-    """The first tile, bf16, the largest rank, the form with most pointers."""
+    """bf16, a small rank, the form with most pointers; of the gate's gradient all three."""
     lines = check(tmp_path, "--fast")
     assert sorted({line.split()[2] for line in lines}) == sorted(TARGETS)
-    assert len({line.split()[1] for line in lines}) == 5
-    assert len(lines) == 5 * len(TARGETS)
+    assert len({line.split()[1] for line in lines}) == 4
+    assert len(lines) == 6 * len(TARGETS)
 
 
 def test_a_spill_is_found(tmp_path):
@@ -39,8 +39,8 @@ def test_a_spill_is_found(tmp_path):
     script = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import compile_check as c\n"
-        "tile = dict(BT=64, BO=64, BI=64, num_warps=4, num_stages=3)\n"
-        "sys.exit(0 if c.check(('grad_params', 'sm_80', 16, 'bf16', 'neither', tile)) else 1)"
+        "tile = dict(BO=256, BI=256, num_warps=4, num_stages=2)\n"
+        "sys.exit(0 if c.check(('gate_grad', 'sm_80', 16, 1, 'fp32', 'layer', tile)) else 1)"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -51,5 +51,5 @@ def test_a_spill_is_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_that_can_be_launched(target, tmp_path):
-    """All tiles, ranks of both ends, bf16 and float32, with and without W, its transpose, and the support limit."""
+    """Ranks of both ends, bf16 and float32, with and without W, its transpose, and the support limit."""
     check(tmp_path, "--target", target)

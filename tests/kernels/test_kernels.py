@@ -12,7 +12,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 SIZES = [(37, 45, 70), (5, 130, 33), (1, 8, 8)]  # tokens, out, in
-PATHS = pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "rows"])
 SCALING = 2.0
 LOG_TAU = -0.4
 BANDWIDTH = 0.2
@@ -97,11 +96,15 @@ def reference(case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad
     }
 
 
+def gate_of(case: dict[str, Any]) -> list[Tensor]:
+    """A, B, tau and f as the kernels take them."""
+    return [case["A"], case["B"], case["log_tau"].exp(), torch.tensor([case["mix"]], device=DEVICE)]
+
+
 def run(
-    package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad: str = "mean", tiles: bool = True
+    package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad: str = "mean"
 ) -> dict[str, Tensor]:
-    shared = {"scaling": SCALING, "free": case["free"], "tiles": tiles}
-    gate = [case[name] for name in ("A", "B", "log_tau", "mix")]
+    shared, gate = {"scaling": SCALING, "free": case["free"]}, gate_of(case)
     y = package.forward(case["x"], case["weight"], case["bias"], *gate, **shared)
     grads = package.backward(
         case["grad_y"], case["x"], case["weight"], *gate,
@@ -125,57 +128,51 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, acti
     assert all(error <= slack * limits[name] for name, error in errors.items()), errors
 
 
-@PATHS
 @pytest.mark.parametrize("rank", [1, 4, 8, 16, 70])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes_and_ranks(package, size, rank, tiles):
+def test_sizes_and_ranks(package, size, rank):
     case = make_case(size, rank)
-    assert_close(run(package, case, tiles=tiles), reference(case))
+    assert_close(run(package, case), reference(case))
 
 
-@PATHS
 @pytest.mark.parametrize("rank", [200, 512])
-def test_large_ranks(package, rank, tiles):
+def test_large_ranks(package, rank):
     """Many chunks of ranks; the last one is not full."""
     case = make_case((7, 33, 20), rank)
-    assert_close(run(package, case, tiles=tiles), reference(case))
+    assert_close(run(package, case), reference(case))
 
 
-@PATHS
 @pytest.mark.parametrize("free", [False, True], ids=["", "free"])
 @pytest.mark.parametrize("weight", [False, True], ids=["", "weight"])
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
-def test_forms(package, mix, weight, free, tiles):
+def test_forms(package, mix, weight, free):
     case = make_case(mix=mix, weight=weight, bias=weight, free=free)
-    assert_close(run(package, case, tiles=tiles), reference(case))
+    assert_close(run(package, case), reference(case))
 
 
-@PATHS
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_many_tiles_and_blocks(package, monkeypatch, size, tiles):
+@pytest.mark.parametrize("rank", [4, 20])
+@pytest.mark.parametrize("size", [*SIZES, (3, 300, 40)], ids=str)
+def test_many_tiles_and_blocks(package, monkeypatch, size, rank):
     """With the default tiles these matrices are one or a few programs, and one block of rows."""
-    for name, (tile, *_) in package.launch.TILES.items():
-        small = {side: min(tile[side], 32) for side in ("BT", "BO", "BI") if side in tile}
-        monkeypatch.setitem(package.launch.TILES, name, [{**tile, **small}])
-    package.launch._tuned.cache_clear()
-    monkeypatch.setattr(package.launch, "WORKSPACE_BYTES", 0)  # blocks of 128 rows, the least
-    case = make_case(size)
-    assert_close(run(package, case, tiles=tiles), reference(case))
-    package.launch._tuned.cache_clear()
+    for name in ("update_rows", "gate_grad"):
+        monkeypatch.setitem(package.launch.TILES, name, {**package.launch.TILES[name], "BO": 32, "BI": 32})
+    monkeypatch.setitem(package.launch.TILES, "sum_parts", {**package.launch.TILES["sum_parts"], "BLOCK": 32})
+    monkeypatch.setattr(package.launch, "BLOCK_ENTRIES", 0)  # blocks of 128 rows, the least
+    case = make_case(size, rank)
+    assert_close(run(package, case), reference(case))
 
 
-@PATHS
-def test_the_additive_form(package, tiles):
+def test_the_additive_form(package):
     """On top of what is there, in place: y and grad_x."""
     case = make_case(weight=False, bias=False)
     expected = reference(case)
-    gate, options = [case[name] for name in ("A", "B", "log_tau", "mix")], {"scaling": SCALING, "free": case["free"]}
+    gate, options = gate_of(case), {"scaling": SCALING, "free": case["free"]}
     y, grad_x = torch.randn(37, 45, device=DEVICE), torch.randn(37, 70, device=DEVICE)
     expected |= {"y": expected["y"] + y, "grad_x": expected["grad_x"] + grad_x}
-    actual = package.forward(case["x"], None, None, *gate, **options, add_to=y, tiles=tiles)
+    actual = package.forward(case["x"], None, None, *gate, **options, add_to=y)
     grads = package.backward(
         case["grad_y"], case["x"], None, *gate, bandwidth=BANDWIDTH, threshold_grad="mean", **options,
-        add_to=grad_x, tiles=tiles,
+        add_to=grad_x,
     )  # fmt: skip
     assert actual is y
     assert grads[0] is grad_x
@@ -184,29 +181,24 @@ def test_the_additive_form(package, tiles):
         package.forward(case["x"], None, None, *gate, **options, add_to=y[:, 1:])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rank", "dtype", "name"),
-    [
-        (1024, 16, torch.bfloat16, "forward"), (1024, 17, torch.bfloat16, "weight_rows"),
-        (1025, 16, torch.float16, "weight_rows"), (1, 1, torch.float32, "weight_rows"),
-    ],
-)  # fmt: skip
-def test_which_kernels_run(package, monkeypatch, tokens, rank, dtype, name):
-    """Small ranks, few tokens and half precision: inside the product."""
-    launched = []
-    monkeypatch.setattr(package.launch, "_launch", lambda name, *args, **options: launched.append(name))
-    x, A, B = torch.zeros(tokens, 8, dtype=dtype), torch.zeros(rank, 8), torch.zeros(8, rank)
-    package.forward(x, None, None, A, B, torch.zeros(1), 0.5, scaling=1.0)
-    assert launched == [name]
+@pytest.mark.parametrize(("rank", "launches"), [(8, 3), (16, 3), (17, 2)])
+def test_launches(package, monkeypatch, rank, launches):
+    """One before the product over the tokens of the forward pass; three, or two of a large rank, in the backward."""
+    launched, launch = [], package.launch._launch
+    monkeypatch.setattr(package.launch, "_launch", lambda *args, **options: launched.append(launch(*args, **options)))
+    case = make_case(rank=rank)
+    package.forward(case["x"], None, None, *gate_of(case), scaling=1.0)
+    assert len(launched) == 1
+    run(package, case)
+    assert len(launched) == 2 + launches
 
 
-@PATHS
 @pytest.mark.parametrize("log_tau", [10.0, -20.0], ids=["empty", "full"])
 @pytest.mark.parametrize("mix", [0.3, 1.0])
-def test_empty_and_full_support(package, log_tau, mix, tiles):
+def test_empty_and_full_support(package, log_tau, mix):
     case = make_case(mix=mix, log_tau=log_tau)
     expected = reference(case)
-    actual = run(package, case, tiles=tiles)
+    actual = run(package, case)
     assert_close(actual, expected)
     assert actual["grad_log_tau"] == 0 or log_tau < 0
     if mix == 1 and log_tau > 0:
@@ -214,8 +206,7 @@ def test_empty_and_full_support(package, log_tau, mix, tiles):
         assert not actual["grad_B"].any()
 
 
-@PATHS
-def test_boundaries_are_open(package, tiles):
+def test_boundaries_are_open(package):
     """|D| = tau is not kept, ||D| - tau| = bandwidth / 2 has no say in the gradient of tau. D and tau are exact."""
     case = make_case((5, 4, 4), rank=4, mix=1.0, free=False, log_tau=0.0)
     case["A"] = torch.eye(4, device=DEVICE)
@@ -223,43 +214,39 @@ def test_boundaries_are_open(package, tiles):
         [[1.0, -1.0, 1.25, 0.75], [-1.25, -0.75, 2.0, 0.5], [0.0, 1.125, -1.125, 0.875], [3.0, -3.0, 0.1, -0.1]],
         device=DEVICE,
     )
-    actual = run(package, case, bandwidth=0.5, tiles=tiles)
+    actual = run(package, case, bandwidth=0.5)
     assert_close(actual, reference(case, bandwidth=0.5))
     assert actual["grad_B"][0, 0] == 0
     assert actual["grad_B"][0, 1] == 0
     assert actual["grad_B"][0, 2] != 0
 
 
-@PATHS
-def test_threshold_below_half_the_bandwidth(package, tiles):
+def test_threshold_below_half_the_bandwidth(package):
     """The windows around tau and -tau overlap; an entry in both has no say."""
     case = make_case(mix=1.0, log_tau=-3.0)
-    assert_close(run(package, case, tiles=tiles), reference(case))
+    assert_close(run(package, case), reference(case))
 
 
-@PATHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weight", [False, True], ids=["", "weight"])
-def test_half_precision(package, dtype, weight, tiles):
+def test_half_precision(package, dtype, weight):
     """Only what is stored in half precision loses accuracy (the interpreter truncates to bfloat16)."""
     case = make_case(weight=weight, dtype=dtype)
-    actual = run(package, case, tiles=tiles)
+    actual = run(package, case)
     assert actual["y"].dtype == actual["grad_x"].dtype == dtype
     assert actual["grad_A"].dtype == actual["grad_B"].dtype == actual["grad_log_tau"].dtype == torch.float32
     assert_close(actual, reference(case), activations=2**-7 if dtype is torch.bfloat16 else 2**-10)
 
 
-@PATHS
-def test_half_precision_over_a_float32_weight(package, tiles):
+def test_half_precision_over_a_float32_weight(package):
     case = make_case(dtype=torch.float16)
     case["weight"] = case["weight"].float() + 1e-4
-    assert_close(run(package, case, tiles=tiles), reference(case), activations=2**-10)
+    assert_close(run(package, case), reference(case), activations=2**-10)
 
 
-@PATHS
-def test_the_same_inputs_give_the_same_bits(package, tiles):
+def test_the_same_inputs_give_the_same_bits(package):
     case = make_case()
-    first, second = run(package, case, tiles=tiles), run(package, case, tiles=tiles)
+    first, second = run(package, case), run(package, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -268,28 +255,19 @@ def test_sum_of_threshold_gradients(package):
     assert_close(run(package, case, threshold_grad="sum"), reference(case, threshold_grad="sum"))
 
 
-@PATHS
-def test_views(package, tiles):
+def test_views(package):
     """A transposed weight (Conv1D), a strided x and an expanded gradient (of y.sum())."""
     case = make_case()
     case["weight"] = case["weight"].T.contiguous().T
     case["x"] = case["x"].repeat(1, 2)[:, ::2]
     case["grad_y"] = torch.ones(1, 1, device=DEVICE).expand(37, 45)
     assert not any(case[name].is_contiguous() for name in ("weight", "x", "grad_y"))
-    assert_close(run(package, case, tiles=tiles), reference(case))
+    assert_close(run(package, case), reference(case))
 
 
-def test_mix_in_a_tensor(package):
-    case = make_case()
-    expected = run(package, case)
-    actual = run(package, {**case, "mix": torch.tensor(0.3, dtype=torch.float64, device=DEVICE)})
-    assert all(torch.equal(actual[name], value) for name, value in expected.items())
-
-
-@PATHS
-def test_no_tokens(package, tiles):
+def test_no_tokens(package):
     case = make_case((0, 45, 70))
-    actual = run(package, case, tiles=tiles)
+    actual = run(package, case)
     assert actual["y"].shape == (0, 45)
     assert actual["grad_x"].shape == (0, 70)
     assert not any(actual[name].any() for name in ("grad_A", "grad_B", "grad_log_tau"))
@@ -297,11 +275,33 @@ def test_no_tokens(package, tiles):
 
 def test_frozen_input_gets_no_gradient(package):
     case = make_case()
-    gate = [case[name] for name in ("x", "weight", "A", "B", "log_tau", "mix")]
-    grad_x, *_ = package.backward(
-        case["grad_y"], *gate, scaling=SCALING, bandwidth=BANDWIDTH, threshold_grad="mean", needs_x=False
-    )
+    grad_x, *_, grad_log_tau = package.backward(
+        case["grad_y"], case["x"], case["weight"], *gate_of(case), scaling=SCALING, bandwidth=BANDWIDTH,
+        threshold_grad="mean", needs_x=False, needs_tau=False,
+    )  # fmt: skip
     assert grad_x is None
+    assert grad_log_tau is None
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("rank", "k"), [(4, 5), (20, 16), (3, 70)])
+def test_penalty(package, monkeypatch, rank, k, mix):
+    """Value and gradients of many layers at once, in one chunk of layers or in several, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, rank, 70), (3, 45, rank), (3, 45, k), (3, 70, k)
+    A, B, G, C = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    B /= rank**0.5
+    tau, f = torch.tensor([0.5, 0.8, 100.0], device=DEVICE), torch.full((3,), mix, device=DEVICE)
+    a, b = A.double().requires_grad_(), B.double().requires_grad_()
+    D = b @ a
+    E = D * (1 - f[:, None, None].double() * (D.abs() <= tau[:, None, None]))
+    value = (G.double().mT @ E @ C.double()).square().sum()
+    expected = value.detach(), *torch.autograd.grad(value, (a, b))
+    for size in (64 << 20, 1):
+        monkeypatch.setattr(package.launch, "PARTS_BYTES", size)
+        for name, found, right in zip(("value", "A", "B"), package.penalty(A, B, tau, f, G, C), expected, strict=True):
+            error = (found.double() - right).norm() / right.norm().clamp_min(1e-30)
+            assert error <= (1e-6 if DEVICE == "cpu" else 2e-3), (name, size, error)  # tf32 on a GPU
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_jumplora.ops.quadratic import quadratic_penalty
+from hf_jumplora.ops.quadratic import quadratic_penalty, stacked_penalty
 
 
 def psd(size, seed):
@@ -47,3 +47,25 @@ def test_against_dense(out, inside, r, gate, kind, closed, relative_error):
     assert relative_error(A.grad, A64.grad) < 1e-5
     assert relative_error(B.grad, B64.grad) < 1e-5
     assert log_tau is None or log_tau.grad is None
+
+
+@pytest.mark.parametrize("gate", [None, 0.0, 0.6, 1.0])
+def test_many_layers_at_once(gate, relative_error):
+    """The sum of what each layer has by itself; a threshold of its own in each."""
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 2, 7, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
+    G, C = torch.randn(3, 5, 4), torch.randn(3, 7, 4)
+    log_tau = None if gate is None else torch.tensor([-0.5, 0.0, 3.0], requires_grad=True)
+    mix = None if gate is None else torch.full((3,), gate)
+    value = stacked_penalty(A, B, G, C, scaling=1.5, log_tau=log_tau, mix=mix)
+    found = value, *torch.autograd.grad(3 * value, (A, B))
+    single = [
+        quadratic_penalty(
+            A[i], B[i], [(G[i], C[i])], scaling=1.5, log_tau=None if gate is None else log_tau[i], mix=gate or 0.0,
+            roots=True,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    expected = sum(single), *torch.autograd.grad(3 * sum(single), (A, B))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
