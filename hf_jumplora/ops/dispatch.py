@@ -100,7 +100,7 @@ def gated_linear(
         return gated_linear_blocked(x, weight, bias, A, B, log_tau, mix=mix, free=free, **options)
     if not isinstance(mix, torch.Tensor):
         if mix == 0 and free is None:
-            return low_rank_linear(x, weight, bias, A, B, scaling)
+            return low_rank_linear(x, weight, bias, A, B, log_tau, scaling)
         mix = torch.full((1,), mix, device=x.device)  # filled there: nothing is copied, nothing waits
     mix = mix.to(x.device, torch.float32, non_blocking=True).reshape(1)
     fold = backend == "triton-fold"
@@ -119,10 +119,12 @@ def _choose(backend: str | None, environment: str | None, device: torch.device, 
     asked, source = (backend, "backend") if backend is not None else (environment, BACKEND_VARIABLE)
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"{source} is one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
-    if asked in (None, "triton", "triton-fold"):
+    if asked is None and device.type == "cpu":
+        asked, source = "blocked", "automatic"
+    elif asked in (None, "triton", "triton-fold"):
         missing = _missing_for_triton(device, [str(dtype).removeprefix("torch.") for dtype in dtypes])
         if asked is None:
-            asked, source = ("blocked" if missing or device.type == "cpu" else "triton"), "automatic"
+            asked, source = ("blocked" if missing else "triton"), "automatic"
         elif missing:
             raise ValueError(f"{source}={asked!r} {missing}, or use {source}='blocked'")
     if (asked, str(device)) not in _logged:

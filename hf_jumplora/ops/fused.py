@@ -59,9 +59,7 @@ def _tau(log_tau: torch.Tensor) -> torch.Tensor:
 
 # Opaque to torch.compile. Without it, the functions themselves: a custom operator costs as much as several launches.
 _forward = torch.library.custom_op("hf_jumplora::gated_linear_triton", _compute, mutates_args=())
-_gradients = torch.library.custom_op(
-    "hf_jumplora::gated_linear_triton_backward", _compute_gradients, mutates_args=()
-)
+_gradients = torch.library.custom_op("hf_jumplora::gated_linear_triton_backward", _compute_gradients, mutates_args=())
 
 
 @_forward.register_fake
@@ -105,7 +103,7 @@ class _LowRankLinear(torch.autograd.Function):
     """Few launches, and x is never copied to float32 as by two linear layers of float32 factors."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
+    def forward(ctx, x, weight, bias, A, B, log_tau, scaling):
         with torch.autocast(x.device.type, enabled=False):
             inner = x @ A.to(x.dtype).T
             scaled = (B * scaling).to(x.dtype)
@@ -114,7 +112,7 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 y = F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
                 y.addmm_(inner, scaled.T)
-        ctx.save_for_backward(x, weight, A, B, inner)
+        ctx.save_for_backward(x, weight, A, B, log_tau, inner)
         ctx.scaling = scaling
         return y
 
@@ -122,7 +120,7 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, grad_y):
         from jumplora_kernels import product
 
-        x, weight, A, B, inner = ctx.saved_tensors
+        x, weight, A, B, log_tau, inner = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_y = grad_y.contiguous()
         grad_x = None
@@ -136,12 +134,14 @@ class _LowRankLinear(torch.autograd.Function):
             grad_B = product(grad_y.T, inner).mul_(ctx.scaling).to(B.dtype)
         grad_weight = grad_y.T @ x if needs_weight else None
         grad_bias = grad_y.sum(0) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+        # 0, not None: DDP waits for a gradient of every trained parameter.
+        grad_log_tau = torch.zeros_like(log_tau) if ctx.needs_input_grad[5] else None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_log_tau, None
 
 
-def low_rank_linear(x, weight, bias, A, B, scaling: float) -> torch.Tensor:
+def low_rank_linear(x, weight, bias, A, B, log_tau, scaling: float) -> torch.Tensor:
     """y = x W^T + bias + scaling * x (B A)^T, products over the tokens in the dtype of x: [..., out]."""
-    y = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
+    y = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, log_tau, scaling)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

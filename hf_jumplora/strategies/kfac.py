@@ -1,13 +1,52 @@
 """Kronecker-factored Laplace (arXiv 1805.07810): stay where the earlier tasks' answers do not depend on the weights."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from ..ops.quadratic import stacked_penalty
 from ..tuner import named_layers
+from ..tuner.sharded_parameters import full_shape
 from .base import Strategy
 from .moments import check_examples, kronecker_factors, layer_penalty
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The roots of layers of one shape, rank, scaling and device: G [layers, out, k] and C [layers, in, k]."""
+
+    names: list[str]
+    G: torch.Tensor
+    C: torch.Tensor
+
+    def penalty(self, layers: dict[str, Any], adapter: str) -> torch.Tensor:
+        """Sum over the layers of ||G^T dW C||^2, dW the update of `adapter` as it acts now."""
+        own = [layers[name] for name in self.names]
+        A, B = (
+            torch.stack([part[adapter] for part in parts])
+            for parts in zip(*((layer.jumplora_A, layer.jumplora_B) for layer in own), strict=True)
+        )
+        options = {}
+        if adapter in own[0].jumplora_gate:
+            gates = [layer.gate(adapter) for layer in own]
+            options = {"log_tau": torch.cat([g.log_tau for g in gates]), "mix": torch.cat([g.mix for g in gates])}
+        return stacked_penalty(A, B, self.G, self.C, scaling=own[0].scaling[adapter], **options)
+
+
+def _stacks(layers: dict[str, Any], adapter: str, G: dict[str, torch.Tensor], C: dict[str, torch.Tensor]):
+    """[`Stack`]s of the roots of all layers that have some, [1, out, k] and [1, in, k] each; k padded to the widest."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        if name in G:
+            A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
+            sizes = G[name].shape[-1], C[name].shape[-1]
+            groups[(full_shape(A), full_shape(B), layer.scaling[adapter], A.device, sizes)].append(name)
+    for (*_, sizes), names in groups.items():
+        k = max(sizes)
+        yield Stack(names, *(F.pad(torch.cat([t[n] for n in names]), (0, k - t[names[0]].shape[-1])) for t in (G, C)))
 
 
 @dataclass
@@ -37,6 +76,7 @@ class KFac(Strategy):
     tasks: int = field(default=0, init=False, repr=False)
     G: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     C: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    stacks: list["Stack"] = field(default_factory=list, init=False, repr=False)  # made of G and C for one task
 
     def __post_init__(self):
         if self.weight < 0:
@@ -59,11 +99,12 @@ class KFac(Strategy):
     def on_task_start(self, model, adapter, examples):
         if self.general is not None and not self.tasks:
             self._remember(model, adapter, examples(self.examples, self.general))
-        for name, layer in named_layers(model, adapter):
-            if name in self.G:
-                self.G[name], self.C[name] = (
-                    t.to(layer.jumplora_A[adapter].device) for t in (self.G[name], self.C[name])
-                )
+        layers = dict(named_layers(model, adapter))
+        for name in self.G.keys() & layers.keys():
+            device = layers[name].jumplora_A[adapter].device
+            self.G[name], self.C[name] = self.G[name].to(device), self.C[name].to(device)
+        closed = any(adapter in layer.jumplora_free for layer in layers.values())  # hard isolation
+        self.stacks = [] if self._rank is None or closed else list(_stacks(layers, adapter, self.G, self.C))
 
     def on_task_end(self, model, adapter, examples):
         self._remember(model, adapter, examples(self.examples))
@@ -71,11 +112,12 @@ class KFac(Strategy):
     def penalty(self, model, inputs, adapter, output):
         if not self.tasks:
             return None
-        terms = {name: list(zip(self.G[name], self.C[name], strict=True)) for name in self.G}
-        layers, roots = named_layers(model, adapter), self._rank is not None
-        return self.weight * sum(
-            layer_penalty(layer, adapter, terms[name], roots) for name, layer in layers if name in terms
-        )
+        layers = dict(named_layers(model, adapter))
+        if self.stacks:
+            return self.weight * sum(stack.penalty(layers, adapter) for stack in self.stacks)
+        terms = {name: list(zip(self.G[name], self.C[name], strict=True)) for name in self.G.keys() & layers.keys()}
+        roots = self._rank is not None
+        return self.weight * sum(layer_penalty(layers[name], adapter, terms[name], roots) for name in sorted(terms))
 
     def _remember(self, model, adapter, examples) -> None:
         generator = torch.Generator().manual_seed(self.tasks)

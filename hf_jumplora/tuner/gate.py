@@ -37,3 +37,20 @@ class JumpGate(_Float32):
         super().__init__()
         self.log_tau = nn.Parameter(torch.full((1,), PUBLISHED_LOG_TAU))
         self.register_buffer("mix", torch.zeros(1))
+        self._known: tuple[torch.Tensor, int, float] | None = None
+
+    def set_mix(self, f: float) -> None:
+        """Set f on the device, and remember it here."""
+        self.mix.fill_(f)
+        self._known = (self.mix, self._version(), f)
+
+    @property
+    def f(self) -> float:
+        """The mix as a number. Waits for the device only when something other than [`set_mix`] has changed it."""
+        if self._known is None or self._known[0] is not self.mix or self._known[1] != self._version():
+            self._known = (self.mix, self._version(), self.mix.item())
+        return self._known[2]
+
+    def _version(self) -> int:
+        """Of the mix: grows when it is changed in place."""
+        return -1 if self.mix.is_inference() else self.mix._version

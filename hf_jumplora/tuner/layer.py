@@ -194,8 +194,10 @@ class JumpLoraLayer(AdapterUpdates):
         if adapter not in self.jumplora_gate:
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)
         gate, config = self.gate(adapter), self.configs[adapter]
+        # A number where it is known to be 0: plain LoRA. Under torch.compile a tensor, which compiles once.
+        mix = 0.0 if not torch.compiler.is_compiling() and gate.f == 0 else gate.mix
         return gated_linear(
-            x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=gate.mix, bandwidth=config.bandwidth,
+            x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=mix, bandwidth=config.bandwidth,
             threshold_grad=config.threshold_grad, free=self.free(adapter), backend=config.backend,
         )  # fmt: skip
 

@@ -53,7 +53,7 @@ def density_at(step: int, total_steps: int, config: JumpLoraConfig) -> float | N
 def set_mix(model: nn.Module, adapter: str, mix: float) -> None:
     """Set f of all gates of an adapter."""
     for gate, _ in gate_groups(model, adapter):
-        gate.mix.fill_(mix)
+        gate.set_mix(mix)
 
 
 def _entries(layers: list[JumpLoraLayer]) -> int:

@@ -47,6 +47,26 @@ def test_the_specification(package, backend, dtype, bound):
     assert_close(step(leaves, backend), step(leaves, "naive"), bound)
 
 
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+)
+def test_plain_lora_while_the_gate_is_open(package, monkeypatch, dtype, bound, has_weight):
+    """mix = 0.0 as a number: the specification, no kernel, and a gradient for every leaf (DDP waits for each)."""
+    x, W, bias, *factors = setup(dtype)
+    monkeypatch.setattr(package.launch, "_launch", None)
+    found, expected = [], []
+    for results, backend in ((found, "triton"), (expected, "naive")):
+        y = gated_linear(
+            x, W if has_weight else None, bias if has_weight else None, *factors, scaling=4.0, mix=0.0, backend=backend
+        )
+        leaves = [x, W, bias, *factors] if has_weight else [x, *factors]
+        results += y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert not found.pop().any()
+    assert not expected.pop().any()
+    assert_close(found, expected, bound)
+
+
 def test_compiled(package):
     """No graph break, and no second compilation when the mix changes."""
     compiled, leaves = torch.compile(gated_linear, fullgraph=True, backend="aot_eager"), setup()

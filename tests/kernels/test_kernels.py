@@ -101,9 +101,7 @@ def gate_of(case: dict[str, Any]) -> list[Tensor]:
     return [case["A"], case["B"], case["log_tau"].exp(), torch.tensor([case["mix"]], device=DEVICE)]
 
 
-def run(
-    package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad: str = "mean"
-) -> dict[str, Tensor]:
+def run(package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad: str = "mean") -> dict[str, Tensor]:
     shared, gate = {"scaling": SCALING, "free": case["free"]}, gate_of(case)
     y = package.forward(case["x"], case["weight"], case["bias"], *gate, **shared)
     grads = package.backward(

@@ -1,5 +1,6 @@
 """The ramp, the start of the threshold, and the density."""
 
+import copy
 import itertools
 import math
 
@@ -86,7 +87,7 @@ def test_density_does_not_depend_on_the_mix(gated):
     found = []
     for f in (0.0, 0.5, 1.0):
         set_mix(model, "default", f)
-        assert all(gate.mix.item() == f for gate, _ in gate_groups(model, "default"))
+        assert all(gate.mix.item() == gate.f == f for gate, _ in gate_groups(model, "default"))
         found.append(density(model, "default"))
     assert found[0] == found[1] == found[2] == pytest.approx(0.25, abs=1e-3)
 
@@ -262,3 +263,16 @@ def test_layers_with_budgets_of_their_own(gated):
 def test_densities_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         JumpLoraConfig(**options)
+
+
+def test_the_mix_as_a_number_follows_every_change(gated):
+    """It is read from the device again when a checkpoint, or anybody, changes the buffer, or the module moves."""
+    gate = gate_groups(gated(mix=0.25), "default")[0][0]
+    assert gate.f == 0.25
+    gate.load_state_dict({**gate.state_dict(), "mix": torch.tensor([0.5])})
+    assert gate.f == 0.5
+    gate.mix.fill_(0.75)
+    assert gate.f == 0.75
+    gate.mix = torch.ones(1)
+    assert gate.f == 1
+    assert copy.deepcopy(gate).f == 1
