@@ -10,6 +10,7 @@ from .tuner import JumpLoraConfig, JumpLoraModel, finish_adapter, register
 
 
 if TYPE_CHECKING:
+    from .data import LanguageModelTask, Task, TextTask, load_tasks
     from .stack import load_stack
     from .trainer import (
         ContinualRun,
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
         ContinualTrainer,
         ContinualTrainingArguments,
         GateCallback,
-        LanguageModelTask,
-        Task,
-        TextTask,
-        load_tasks,
         make_continual,
     )
 
@@ -47,9 +44,10 @@ __all__ = [
 
 register()
 
+_PLACES = dict.fromkeys(("LanguageModelTask", "Task", "TextTask", "load_tasks"), ".data") | {"load_stack": ".stack"}
+
 
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'hf_jumplora' has no attribute {name!r}")
-    module = importlib.import_module(".stack" if name == "load_stack" else ".trainer", __name__)
-    return getattr(module, name)
+    return getattr(importlib.import_module(_PLACES.get(name, ".trainer"), __name__), name)

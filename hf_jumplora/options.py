@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .data import load_tasks
 from .methods import METHODS, get_method
 from .strategies import Ella, Strategy
-from .trainer.streams import load_tasks
 from .tuner import JumpLoraConfig
 
 

@@ -120,7 +120,7 @@ class _Kill(TrainerCallback):
 def run_and_die(base: str, output_dir: str, method: str, moment: str, options: dict) -> None:
     """A run in a process of its own, killed like by `kill -9` at a moment such as 'step task_001 5'."""
     import hf_jumplora.stack.save as save
-    import hf_jumplora.trainer.beside as beside
+    import hf_jumplora.trainer.evaluator as beside
     import hf_jumplora.trainer.run as run_module
 
     torch.set_num_threads(1)

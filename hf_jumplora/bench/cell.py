@@ -21,11 +21,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 from .. import metrics as formulas
+from ..data import Task
 from ..methods import get_method
 from ..options import make_strategies
 from ..stack.manifest import library_versions, write_json
 from ..strategies import Strategy
-from ..trainer import ContinualRun, ContinualTrainingArguments, Task
+from ..trainer import ContinualRun, ContinualTrainingArguments
 from ..tuner import JumpLoraConfig
 from .data import bench_tasks
 from .encoder import encoder_setting

@@ -5,8 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ..trainer import TextTask, load_tasks
-from ..trainer.tasks import Encoder
+from ..data import Encoder, TextTask, load_tasks
 from .protocol import Budget
 
 

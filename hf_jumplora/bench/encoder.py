@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..trainer import Task, TextTask
+from ..data import Task, TextTask
 
 
 class LabelEmbeddingClassifier(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ..data.streams import stream_path
 from ..stack.manifest import write_json
-from ..trainer.streams import stream_path
 from .cell import base_method, next_file, points, portable
 from .data import bench_tasks, room_beside_text
 from .encoder import default_encoder

@@ -74,10 +74,9 @@ def _prepare(args: argparse.Namespace) -> Callable[[], list[tuple[str, float, fl
     from peft import PeftModel
     from transformers import AutoTokenizer
 
+    from ..data import Encoder, TextTask, load_tasks
     from ..stack.load import load_base, load_stack, open_stack
-    from ..trainer.evaluation import evaluate_task
-    from ..trainer.streams import load_tasks
-    from ..trainer.tasks import Encoder, TextTask
+    from ..trainer.scoring import evaluate_task
 
     # All training rows: where the stream lists no labels, they are those of these rows.
     stream = load_tasks(args.stream, args.data_dir, max_eval=args.max_eval)

@@ -1,11 +1,10 @@
 """Training: one task (`ContinualTrainer`), a sequence of tasks (`ContinualRun`), and what they are made of."""
 
 from .arguments import ContinualTrainingArguments
-from .evaluation import evaluate_task
-from .mixin import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, GateCallback, make_continual
+from .callbacks import GateCallback
 from .run import ContinualRun
-from .streams import load_tasks
-from .tasks import LanguageModelTask, Task, TextTask
+from .scoring import evaluate_task
+from .task_trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, make_continual
 
 
 __all__ = [
@@ -15,11 +14,7 @@ __all__ = [
     "ContinualTrainer",
     "ContinualTrainingArguments",
     "GateCallback",
-    "LanguageModelTask",
-    "Task",
-    "TextTask",
     "evaluate_task",
-    "load_tasks",
     "make_continual",
 ]
 

@@ -19,6 +19,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
 
+from ..data import Encoder, LanguageModelTask, Task, TextTask, collate
+from ..data.tasks import check_tasks
 from ..hub import Pusher, push_stack, task_card
 from ..methods import get_method
 from ..metrics.derived import derive
@@ -39,15 +41,12 @@ from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
 from .arguments import ContinualTrainingArguments
-from .beside import describe_data, general_texts, lacks, measure, read_general, score
-from .engines import call_strategies, cut_base, release, runnable
-from .evaluation import own_adapter
-from .mixin import ContinualTrainer
-from .next_adapter import new_adapter, task_trainer
-from .preflight import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
+from .backend import call_strategies, cut_base, release, runnable
+from .checks import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
+from .evaluator import describe_data, general_texts, lacks, measure, read_general, score
+from .from_stack import complete_row, continued
 from .processes import check_same_settings, check_shared_folder, on_main, sharding
-from .resume import complete_row, continued
-from .state import (
+from .record import (
     METRICS,
     RUN,
     check_settings,
@@ -58,7 +57,9 @@ from .state import (
     read_matrix,
     write_readme,
 )
-from .tasks import Encoder, LanguageModelTask, Task, TextTask, check_tasks, collate
+from .scoring import own_adapter
+from .task import new_adapter, task_trainer
+from .task_trainer import ContinualTrainer
 
 
 logger = logging.getLogger(__name__)

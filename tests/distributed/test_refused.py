@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from hf_jumplora.strategies import Ewc
-from hf_jumplora.trainer.engines import check_engine
+from hf_jumplora.trainer.backend import check_engine
 
 
 OPTIONS = {"per_device_train_batch_size": 2}

@@ -16,9 +16,9 @@ import yaml
 
 from hf_jumplora import ContinualTrainingArguments, load_stack
 from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, accuracy, embed
+from hf_jumplora.data.streams import load_tasks, read_stream
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
-from hf_jumplora.trainer.streams import _read_stream, load_tasks
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -135,11 +135,11 @@ ORDERS = {  # arXiv 2310.14152, table 9
 @pytest.mark.parametrize("order", ORDERS)
 def test_streams(order):
     """The published orders, of tasks that the catalogue describes."""
-    data, entries, _ = _read_stream(RECIPES / "streams" / f"order{order}.yaml")
+    data, entries, _ = read_stream(RECIPES / "streams" / f"order{order}.yaml")
     names = [entry for _, entry in entries]
     same = {name.lower().replace("-", ""): name for name in names}
     assert [name.lower() for name in same] == [name.replace("-", "") for name in ORDERS[order].split()]
-    _, listed, _ = _read_stream(RECIPES / "streams" / data["catalogue"])
+    _, listed, _ = read_stream(RECIPES / "streams" / data["catalogue"])
     assert set(names) <= {entry["name"] for _, entry in listed}
 
 
@@ -189,7 +189,7 @@ def test_domains(tmp_path, monkeypatch):
         asked.append((name, config, split))
         return Dataset.from_dict(columns)
 
-    monkeypatch.setattr("hf_jumplora.trainer.streams.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_jumplora.data.readers.load_dataset", load_dataset)
     tasks = load_tasks("domains")
     assert [(task.name, task.held_out) for task in tasks] == [
         *((name, False) for name in ("reviews", "law", "medicine", "code")),

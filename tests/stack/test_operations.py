@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_jumplora import load_stack
 from hf_jumplora.cli import main
+from hf_jumplora.data import Encoder
 from hf_jumplora.stack import (
     diff,
     export_lora,
@@ -29,8 +30,7 @@ from hf_jumplora.stack import (
 )
 from hf_jumplora.stack.export import low_rank
 from hf_jumplora.stack.manifest import file_sha256, stack_support_sha256, write_manifest
-from hf_jumplora.trainer.evaluation import evaluate_task
-from hf_jumplora.trainer.tasks import Encoder
+from hf_jumplora.trainer.scoring import evaluate_task
 
 
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9]])

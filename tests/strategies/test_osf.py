@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from hf_jumplora import ContinualRun, JumpLoraConfig
 from hf_jumplora.strategies import Ella, Osf, Replay
-from hf_jumplora.trainer.preflight import check_run
+from hf_jumplora.trainer.checks import check_run
 from hf_jumplora.tuner import named_layers
 
 

@@ -8,9 +8,9 @@ import toy
 from datasets import Dataset
 
 from hf_jumplora import ContinualRun, LanguageModelTask, Task, TextTask
+from hf_jumplora.data.tasks import PROMPT
 from hf_jumplora.strategies import Drift, KFac
-from hf_jumplora.trainer.evaluation import evaluate_task, evaluate_text
-from hf_jumplora.trainer.tasks import PROMPT
+from hf_jumplora.trainer.scoring import evaluate_task, evaluate_text
 
 
 def texts(kind, count):

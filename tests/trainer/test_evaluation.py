@@ -7,10 +7,10 @@ import torch
 import toy
 
 from hf_jumplora import LanguageModelTask, TextTask
-from hf_jumplora.metrics.text import rouge_l
-from hf_jumplora.trainer import evaluate_task, evaluation
-from hf_jumplora.trainer.evaluation import evaluate_text, generate_answers, score_labels
-from hf_jumplora.trainer.tasks import Encoder, fold
+from hf_jumplora.data import Encoder
+from hf_jumplora.metrics.text import fold, rouge_l
+from hf_jumplora.trainer import evaluate_task, scoring
+from hf_jumplora.trainer.scoring import evaluate_text, generate_answers, score_labels
 
 
 # One to three tokens, and one label that starts like another: the end of sequence decides.
@@ -160,7 +160,7 @@ def test_each_row_counts_once_and_for_itself(batch_size, monkeypatch, model, enc
         assert not model.training
         return [f"  {by_prompt[tuple(p)].upper()}\n " for p in prompts]  # case and spaces do not count
 
-    monkeypatch.setattr(evaluation, "generate_answers", answers)
+    monkeypatch.setattr(scoring, "generate_answers", answers)
     model.train()
     assert evaluate_task(model, encoder, task, "generate", batch_size) == 6 / 7
     assert model.training  # as it was

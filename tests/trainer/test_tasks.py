@@ -8,8 +8,9 @@ import pytest
 import toy
 
 from hf_jumplora import LanguageModelTask, Task, TextTask, load_tasks
-from hf_jumplora.trainer.streams import read_rows
-from hf_jumplora.trainer.tasks import PROMPT, Encoder, collate, pad_rows
+from hf_jumplora.data import Encoder, collate, pad_rows
+from hf_jumplora.data.readers import read_rows
+from hf_jumplora.data.tasks import PROMPT
 
 
 def task(text="the cat", **options):
@@ -358,7 +359,7 @@ def test_general_text_of_the_hub(tmp_path, monkeypatch):
     write(tmp_path / "d.json", ROWS)
     asked, data = [], Dataset.from_dict({"text": ["", *(f"t{i}" for i in range(9))]})
     monkeypatch.setattr(
-        "hf_jumplora.trainer.streams.load_dataset", lambda name, config, split: asked.append((name, config)) or data
+        "hf_jumplora.data.readers.load_dataset", lambda name, config, split: asked.append((name, config)) or data
     )
     *_, found = load_tasks(stream(tmp_path, ONE), general_text="org/wiki:raw")
     assert asked == [("org/wiki", "raw")]
@@ -480,7 +481,7 @@ def test_hub_rows(tmp_path, monkeypatch):
     data = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [i // 10 for i in range(20)]}, features)
     asked = []
     monkeypatch.setattr(
-        "hf_jumplora.trainer.streams.load_dataset",
+        "hf_jumplora.data.readers.load_dataset",
         lambda name, config, split: asked.append((name, config, split)) or data,
     )
     entry = "- {name: a, folder: TC/a, dataset: org/a, config: c, text: text, eval_split: validation, max_train: 8%s}\n"

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
+from hf_jumplora.data import Encoder
 from hf_jumplora.options import make_strategies
 from hf_jumplora.stack import merge_stack
 from hf_jumplora.strategies import KFac
-from hf_jumplora.trainer.evaluation import score_labels
-from hf_jumplora.trainer.state import in_use, newest_checkpoint
-from hf_jumplora.trainer.tasks import Encoder
+from hf_jumplora.trainer.record import in_use, newest_checkpoint
+from hf_jumplora.trainer.scoring import score_labels
 
 
 def logits(model):
@@ -96,7 +96,7 @@ def test_a_score_is_a_number(toy_base, tmp_path):
 def test_one_run_a_folder(toy_base, tmp_path):
     """Another process that trains there is noticed, and forgotten when it dies."""
     code = (
-        f"from pathlib import Path; from hf_jumplora.trainer.state import in_use; c = in_use(Path({str(tmp_path)!r}))"
+        f"from pathlib import Path; from hf_jumplora.trainer.record import in_use; c = in_use(Path({str(tmp_path)!r}))"
     )
     code += "; c.__enter__(); print('locked', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)

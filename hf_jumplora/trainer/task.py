@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ..stack.load import merge_finished
 from ..tuner import JumpLoraConfig, fold_finished, named_layers
-from .engines import fresh_accelerator
+from .backend import fresh_accelerator
 
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from ..data.tasks import LanguageModelTask, Task, TextTask, check_tasks
 from ..methods import get_method
 from ..stack.load import load_base, looked_up, state_file, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
-from .beside import measure, score
-from .engines import runnable
-from .evaluation import own_adapter
-from .state import METRICS, RUN, task_settings
-from .tasks import LanguageModelTask, Task, TextTask, check_tasks
+from .backend import runnable
+from .evaluator import measure, score
+from .record import METRICS, RUN, task_settings
+from .scoring import own_adapter
 
 
 if TYPE_CHECKING:

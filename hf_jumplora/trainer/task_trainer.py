@@ -1,4 +1,4 @@
-"""The training of one task: the gate's schedule as a callback, everything else as a mixin for any Trainer class."""
+"""The training of one task: a mixin for any Trainer class."""
 
 import functools
 import itertools
@@ -11,64 +11,19 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import density, gate_groups, named_layers, ramp, ramp_steps, set_mix, set_threshold
-from ..tuner.lookup import adapter_config, adapter_parameters, can_continue
-from ..tuner.schedule import density_at
-from ..tuner.sharded_parameters import assign, gathered, keep_whole_in_forward, whole
-from .engines import ignore_cut_weights
+from ..tuner import density, gate_groups, named_layers
+from ..tuner.lookup import adapter_parameters, can_continue
+from ..tuner.sharded_parameters import assign, gathered, whole
+from .backend import ignore_cut_weights
+from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
 from .processes import sharding
-
-
-class GateCallback(TrainerCallback):
-    """Ramps the gate and starts (or holds) the threshold of one adapter. Enough by itself for any Trainer.
-
-    f is a pure function of the finished optimizer steps, so a resumed run needs nothing of this callback's own. The
-    threshold is set after step s0, and with `threshold_update="density"` after every later step too.
-    """
-
-    def __init__(self, adapter: str = "default"):
-        self.adapter = adapter
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        config = adapter_config(model, self.adapter)
-        if config.gate:
-            ramp_steps(state.max_steps, config)  # raises if the task is too short
-            set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        config = adapter_config(model, self.adapter)
-        if not config.gate:
-            return
-        start, _ = ramp_steps(state.max_steps, config)
-        if state.global_step == start or (state.global_step > start and config.threshold_update == "density"):
-            share = density_at(state.global_step, state.max_steps, config)
-            set_threshold(model, self.adapter, share, together=True)
-        set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
-
-
-class _StrategyCallback(TrainerCallback):
-    """Calls `on_optimizer` and `on_step_end` of the strategies."""
-
-    def __init__(self, trainer: "ContinualMixin"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if sharding(args) == "zero3" and any(type(s).penalty is not Strategy.penalty for s in self.trainer.strategies):
-            keep_whole_in_forward(model, adapter_parameters(model, self.trainer.adapter))
-        for strategy in self.trainer.strategies:
-            strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        for strategy in self.trainer.strategies:
-            strategy.on_step_end(model, self.trainer.adapter)
 
 
 _NEED_WHOLE = {"on_gradients": "changes gradients", "checkpoint_state": "follows every step of the parameters"}
@@ -104,7 +59,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                 for factor in (layer.jumplora_A[adapter], layer.jumplora_B[adapter]):
                     factor.data = factor.data.float()
         self.add_callback(GateCallback(adapter))
-        self.add_callback(_StrategyCallback(self))
+        self.add_callback(StrategyCallback(self.strategies, adapter))
 
     # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
     @torch.compiler.disable  # it reads numbers of tensors: one break after the model's graph instead of many in it

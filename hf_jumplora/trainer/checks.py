@@ -12,12 +12,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.trainer_utils import HubStrategy
 
+from ..data.tasks import LanguageModelTask, TextTask
 from ..hub import Pusher, explain, open_repository
 from ..strategies import Osf, Replay, Strategy
 from ..tuner import can_continue, ramp_steps
-from .engines import check_engine
+from .backend import check_engine
 from .processes import sharding
-from .tasks import LanguageModelTask, TextTask
 
 
 if TYPE_CHECKING:

@@ -1,16 +1,13 @@
 """Streams: YAML files that say which tasks, in which order, and where their rows are."""
 
-import csv
-import io
-import json
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import load_dataset
 
+from .readers import READERS, hub_rows, read_json, read_rows, read_text
 from .tasks import PROMPT_STYLES, LanguageModelTask, TextTask
 
 
@@ -74,11 +71,11 @@ def load_tasks(
     _check_keys({key: value for key, value in given.items() if value is not None}, set(given), set(), "load_tasks")
     if isinstance(held_out, str):
         raise ValueError(f"held_out is a list of names, got {held_out!r}")
-    data, entries, kept_out = _read_stream(path)
+    data, entries, kept_out = read_stream(path)
     described, listed = path, entries
     if "catalogue" in data:
         described = path.parent / data["catalogue"]
-        _, listed, _ = _read_stream(described)
+        _, listed, _ = read_stream(described)
     for where, entry in listed:
         _check_keys(entry, _TASK_KEYS, {"name"}, where)
     catalogue = {entry["name"]: (where, entry) for where, entry in listed}
@@ -121,12 +118,12 @@ def _general_task(source: str) -> LanguageModelTask:
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist")
-        rows: list[dict] = [{"text": line} for line in _read_text(path).split("\n")]
-    elif path.suffix.lower() in _READERS:
+        rows: list[dict] = [{"text": line} for line in read_text(path).split("\n")]
+    elif path.suffix.lower() in READERS:
         rows = read_rows(path)
     else:
         name, _, config = source.partition(":")
-        rows = _hub_rows(name, config or None, "train", 16 * GENERAL_ROWS, "", None)
+        rows = hub_rows(name, config or None, "train", 16 * GENERAL_ROWS, "", None)
     texts = [_text_row(row, "text", None, f"general_text {source}, row {i}") for i, row in enumerate(rows)]
     texts = [row for row in texts if row["text"].strip()]
     random.Random(0).shuffle(texts)
@@ -152,7 +149,7 @@ def _styled(style: str, entry: dict, where: str) -> str:
     return prompt
 
 
-def _read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], list[tuple[str, Any]]]:
+def read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], list[tuple[str, Any]]]:
     """The content of a stream file, and (file and line, entry) of each of its tasks and of those held out."""
     if not path.is_file():
         raise FileNotFoundError(f"stream file {path} does not exist")
@@ -216,7 +213,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         rows = {split: read_rows(file) for split, file in splits.items()}
         own, source = folder / "labels.json", str(entry["folder"])
         if own.is_file() and not plain:
-            labels = _read_json(own)
+            labels = read_json(own)
             _check_keys({"labels": labels}, {"labels"}, set(), str(own))
     elif ("train_file" in entry or "eval_file" in entry) and local:
         files = {"train": entry.get("train_file"), "eval": entry.get("eval_file")}
@@ -227,7 +224,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         if held_out and labels is not None:
             del names["train"]
         rows = {
-            split: _hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
+            split: hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
             for split, name in names.items()
         }
         source = f"hf://datasets/{entry['dataset']}"  # the card names it as a data set of the Hub
@@ -264,78 +261,3 @@ def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, 
             raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
     value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])
     return {"sentence": value, "label": str(row[label])} if label else {"text": value}
-
-
-def _hub_rows(dataset: str, config, split: str, limit: int | None, label: str | None, labels) -> list[dict]:
-    """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names.
-
-    Shuffled with a fixed seed before the first `limit` are taken: many data sets are sorted by class.
-    """
-    part = load_dataset(dataset, config, split=split).shuffle(seed=0)
-    if limit is not None:
-        part = part.select(range(min(limit, len(part))))
-    names, rows = labels or getattr(part.features.get(label), "names", None), part.to_list()
-    if label and names is not None and rows and isinstance(rows[0].get(label), int):
-        rows = [{**row, label: names[row[label]]} for row in rows if 0 <= row[label] < len(names)]
-    return rows
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON (a list), JSON lines, CSV or Parquet file, without a cache elsewhere.
-
-    Raises FileNotFoundError, or ValueError naming the file (and the line) when it cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
-    kind = path.suffix.lower()
-    if kind not in _READERS:
-        raise ValueError(f"{path}: cannot read {kind!r}; use {', '.join(_READERS)}")
-    rows = _READERS[kind](path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects")
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
-def _read_json(path: Path, first_line: int = 1, text: str | None = None) -> Any:
-    try:
-        return json.loads(_read_text(path) if text is None else text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
-
-
-def _read_json_lines(path: Path) -> list[Any]:
-    # Lines end with a line feed alone: JSON strings may hold the other characters that str.splitlines() splits at.
-    lines = enumerate(_read_text(path).split("\n"), 1)
-    return [_read_json(path, number, line) for number, line in lines if line.strip()]
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    rows, reader = [], csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    try:
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: more fields than columns")
-            rows.append(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-_READERS = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}

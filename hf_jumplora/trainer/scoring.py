@@ -8,17 +8,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
-from torch import nn
 
+from ..data import Encoder, LanguageModelTask, TextTask, pad_rows
 from ..metrics.text import TEXT_METRICS, exact_match
 from ..stack.load import merge_finished
-from .tasks import Encoder, LanguageModelTask, TextTask, pad_rows
 
 
 @torch.no_grad()
-def evaluate_task(
-    model: nn.Module, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32
-) -> float:
+def evaluate_task(model: Any, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32) -> float:
     """Score in [0, 1] on the task's eval rows: accuracy, or the mean of the task's metric where answers are free.
 
     mode: "generate" (greedy, exact match after lower-casing and white-space folding: the papers' metric) or "score"
@@ -48,9 +45,7 @@ def evaluate_task(
 
 
 @torch.no_grad()
-def evaluate_text(
-    model: nn.Module, encoder: Encoder, task: LanguageModelTask, batch_size: int = 32
-) -> tuple[float, float]:
+def evaluate_text(model: Any, encoder: Encoder, task: LanguageModelTask, batch_size: int = 32) -> tuple[float, float]:
     """(token accuracy in [0, 1], cross-entropy in nats a token) over the tokens of the task's eval texts, each given
     those before it in its piece of `max_length` tokens; every token counts the same.
 
@@ -113,11 +108,11 @@ def _padded(encoder: Encoder, prompts: list[list[int]], device) -> tuple[torch.T
     return ids, pad_rows([[1] * len(p) for p in prompts], 0, side).to(device)
 
 
-def generate_answers(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
+def generate_answers(model: Any, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
     """Greedy answers to a batch of prompts (token ids), as long as the task's longest answer at most."""
     ids, mask = _padded(encoder, prompts, model.device)
     longest = encoder.longest_answer(task)
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, num_beams=1,
         pad_token_id=_pad_token(encoder.tokenizer),
     )  # fmt: skip
@@ -125,7 +120,7 @@ def generate_answers(model: nn.Module, encoder: Encoder, task: TextTask, prompts
     return encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
+def score_labels(model: Any, encoder: Encoder, task: TextTask, prompts: list[list[int]]) -> list[str]:
     """The likeliest label for each prompt: argmax over labels of log p(label, end of sequence | prompt).
 
     The prompt runs through the model once; the labels follow on its cache.
@@ -135,7 +130,7 @@ def score_labels(model: nn.Module, encoder: Encoder, task: TextTask, prompts: li
     n = len(answers)
     targets = pad_rows(answers, -100).to(ids.device).repeat(len(prompts), 1)  # [prompts * labels, longest]
     if encoder.seq2seq:
-        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)  # type: ignore[operator]
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
         hidden["last_hidden_state"] = hidden["last_hidden_state"].repeat_interleave(n, 0)
         logits = model(encoder_outputs=hidden, attention_mask=mask.repeat_interleave(n, 0), labels=targets).logits
     else:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
 
-from .engines import runnable
-from .evaluation import evaluate_task, evaluate_text, own_adapter
-from .state import METRICS
-from .tasks import LanguageModelTask, Task, TextTask
+from ..data.tasks import LanguageModelTask, Task, TextTask
+from .backend import runnable
+from .record import METRICS
+from .scoring import evaluate_task, evaluate_text, own_adapter
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,110 @@
+"""From the texts of tasks to token ids and batches."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from datasets import Dataset
+
+from .tasks import LanguageModelTask, TextTask
+
+
+class Encoder:
+    """Turns rows of text tasks into token ids for a tokenizer; cuts texts that are too long, and only texts.
+
+    max_length: tokens of prompt and answer together (causal), of the prompt alone (seq2seq).
+    truncated: how many prompts and free answers were cut, by task name.
+    """
+
+    def __init__(self, tokenizer, max_length: int, seq2seq: bool):
+        self.tokenizer, self.max_length, self.seq2seq = tokenizer, max_length, seq2seq
+        self.truncated: Counter[str] = Counter()
+
+    def longest_answer(self, task: TextTask) -> int:
+        """Tokens of the longest answer a task can have."""
+        return task.max_answer or max(len(self.answer_ids(label)) for label in task.labels)
+
+    def answer_ids(self, label: str) -> list[int]:
+        """Tokens of an answer, with the end-of-sequence token."""
+        if self.seq2seq:
+            ids = self.tokenizer(text_target=label).input_ids
+            return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
+        return [*self.tokenizer(" " + label, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def prompt_ids(self, task: TextTask, text: str) -> list[int]:
+        """Tokens of a prompt, its text cut so that any answer still fits.
+
+        Raises:
+            ValueError: instruction, options and answer alone are longer than max_length.
+        """
+        room = self.max_length
+        if not self.seq2seq:
+            room -= self.longest_answer(task)
+        ids = self.tokenizer(task.render(text)).input_ids
+        if len(ids) <= room:
+            return ids
+        self.truncated[task.name] += 1
+        pieces = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
+        keep = len(pieces)
+        while len(ids) > room:
+            if keep == 0:
+                raise ValueError(
+                    f"task {task.name!r}: instruction, options and answer take "
+                    f"{self.max_length - room + len(ids)} tokens, max_length is {self.max_length}: raise it or shorten "
+                    "them"
+                )
+            keep = max(0, keep - (len(ids) - room))
+            ids = self.tokenizer(task.render(self.tokenizer.decode(pieces[:keep]))).input_ids
+        return ids
+
+    def pieces(self, texts: Iterable[str]) -> list[list[int]]:
+        """Tokens of whole texts for language modelling, each ended by the end-of-sequence token and split where it is
+        longer than max_length; a piece of one token, which predicts nothing, is left out."""
+        pieces, size = [], self.max_length
+        for text in texts:
+            ids = list(self.tokenizer(text.strip()).input_ids)
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            pieces += [ids[i : i + size] for i in range(0, len(ids) - 1, size)]
+        return pieces
+
+    def train_rows(self, task: TextTask | LanguageModelTask) -> Dataset:
+        """input_ids and labels of every training row; in a causal model the loss is on the answer alone, of plain text
+        on every token."""
+        if isinstance(task, LanguageModelTask):
+            pieces = self.pieces(row[task.text_column] for row in task.train_dataset)
+            if not pieces:
+                raise ValueError(f"task {task.name!r}: all its training texts are empty")
+            return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in pieces])
+        rows, longest = [], self.longest_answer(task)
+        for row in task.train_dataset:
+            prompt, answer = self.prompt_ids(task, row[task.text_column]), self.answer_ids(row[task.label_column])
+            self.truncated[task.name] += len(answer) > longest
+            answer = answer[:longest]
+            if self.seq2seq:
+                rows.append({"input_ids": prompt, "labels": answer})
+            else:
+                rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return Dataset.from_list(rows)
+
+
+def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+    """Integer lists as one int64 tensor [rows, longest], padded with `value`."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
+
+
+def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
+    """Batches of [`Encoder.train_rows`], padded on the right."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def batch(rows: list[dict]) -> dict:
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": pad_rows(ids, pad),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+            "labels": pad_rows([row["labels"] for row in rows], -100),
+        }
+
+    return batch

@@ -1,0 +1,56 @@
+"""What happens between the steps of a task: the gate's schedule, and the strategies' hooks."""
+
+import torch
+from transformers import TrainerCallback
+
+from ..strategies import Strategy
+from ..tuner import ramp, ramp_steps, set_mix, set_threshold
+from ..tuner.lookup import adapter_config, adapter_parameters
+from ..tuner.schedule import density_at
+from ..tuner.sharded_parameters import keep_whole_in_forward
+from .processes import sharding
+
+
+class GateCallback(TrainerCallback):
+    """Ramps the gate and starts (or holds) the threshold of one adapter. Enough by itself for any Trainer.
+
+    f is a pure function of the finished optimizer steps, so a resumed run needs nothing of this callback's own. The
+    threshold is set after step s0, and with `threshold_update="density"` after every later step too.
+    """
+
+    def __init__(self, adapter: str = "default"):
+        self.adapter = adapter
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        if config.gate:
+            ramp_steps(state.max_steps, config)  # raises if the task is too short
+            set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        if not config.gate:
+            return
+        start, _ = ramp_steps(state.max_steps, config)
+        if state.global_step == start or (state.global_step > start and config.threshold_update == "density"):
+            share = density_at(state.global_step, state.max_steps, config)
+            set_threshold(model, self.adapter, share, together=True)
+        set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+
+class StrategyCallback(TrainerCallback):
+    """Calls `on_optimizer` and `on_step_end` of the strategies."""
+
+    def __init__(self, strategies: list[Strategy], adapter: str):
+        self.strategies, self.adapter = strategies, adapter
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if sharding(args) == "zero3" and any(type(s).penalty is not Strategy.penalty for s in self.strategies):
+            keep_whole_in_forward(model, adapter_parameters(model, self.adapter))
+        for strategy in self.strategies:
+            strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for strategy in self.strategies:
+            strategy.on_step_end(model, self.adapter)
