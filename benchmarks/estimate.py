@@ -117,7 +117,10 @@ def measure(name: str, folder: Path) -> dict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: loading is not training
     run.train()
     measured = (status("VmHWM") - before) / 2**10
-    return {"measured_mib": round(measured, 1), "density": sum(info["density"] for info in run.info) / len(run.info)}
+    return {
+        "measured_mib": round(measured, 1),
+        "density": sum(info["density"] for info in run.record.trained) / len(run.record.trained),
+    }
 
 
 def case(name: str) -> dict:

@@ -11,7 +11,7 @@ from .tuner import JumpLoraConfig, JumpLoraModel, finish_adapter, register
 
 if TYPE_CHECKING:
     from .data import LanguageModelTask, Task, TextTask, load_tasks
-    from .stack import load_stack
+    from .stack import export_lora, load_stack, merge_stack, switch_tasks
     from .trainer import (
         ContinualRun,
         ContinualSeq2SeqTrainer,
@@ -35,16 +35,20 @@ __all__ = [
     "LanguageModelTask",
     "Task",
     "TextTask",
+    "export_lora",
     "finish_adapter",
     "load_stack",
     "load_tasks",
     "make_continual",
+    "merge_stack",
     "register",
+    "switch_tasks",
 ]
 
 register()
 
-_PLACES = dict.fromkeys(("LanguageModelTask", "Task", "TextTask", "load_tasks"), ".data") | {"load_stack": ".stack"}
+_PLACES = dict.fromkeys(("LanguageModelTask", "Task", "TextTask", "load_tasks"), ".data")
+_PLACES |= dict.fromkeys(("export_lora", "load_stack", "merge_stack", "switch_tasks"), ".stack")
 
 
 def __getattr__(name: str):

@@ -148,7 +148,7 @@ def main() -> None:
             options["quantization_config"] = quantization
         model = AutoModelForCausalLM.from_pretrained(name, **options)
         run = ContinualRun(model, tasks, which, args, tokenizer, adapter_config=config, strategies=strategies)
-        results[which] = run.train()
+        results[which] = run.train().metrics
     if model_args.compare:
         print(comparison(results))
 

@@ -71,6 +71,75 @@ def test_the_rule_sees_imports():
     assert {"stack", "hub", "report"} <= {part for part, _ in imported_parts(PACKAGE / "trainer" / "run.py")}
 
 
+def imported_modules(path: Path):
+    """(file of ours that is imported, name taken from it or None, line) of every import, inside functions too."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        found: list[tuple[list[str], str | None]] = []
+        if isinstance(node, ast.Import):
+            found = [(alias.name.split("."), None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            found = [(base, alias.name) for alias in node.names]
+        for base, name in found:
+            for parts, taken in (([*base, name], None), (base, name)) if name else ((base, None),):
+                file = ROOT.joinpath(*parts)
+                file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+                if file in MODULES:
+                    yield file, taken, node.lineno
+                    break
+
+
+def test_no_circles_of_files():
+    """No file imports itself by way of others, for types or inside functions either."""
+    reached = {path: {file for file, _, _ in imported_modules(path)} for path in MODULES}
+    for middle in MODULES:
+        for path, files in reached.items():
+            if middle in files:
+                reached[path] = files | reached[middle]
+    assert [str(path.relative_to(ROOT)) for path, files in reached.items() if path in files] == []
+
+
+def test_no_private_imports():
+    """What another module needs has a public name."""
+    private = [
+        f"{path}:{line} takes {name} of {file.name}"
+        for path in MODULES
+        for file, name, line in imported_modules(path)
+        if name and name.startswith("_") and not name.startswith("__")
+    ]
+    assert private == []
+
+
+def test_no_function_takes_a_run():
+    """Parts of a run take its plan, a model or a folder: what they need shows in their arguments."""
+    takers = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                for argument in arguments:
+                    kind = ast.unparse(argument.annotation) if argument.annotation else ""
+                    if argument.arg == "run" or "ContinualRun" in kind:
+                        takers.append(f"{path}:{node.lineno} {node.name}({argument.arg})")
+    assert takers == []
+
+
+def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
+    """The three checks above would find something."""
+    package = tmp_path / "hf_jumplora"
+    package.mkdir()
+    texts = {"a": "from .b import _secret", "b": "def f():\n    from . import a", "c": "def g(x: 'ContinualRun'): ..."}
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(globals(), "MODULES", sorted(package.glob("*.py")))
+    for check in (test_no_circles_of_files, test_no_private_imports, test_no_function_takes_a_run):
+        with pytest.raises(AssertionError):
+            check()
+
+
 def test_modules_are_short_and_say_what_they_are():
     texts = {path: path.read_text() for path in MODULES}
     assert not [path for path, text in texts.items() if len(text.splitlines()) > 400]

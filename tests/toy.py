@@ -92,14 +92,17 @@ def arguments(output_dir, **options) -> ContinualTrainingArguments:
     return ContinualTrainingArguments(str(output_dir), **{**defaults, **options})
 
 
-def make_run(base, output_dir, method: str = "jumplora", stream=None, adapter=None, callbacks=(), **options):
+def make_run(
+    base, output_dir, method="jumplora", stream=None, adapter=None, callbacks=(), trainer_cls=None, strategies=None,
+    **options,
+):  # fmt: skip
     """A run over the toy tasks with q and v adapted. base: a folder or a model. `options` are training arguments."""
     model = load_base(base) if isinstance(base, str) else base
     seq2seq = model.config.is_encoder_decoder
     targets = ["q", "v"] if seq2seq else ["q_proj", "v_proj"]
     return ContinualRun(
         model, tasks() if stream is None else stream, method, arguments(output_dir, **options), tokenizer(),
-        trainer_cls=ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer,
+        trainer_cls=trainer_cls or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer), strategies=strategies,
         adapter_config=JumpLoraConfig(r=2, lora_alpha=8, target_modules=targets, **(adapter or {})),
         callbacks=list(callbacks),
     )  # fmt: skip
@@ -120,34 +123,33 @@ class _Kill(TrainerCallback):
 def run_and_die(base: str, output_dir: str, method: str, moment: str, options: dict) -> None:
     """A run in a process of its own, killed like by `kill -9` at a moment such as 'step task_001 5'."""
     import hf_jumplora.stack.save as save
-    import hf_jumplora.trainer.evaluator as beside
-    import hf_jumplora.trainer.run as run_module
+    import hf_jumplora.trainer.evaluator as evaluator
+    import hf_jumplora.trainer.record as record
 
     torch.set_num_threads(1)
     what, folder, *number = moment.split()
     callbacks = [_Kill(folder, int(number[0]))] if what == "step" else []
-    run = make_run(base, output_dir, method, callbacks=callbacks, **options)
+
+    class Dies(ContinualTrainer):
+        def _save_rng_state(self, output_dir):  # weights and optimizer are written, trainer_state.json is not
+            super()._save_rng_state(output_dir)
+            if Path(output_dir).parent.name == folder and self.state.global_step == int(number[0]):
+                os._exit(9)
+
+    trainer_cls = Dies if what == "checkpoint" else None
+    run = make_run(base, output_dir, method, callbacks=callbacks, trainer_cls=trainer_cls, **options)
     index = int(folder[5:])
-    if what == "checkpoint":  # weights and optimizer are written, trainer_state.json is not
-
-        class Dies(run.trainer_cls):
-            def _save_rng_state(self, output_dir):
-                super()._save_rng_state(output_dir)
-                if Path(output_dir).parent.name == folder and self.state.global_step == int(number[0]):
-                    os._exit(9)
-
-        run.trainer_cls = Dies
-    elif what == "evaluate":
-        evaluate_task, calls = beside.evaluate_task, []
+    if what == "evaluate":
+        evaluate_task, calls = evaluator.evaluate_task, []
 
         def dies(*args):
-            if isinstance(run.model, PeftModel) and len(run.info) == index:
+            if isinstance(run.model, PeftModel) and len(run.record.trained) == index:
                 calls.append(args)
             if len(calls) == 2:  # one of three tasks has been evaluated
                 os._exit(9)
             return evaluate_task(*args)
 
-        beside.evaluate_task = dies
+        evaluator.evaluate_task = dies
     elif what == "folder":  # the task's files are complete, under their temporary name
         replace = os.replace
 
@@ -158,14 +160,14 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
 
         save.os.replace = dies
     elif what == "manifest":  # the task's folder is in place, stack.json does not list it
-        write = run_module.write_manifest
+        write = record.write_manifest
 
         def dies(where, manifest):
             if manifest.tasks[-1]["folder"] == folder:
                 os._exit(9)
             write(where, manifest)
 
-        run_module.write_manifest = dies
+        record.write_manifest = dies
     run.train()
     os._exit(0)  # the moment never came
 

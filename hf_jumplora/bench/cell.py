@@ -139,7 +139,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
             model, tasks, name, args, tokenizer, data_collator=collator, strategies=strategies, callbacks=[clock],
             adapter_config=JumpLoraConfig(**{"r": 8, "lora_alpha": 32, "target_modules": targets, **adapter}),
         )  # fmt: skip
-        result = run.train()
+        result = run.train().metrics
     rows = result["matrix"][1:]
     seen = range(count - len(rows) + 1, count + 1)  # joint training has one row, of all tasks
     return {

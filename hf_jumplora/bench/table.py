@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import FORMULAS
-from ..report.report import general_name, in_nats
+from ..report.report import general_name, in_nats, markdown
 from ..stack.manifest import write_atomic, write_json
 
 
@@ -114,7 +114,7 @@ def write_table(folder: Path) -> str:
         f"Setting {settings['setting']}, model {settings['model']}, prompt style: {style}; "
         f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {length} tokens{of}. "
         "Mean ± standard deviation over seeds.",
-        _markdown([["task", "training examples", "test examples", "measured"]]
+        markdown([["task", "training examples", "test examples", "measured"]]
                   + [[t["name"], str(t["train_examples"]), str(t["test_examples"]), t.get("metric", "accuracy")]
                      for t in tasks]),
     ]  # fmt: skip
@@ -125,7 +125,7 @@ def write_table(folder: Path) -> str:
             f"({', '.join(sorted({n for names in named.values() for n in names}))}): the model is told which task it "
             "is. Such numbers cannot be compared with those of prompts that do not."
         )
-    parts.append(_markdown([_HEAD, *rows]))
+    parts.append(markdown([_HEAD, *rows]))
     parts.append(
         "\n".join(f"- {name}: `{FORMULAS[key]}`" for key, name in _SCORES.items())
         + "\n- density: entries of the update that are kept, mean over tasks; collision: mean over pairs of tasks "
@@ -141,7 +141,7 @@ def write_table(folder: Path) -> str:
             "Before training → after the last task, mean ± standard deviation over seeds: accuracies in % on what no "
             "method was trained on, cross-entropy of plain text in nats a token."
         )
-        parts.append(_markdown(general))
+        parts.append(markdown(general))
     else:
         parts.append("Not measured: give `--held_out` tasks or, in the setting causal, `--general_text`.")
     if cells:
@@ -153,7 +153,7 @@ def write_table(folder: Path) -> str:
         parts.append("## Accuracy after each task, mean over seeds")
         for method, runs in cells.items():
             if matrix := mean_matrix([run["metrics"]["matrix"] for run in runs if not run["error"]]):
-                parts.append(f"### {method}\n\n{_markdown(_matrix_rows(matrix, settings))}")
+                parts.append(f"### {method}\n\n{markdown(_matrix_rows(matrix, settings))}")
     text = "\n\n".join(parts) + "\n"
     write_atomic(folder / "table.md", text)
     return text
@@ -189,11 +189,6 @@ def _matrix_rows(matrix: list[list[float | None]], settings: dict[str, Any]) -> 
         if any(value is not None for value in row):
             rows.append([label, *("-" if value is None else f"{100 * value:.1f}" for value in row)])
     return rows
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def draw(cells: dict[str, list[dict[str, Any]]], tasks: list[str], path: Path) -> None:

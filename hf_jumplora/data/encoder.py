@@ -1,12 +1,17 @@
 """From the texts of tasks to token ids and batches."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from datasets import Dataset
 
-from .tasks import LanguageModelTask, TextTask
+from .tasks import LanguageModelTask, Task, TextTask
+
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -86,6 +91,25 @@ class Encoder:
             else:
                 rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
         return Dataset.from_list(rows)
+
+
+def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task]) -> list[Any]:
+    """The training set of every task that is trained on. All texts are encoded, held-out ones too, before anything is
+    trained, so that bad ones show now; what a prompt gives away, and what was cut, is logged."""
+    encoded = (TextTask, LanguageModelTask)
+    sets = [encoder.train_rows(t) if isinstance(t, encoded) else t.train_dataset for t in tasks]
+    for task in (*tasks, *held_out):
+        if isinstance(task, TextTask):
+            if names := task.names_in_prompt():
+                logger.warning(
+                    "task %s: every prompt names the data set (%s), which tells the model the task: such numbers "
+                    "cannot be compared with those of prompts that do not", task.name, ", ".join(names)
+                )  # fmt: skip
+            for row in task.eval_dataset or ():
+                encoder.prompt_ids(task, row[task.text_column])
+            if cut := encoder.truncated[task.name]:
+                logger.warning("task %s: %d texts were cut to fit max_length=%d", task.name, cut, encoder.max_length)
+    return sets
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:

@@ -68,6 +68,40 @@ class Task:
                 digest.update(part._fingerprint.encode())
         return digest.hexdigest()[:16]
 
+    def describe(self) -> dict[str, Any]:
+        """For the report: sizes, what is measured, and the prompt with what it gives away."""
+        sizes = [None if rows is None else len(rows) for rows in (self.train_dataset, self.eval_dataset)]
+        return {
+            "name": self.name,
+            "source": self.source,
+            "train_examples": sizes[0],
+            "eval_examples": sizes[1],
+            "metric": self.metric,
+            "prompt_style": "none",
+            "prompt": None,
+            "names_in_prompt": [],
+            "held_out": self.held_out,
+        }
+
+
+@dataclass
+class PastTask(Task):
+    """A task of a stack whose data is not at hand: it is not evaluated, and strategies get None for its data.
+
+    digest: its fingerprint, as the stack's run.json has it.
+    """
+
+    train_dataset: Any = None
+    metric: Any = None
+    digest: str = field(default="", kw_only=True)
+
+    def __post_init__(self):
+        pass
+
+    def fingerprint(self) -> str:
+        """As the stack's run.json has it."""
+        return self.digest
+
 
 @dataclass
 class LanguageModelTask(Task):
@@ -165,6 +199,11 @@ class TextTask(Task):
             return "olora"
         return "jumplora" if self.prompt == PROMPT else "own"
 
+    def describe(self) -> dict[str, Any]:
+        """As [`Task.describe`]."""
+        prompt = {"prompt_style": self.style(), "prompt": self.prompt, "names_in_prompt": self.names_in_prompt()}
+        return super().describe() | prompt
+
     def names_in_prompt(self) -> list[str]:
         """Names of the data set (the task's own, the last part of its source) that every prompt holds, texts and
         options aside. Such a prompt tells the model which task it is."""
@@ -172,16 +211,6 @@ class TextTask(Task):
         words = fold(re.sub(r"\W+", " ", fixed))
         names = {self.name, self.source.rsplit("/", 1)[-1]} - {""}
         return sorted(n for n in names if f" {fold(re.sub(r'[^A-Za-z0-9_]+', ' ', n))} " in f" {words} ")
-
-
-def check_tasks(tasks: list[Any]) -> None:
-    """Raise ValueError unless these are tasks, not their names."""
-    for task in tasks:
-        if not hasattr(task, "fingerprint"):
-            raise ValueError(
-                f"tasks holds Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
-                "from a stream file"
-            )
 
 
 def _rows(task: Task):

@@ -1,7 +1,16 @@
 """What a stack looks like on the Hub: its model cards, and pushing it."""
 
 from .card import stack_card, task_card
-from .push import Pusher, explain, open_repository, push_stack
+from .push import Pusher, explain, open_repository, push_options, push_stack, start_push
 
 
-__all__ = ["Pusher", "explain", "open_repository", "push_stack", "stack_card", "task_card"]
+__all__ = [
+    "Pusher",
+    "explain",
+    "open_repository",
+    "push_options",
+    "push_stack",
+    "stack_card",
+    "start_push",
+    "task_card",
+]

@@ -7,14 +7,14 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..report.report import (
-    _NAMES,
     GENERAL,
+    METRIC_NAMES,
     NOT_MEASURED,
-    _markdown,
-    _measured,
-    _rows,
     data_rows,
     general_rows,
+    markdown,
+    matrix_rows,
+    measured_as,
     pairs,
     warning,
 )
@@ -129,18 +129,20 @@ def stack_card(
         last_folder=manifest.tasks[-1]["folder"] if manifest.tasks else "task_000",
         trained=[{**info, "dataset": _dataset(info)} for info in trained],
         seconds=f"{sum(info['seconds'] for info in trained):.0f}",
-        settings=_markdown([["option", "value"], *hyper]) if hyper else "",
-        measured=_measured(result),
-        matrix=_markdown(_rows(result)),
-        general=_markdown(general_rows(result)) if len(general_rows(result)) > 1 else "",
+        settings=markdown([["option", "value"], *hyper]) if hyper else "",
+        measured=measured_as(result),
+        matrix=markdown(matrix_rows(result)),
+        general=markdown(general_rows(result)) if len(general_rows(result)) > 1 else "",
         about_general=GENERAL,
         not_measured=NOT_MEASURED,
-        data=_markdown(data_rows(result)) if len(data_rows(result)) > 1 else "",
+        data=markdown(data_rows(result)) if len(data_rows(result)) > 1 else "",
         warning=warning(result),
         metrics=[
-            (name, f"{100 * result[key]:.2f}", result["formulas"][key]) for key, name in _NAMES.items() if key in result
+            (name, f"{100 * result[key]:.2f}", result["formulas"][key])
+            for key, name in METRIC_NAMES.items()
+            if key in result
         ],
-        pairs=_markdown(pairs(result)) if len(pairs(result)) > 1 else "",
+        pairs=markdown(pairs(result)) if len(pairs(result)) > 1 else "",
         pictures=list(pictures),
         versions=manifest.versions,
     )
@@ -185,5 +187,5 @@ base_model = {manifest.base_model["architecture"]}.from_pretrained("{_base_name(
 model = PeftModel.from_pretrained(base_model, "{where}", subfolder="{folder}")
 ```
 
-{_markdown(rows)}
+{markdown(rows)}
 """

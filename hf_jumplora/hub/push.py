@@ -229,6 +229,16 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         yield dict(sorted(files.items()))
 
 
+def push_options(args: Any) -> dict[str, Any]:
+    """What [`push_stack`] takes of training arguments."""
+    return {
+        "token": args.hub_token,
+        "private": args.hub_private_repo,
+        "revision": args.hub_revision or "main",
+        "template": getattr(args, "model_card_template", None),  # TRL's arguments have none
+    }
+
+
 class Pusher(threading.Thread):
     """Pushes in the background while training goes on; a failure is logged and made up for by the next task's push."""
 
@@ -258,6 +268,29 @@ class Pusher(threading.Thread):
                     push_stack(self.folder, self.repo_id, **self.options)
                 except Exception as error:  # whatever it is, training is worth more
                     logger.error("the stack in %s was not pushed: %s", self.folder, error)
+
+
+def start_push(folder: Path, args: Any) -> Pusher:
+    """Make the repository of these training arguments, refuse one that holds something else, and start the thread that
+    pushes. A Hub that cannot be reached or refuses the token does not stop the training, and is logged.
+
+    Raises:
+        ValueError: the repository holds something else, or its owner is not known.
+    """
+    options, name = push_options(args), args.hub_model_id or folder.resolve().name
+    try:
+        where = {key: value for key, value in options.items() if key != "template"}
+        name = open_repository(folder, name, **where)
+    except (HTTPError, OSError) as error:
+        if "/" not in name:
+            raise ValueError(
+                f"the Hub did not say who owns {name!r} ({error}): give hub_model_id='owner/name'"
+            ) from error
+        logger.error("the Hub cannot be reached now; finished tasks wait in %s: %s", folder, explain(error, name))
+    pusher = Pusher(folder, name, **options)
+    pusher.start()
+    pusher.push()  # what an earlier process left
+    return pusher
 
 
 def _status(error: Exception) -> int | None:

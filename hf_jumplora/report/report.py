@@ -9,7 +9,7 @@ from ..stack.manifest import write_atomic
 
 
 PICTURES = ("matrix.png", "overlap.png")  # drawn where matplotlib is installed (extra `report`)
-_NAMES = {
+METRIC_NAMES = {
     "average_accuracy": "average accuracy (AA)",
     "backward_transfer": "backward transfer (BWT)",
     "forgetting": "forgetting",
@@ -22,7 +22,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _rows(result: dict[str, Any]) -> list[list[str]]:
+def matrix_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The accuracy matrix in percent, with the density of each task."""
     names = [info["name"] for info in result["trained"]]
     rows = [["trained on", *result["tasks"], "density"]]
     densities = [info["density"] for info in result["trained"]]
@@ -43,8 +44,8 @@ def _align(rows: list[list[str]]) -> str:
 def table(result: dict[str, Any], method: str) -> str:
     """The accuracy matrix in percent (rows: after which task, columns: on which), the derived metrics and, where it was
     measured, general ability."""
-    lines = [f"\n{method}: {_measured(result)} after each task", _align(_rows(result)), ""]
-    for key, name in _NAMES.items():
+    lines = [f"\n{method}: {measured_as(result)} after each task", _align(matrix_rows(result)), ""]
+    for key, name in METRIC_NAMES.items():
         if key in result:
             lines.append(f"{name:<24} {100 * result[key]:6.1f}   {result['formulas'][key]}")
     if len(general := general_rows(result)) > 1:
@@ -52,7 +53,7 @@ def table(result: dict[str, Any], method: str) -> str:
     return "\n".join(lines)
 
 
-def _measured(result: dict[str, Any]) -> str:
+def measured_as(result: dict[str, Any]) -> str:
     """What stands in the matrix: "accuracy in %", or each task's own measure."""
     measures = {info["name"]: info["metric"] for info in result.get("data", ()) if not info["held_out"]}
     if set(measures.values()) <= {"accuracy", None}:
@@ -141,7 +142,8 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
     return f"\nall methods, in % (AA: average accuracy after the last task; BWT: backward transfer)\n{_align(rows)}"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its head."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
@@ -158,23 +160,24 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
 
 def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None) -> None:
     """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES beside it."""
-    measured = _measured(result)
+    measured = measured_as(result)
     parts = [
         f"# {result['method']}",
         f"{measured[0].upper()}{measured[1:]}. Row: after training on that task. Column: evaluated on.",
-        _markdown(_rows(result)),
+        markdown(matrix_rows(result)),
     ]
     metrics = [["metric", "value", "definition"]]
-    metrics += [[n, f"{100 * result[k]:.2f}", f"`{result['formulas'][k]}`"] for k, n in _NAMES.items() if k in result]
+    known = {key: name for key, name in METRIC_NAMES.items() if key in result}
+    metrics += [[n, f"{100 * result[key]:.2f}", f"`{result['formulas'][key]}`"] for key, n in known.items()]
     if len(metrics) > 1:
-        parts.append(_markdown(metrics))
+        parts.append(markdown(metrics))
     general = general_rows(result)
     parts += [
         "## General ability",
-        *([GENERAL, _markdown(general)] if len(general) > 1 else [f"General ability was {NOT_MEASURED}."]),
+        *([GENERAL, markdown(general)] if len(general) > 1 else [f"General ability was {NOT_MEASURED}."]),
     ]
     if len(pairs(result)) > 1:
-        parts += ["## Supports", _markdown(pairs(result))]
+        parts += ["## Supports", markdown(pairs(result))]
     if result["trained"]:
         cost = [["task", "steps", "examples", "effective batch", "texts cut", "density", "seconds"]]
         for info in result["trained"]:
@@ -186,9 +189,9 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
                 f"{info['density']:.2%}",
             ]
             cost.append([info["name"], *map(str, values), f"{info['seconds']:.0f}"])
-        parts += ["## Training", _markdown(cost)]
+        parts += ["## Training", markdown(cost)]
     if len(data := data_rows(result)) > 1:
-        parts += ["## Data", _markdown(data)]
+        parts += ["## Data", markdown(data)]
         prompts = dict.fromkeys(info["prompt"] for info in result["data"] if info["prompt"])
         parts += [f"Prompt: `{json.dumps(prompt, ensure_ascii=False)}`" for prompt in prompts]
     if draw is not False and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
@@ -208,7 +211,7 @@ def draw_matrix(result: dict[str, Any], path: Path) -> None:
     """The accuracy matrix as a heat map with numbers."""
     rows = [[float("nan") if v is None else 100 * v for v in row] for row in result["matrix"]]
     labels = ["zero-shot", *(info["name"] for info in result["trained"])]
-    measured = "accuracy" if _measured(result) == "accuracy in %" else "score"
+    measured = "accuracy" if measured_as(result) == "accuracy in %" else "score"
     _heat_map(path, rows, labels, result["tasks"], result["method"], f"{measured} in % on", "after training on")
 
 

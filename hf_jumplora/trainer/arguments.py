@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments
 
-from .processes import check_compiler, take_fsdp
+from .backend import check_compiler, take_fsdp
 
 
 _CHOICES = {

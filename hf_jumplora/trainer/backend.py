@@ -1,79 +1,91 @@
-"""DeepSpeed and FSDP: one engine after another in the same process, and what they cannot do."""
+"""DeepSpeed and FSDP: which of them trains, where the model is, and one engine after another in the same process."""
 
 import inspect
+import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..strategies.base import Examples
 from ..tuner import named_layers
 from ..tuner.sharded_parameters import master
-from .processes import sharding
 
 
-if TYPE_CHECKING:
-    from .run import ContinualRun
+def sharding(args: Any) -> str:
+    """How the model and its training are spread: "none" (one process), "ddp", "zero1" to "zero3" or "fsdp2"."""
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    if getattr(args, "cut_base", False):
+        return "fsdp2"
+    return "ddp" if args.world_size > 1 else "none"
 
 
-_NOT_WITH_DEEPSPEED = {
-    "optimizer": "the run makes the optimizer, with the thresholds' own groups: leave it out",
-    "scheduler": "its steps are those of one task: leave it out and set lr_scheduler_type",
-    "tensor_parallel": "adapters need whole layers: leave it out",
-}
-_NOT_WITH_ZERO = {
-    "zero_hpz_partition_size": (1, "merged tasks would be missing in the second copy of the weights: leave it out"),
-    "zero_quantized_weights": (False, "merged tasks would be quantised away: leave it out"),
-    "zero_quantized_nontrainable_weights": (False, "merged tasks would be quantised away: leave it out"),
-}
+def check_compiler(args: Any) -> None:
+    """Raise RuntimeError when DeepSpeed would have to compile an extension and cannot.
 
-
-def check_engine(run: "ContinualRun") -> None:
-    """Raises ValueError, naming the option and what to do, for what cannot work with DeepSpeed or FSDP."""
-    kind = sharding(run.args)
-    if kind in ("none", "ddp"):
+    On a CPU its communication is one, compiled when the first process group is made and then kept in
+    TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's.
+    """
+    wanted = args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if not wanted or torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if kind == "zero0":
-        raise ValueError("DeepSpeed with ZeRO stage 0 is DDP: use recipes/accelerate/ddp.yaml, or stage 1, 2 or 3")
-    if run.args.fp16:
-        raise ValueError(f"fp16=True scales losses, and is not tested with {kind}: use bf16=True")
-    for task in (*run.tasks, *run.held_out):
-        if task.eval_dataset is not None and task not in run._text_tasks():
-            raise ValueError(
-                f"task {task.name!r} is evaluated by the Trainer itself, which is not supported with {kind}: make it a "
-                "TextTask, leave its eval_dataset out, or train with DDP"
-            )
-    if kind in ("zero3", "fsdp2"):
-        for strategy in run.strategies:
-            if strategy.needs_whole_model:
-                raise ValueError(
-                    f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "
-                    "zero1, zero2 or DDP"
-                )
-        if getattr(run.model, "is_quantized", False):
-            raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
-    if kind.startswith("zero"):
-        if run.args.bf16 and getattr(run.model, "dtype", None) != torch.bfloat16:
-            raise ValueError(
-                f"bf16=True with {kind} trains float32 factors over a base in bf16, and this one is "
-                f"{run.model.dtype}: load it with dtype=bfloat16 (--dtype bfloat16)"
-            )
-        config = run.args.deepspeed_plugin.deepspeed_config
-        zero = config.get("zero_optimization", {})
-        found = [(key, why) for key, why in _NOT_WITH_DEEPSPEED.items() if config.get(key)]
-        for key, (default, why) in _NOT_WITH_ZERO.items():
-            if zero.get(key, default) is not default:
-                found.append((f"zero_optimization.{key}", why))
-        if zero.get("offload_param", {}).get("device") == "nvme":
-            found.append(("zero_optimization.offload_param.device=nvme", "merging reads weights in memory: use cpu"))
-        if found:
-            raise ValueError(f"the DeepSpeed config has {found[0][0]!r}: {found[0][1]}")
+    compiler = os.environ.get("CXX", "c++")
+    missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed compiles an extension for training on a CPU, and {' and '.join(missing)} cannot be found: "
+            "install a C++ compiler and ninja (apt install g++; pip install ninja), name the compiler in the "
+            "environment variable CXX, or train without DeepSpeed (recipes/accelerate/cpu2.yaml)"
+        )
+
+
+_FSDP_OPTIONS = {
+    "FSDP_VERSION": ("2", "fsdp_version: 1 mixes frozen and trained weights in one tensor: use fsdp_version: 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params is not supported: use recipes/accelerate/zero3_offload.yaml"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        "true", "fsdp_reshard_after_forward: false leaves copies in which merged tasks would be missing: use true"
+    ),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "false", "fsdp_cpu_ram_efficient_loading leaves the base empty in all processes but one: use false"
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false", "fsdp_activation_checkpointing is not supported: use gradient_checkpointing=True"
+    ),
+}  # fmt: skip
+
+
+def take_fsdp(args: Any) -> bool:
+    """Whether `accelerate launch` asks for FSDP2. From here on the run cuts the frozen base itself, and transformers
+    and accelerate train the adapters with DDP: their own way would cut the adapters too, once and for the first task
+    alone.
+
+    Raises:
+        ValueError: an option of FSDP that cannot be had.
+    """
+    if args.fsdp:
+        raise ValueError("the argument fsdp is not supported: start with recipes/accelerate/fsdp2.yaml")
+    if "FSDP_VERSION" not in os.environ:  # `accelerate launch` sets it for FSDP alone
+        return False
+    for name, (wanted, why) in _FSDP_OPTIONS.items():
+        if os.environ.get(name, wanted).lower() != wanted:
+            raise ValueError(why)
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return True
+
+
+def place_model(model: Any, args: Any) -> None:
+    """The Trainer puts the model on its device when training starts; the zero-shot row comes before."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if not placed and sharding(args) not in ("zero3", "fsdp2"):
+        model.to(args.device)
 
 
 def fresh_accelerator() -> None:
@@ -83,8 +95,8 @@ def fresh_accelerator() -> None:
 
 def release(trainer: Any) -> None:
     """End DeepSpeed's engine of a finished training. Adapters are whole float32 tensors again, the trained one from the
-    master copies; weights of the base that ZeRO-3 has cut stay so. Does nothing without DeepSpeed."""
-    if not trainer.is_deepspeed_enabled:
+    master copies; weights of the base that ZeRO-3 has cut stay so. Does nothing without an engine."""
+    if not trainer.is_deepspeed_enabled or trainer.deepspeed is None:
         return
     model, places = trainer.model, _adapter_places(trainer.model)
     values = [master(module._parameters[key]) for module, key in places]
@@ -148,7 +160,7 @@ def cut_base(model: nn.Module, args: Any) -> None:
         ValueError: the model does not say which of its modules are its blocks.
     """
     if args.deepspeed_plugin is not None:
-        # It would round A, B and thresholds to bf16, in which the support is another one. They stay as they are.
+        # It would round A, B and thresholds to bf16, in which the support would change. They stay as they are.
         args.deepspeed_plugin.deepspeed_config["bf16"] = {"enabled": False}
         args.deepspeed_plugin.hf_ds_config.config["bf16"] = {"enabled": False}
     if sharding(args) == "zero3":
@@ -210,10 +222,3 @@ def runnable(model: Any, args: Any) -> Iterator[None]:
     finally:
         _end(engine)
         _forget_engine(model, places, values)
-
-
-def call_strategies(run: "ContinualRun", hook: str, examples: Examples) -> None:
-    """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
-    for strategy in run.strategies:
-        with runnable(run.model, run.args) if strategy.runs_model else nullcontext():
-            getattr(strategy, hook)(run.model, "default", examples)

@@ -8,7 +8,7 @@ from ..tuner import ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.lookup import adapter_config, adapter_parameters
 from ..tuner.schedule import density_at
 from ..tuner.sharded_parameters import keep_whole_in_forward
-from .processes import sharding
+from .backend import sharding
 
 
 class GateCallback(TrainerCallback):

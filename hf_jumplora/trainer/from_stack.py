@@ -1,11 +1,10 @@
-"""A stack goes on: what a run needs to add tasks to one that another machine has made."""
+"""From a stack to the plan of a run that adds tasks to it, on any machine."""
 
 import json
 import shutil
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -13,33 +12,14 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from ..data.tasks import LanguageModelTask, Task, TextTask, check_tasks
+from ..data import LanguageModelTask, Task, TextTask
+from ..data.tasks import PastTask
 from ..methods import get_method
 from ..stack.load import load_base, looked_up, state_file, verify
 from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
 from ..tuner import JumpLoraConfig
-from .backend import runnable
-from .evaluator import measure, score
+from .plan import RunPlan, check_tasks, make_plan
 from .record import METRICS, RUN, task_settings
-from .scoring import own_adapter
-
-
-if TYPE_CHECKING:
-    from .run import ContinualRun
-
-
-@dataclass
-class PastTask:
-    """A task of the stack whose data is not at hand: it is not evaluated, and strategies get None for its data."""
-
-    name: str
-    digest: str
-    train_dataset: Any = None
-    eval_dataset: Any = None
-
-    def fingerprint(self) -> str:
-        """As the stack's run.json has it."""
-        return self.digest
 
 
 def find_stack(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -61,7 +41,7 @@ def find_stack(path: str | Path, revision: str | None = None, token: str | None 
         raise ValueError(f"{path} was trained on all tasks at once ({method}); no task can be added to that")
     for name in (METRICS, RUN):
         if not (source / name).is_file():
-            raise ValueError(f"{path} has no {name}, without which nobody can go on where it stopped")
+            raise ValueError(f"{path} has no {name}, without which it cannot be continued")
     return source
 
 
@@ -91,7 +71,7 @@ def copy_stack(source: Path, folder: Path) -> None:
         write_atomic(folder / name, (source / name).read_text(encoding="utf-8"))
 
 
-def continued(
+def plan_from_stack(
     path: str | Path,
     tasks: list[Task],
     output_dir: str | Path,
@@ -100,15 +80,19 @@ def continued(
     revision: str | None,
     args_cls: type,
     options: dict[str, Any],
-) -> tuple[nn.Module, list[Any], str, Any, Any, JumpLoraConfig]:
-    """(model, tasks, method, args, processing_class, adapter config) for a [`ContinualRun`] on the stack at `path`."""
+    **own: Any,
+) -> RunPlan:
+    """The plan of a run that adds tasks to the stack at `path`, which is copied to `output_dir`.
+
+    Arguments and errors as of [`ContinualRun.from_stack`]; `own` are passed to [`make_plan`].
+    """
     check_tasks(tasks)
     folder = Path(output_dir)
     with PartialState().main_process_first():  # the others find it in the cache
         source = find_stack(path, revision, options.get("hub_token"))
     manifest, settings = read_manifest(source), json.loads((source / RUN).read_text())
     stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
-    own = {f.name for f in fields(args_cls) if f.init}
+    known_args = {f.name for f in fields(args_cls) if f.init}
     differ = [
         f"args.{key}: {stored[key]!r} there, {value!r} now"
         for key, value in options.items()
@@ -116,14 +100,14 @@ def continued(
     ]
     if differ:
         raise ValueError(f"{path} was trained with other settings ({'; '.join(differ)}): leave them out")
-    if ("eval_mode" in stored) != ("eval_mode" in own):  # a field of ours, which TRL's classes lack
+    if ("eval_mode" in stored) != ("eval_mode" in known_args):  # a field of ours, which TRL's classes lack
         raise ValueError(
             f"{path} was not trained with {args_cls.__name__}: give args_cls=, and trainer_cls=, as it was trained with"
         )
     if not Path(path).is_dir() and options.get("push_to_hub"):
         options = {"hub_model_id": str(path), **options}
     # Before the base is loaded: DeepSpeed learns from them how to load it.
-    args = args_cls(str(output_dir), **{**{k: v for k, v in stored.items() if k in own}, **options})
+    args = args_cls(str(output_dir), **{**{k: v for k, v in stored.items() if k in known_args}, **options})
     how: dict[str, Any] = {}
     if not isinstance(base_model, nn.Module):
         how["dtype"] = getattr(torch, settings["base_dtype"].removeprefix("torch."))
@@ -137,17 +121,19 @@ def continued(
     manifest, settings = read_manifest(folder), json.loads((folder / RUN).read_text())
     known = task_settings(settings)
     names, given = manifest.task_names, {task.name: task for task in tasks}
-    everything: list[Any] = [given.get(name, PastTask(name, known[n].split()[-1])) for n, name in enumerate(names)]
+    everything: list[Any] = [
+        given.get(name, PastTask(name, digest=known[n].split()[-1])) for n, name in enumerate(names)
+    ]
     everything += [task for task in tasks if task.name not in names]
     if PartialState().is_main_process:
-        planned = [task for task in everything if not getattr(task, "held_out", False)]
+        planned = [task for task in everything if not task.held_out]
         _forget_other_plans(folder, settings, planned, len(names))
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
     settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}
     if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
-    return base_model, everything, manifest.method, args, processing_class, adapter
+    return make_plan(base_model, everything, manifest.method, args, processing_class, adapter_config=adapter, **own)
 
 
 def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any], finished: int) -> None:
@@ -163,15 +149,3 @@ def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any]
     write_json(folder / METRICS, result)
     dropped = {f"task {number}" for number in range(keep, len(known))}
     write_json(folder / RUN, {key: value for key, value in settings.items() if key not in dropped})
-
-
-def complete_row(run: "ContinualRun", row: list[float | None], general: dict[str, float]) -> None:
-    """Score the model as it is on tasks that were added since `row` (and `general`, of the held-out ones) was made, and
-    on those given again."""
-    missing = [n for n, task in enumerate(run.tasks) if row[n] is None and task.eval_dataset is not None]
-    if missing and run._evaluates_all():
-        with runnable(run.model, run.args):
-            for index in missing:
-                with own_adapter(run.model, index) if run.method.mode == "separate" else nullcontext():
-                    row[index] = score(run, run.tasks[index])
-    measure(run, general)

@@ -1,25 +1,43 @@
-"""What a run keeps on disk beside the stack, so that the same command continues where it stopped."""
+"""`RunFolder`: the files of a run beside and in its stack, so that the same command continues where it stopped."""
 
 import contextlib
 import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import nn
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import metrics as formulas
-from ..hub import stack_card
+from ..hub import stack_card, task_card
 from ..methods import get_method
-from ..ops.sparse import decode_support
+from ..metrics.derived import derive
+from ..report import write_report
 from ..report.report import PICTURES
-from ..stack.manifest import MANIFEST, TOP_FILES, Manifest, read_manifest, write_atomic, write_json
-from ..tuner import named_layers
+from ..stack.load import state_file, verify
+from ..stack.manifest import (
+    MANIFEST,
+    TOP_FILES,
+    Manifest,
+    check_base,
+    describe_base,
+    library_versions,
+    read_manifest,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
+from ..stack.save import drop_states, save_task
+from ..strategies.base import join_states
+from .plan import RunPlan
+from .processes import on_main
 
 
 try:
@@ -32,6 +50,138 @@ logger = logging.getLogger(__name__)
 RUN = "run.json"
 METRICS = "metrics.json"
 PROCESSES = ("args.world_size", "args.sharding")  # settings that are a task's, not a run's
+
+
+class RunFolder:
+    """What a run has measured and finished, in memory and on disk; nobody else writes in its folder.
+
+    matrix: a row before training and one after each task, [tasks]. general: beside each row, {"task metric": score}.
+    trained: task.json of each finished task. manifest: None until the first task is finished.
+    repo_id: the stack's name on the Hub, for the cards.
+    """
+
+    def __init__(self, plan: RunPlan):
+        self.plan, self.path = plan, plan.output_dir
+        self.matrix: list[list[float | None]] = []
+        self.general: list[dict[str, float]] = []
+        self.trained: list[dict[str, Any]] = []
+        self.manifest: Manifest | None = None
+        self.repo_id = plan.args.hub_model_id if plan.args.push_to_hub else None
+
+    @property
+    def stack_tasks(self) -> list[dict[str, Any]]:
+        """The entries of stack.json; none before the first task is finished."""
+        return read_manifest(self.path).tasks if (self.path / MANIFEST).is_file() else []
+
+    def checkpoints(self, index: int) -> Path:
+        """The folder of the checkpoints of task number `index`."""
+        return self.path / "checkpoints" / f"task_{index:03d}"
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Write run.json, or compare it with the one that is there, and tidy up after a process that was killed.
+
+        Raises:
+            ValueError: the folder belongs to another run, see [`check_settings`].
+        """
+        check_settings(self.path, settings)
+        drop_states(self.path, self.stack_tasks)
+
+    def read(self, model: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+        """What a former process measured and finished: (entries of stack.json, what the strategies remembered).
+
+        model: the base.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the base is another one.
+        """
+        tasks = self.stack_tasks
+        self.matrix = read_matrix(self.path, len(self.plan.tasks))[: len(tasks) + 1]
+        self.general, self.trained = self._read_general()[: len(self.matrix)], []
+        if not tasks:
+            return [], {}
+        self.manifest = read_manifest(self.path)
+        check_base(self.manifest, model, str(self.path))
+        if len(self.matrix) != len(tasks) + 1:
+            raise ValueError(
+                f"{self.path / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put it "
+                "back, or use another output_dir"
+            )
+        for task in tasks:
+            verify(self.path, task)
+            info = json.loads((self.path / task["folder"] / "task.json").read_text())
+            self.trained.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
+        state = state_file(self.path, tasks)
+        return tasks, {} if state is None else load_file(state)
+
+    def _read_general(self) -> list[dict[str, float]]:
+        """Without the scores of held-out tasks that are other ones now."""
+        path = self.path / METRICS
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        before, now = result.get("held_out", {}), self._held_out()
+        changed = {name for name in now if before.get(name) != now[name]}
+        return [
+            {key: value for key, value in row.items() if key.split()[0] not in changed}
+            for row in result.get("general", [{}] * len(result.get("matrix", ())))
+        ]
+
+    def _held_out(self) -> dict[str, str]:
+        return {task.name: task.fingerprint() for task in self.plan.held_out}
+
+    def measured(self, stage: int, row: list[float | None], general: dict[str, float]) -> None:
+        """Note what was measured after `stage` tasks; written with the next task, or by [`write`]."""
+        self.matrix[stage : stage + 1], self.general[stage : stage + 1] = [row], [general]
+
+    def finish(self, model: Any, index: int, info: dict[str, Any], row: list[float | None], general: dict) -> None:
+        """Note a finished task in every process, and write it in the main one.
+
+        model: holds it as adapter `task_00k`. info: for its task.json. row, general: what was measured after it.
+        """
+        self.measured(index + 1, row, general)
+        self.trained.append(info)
+        if self.manifest is None:
+            separate = self.plan.method.mode == "separate"
+            self.manifest = Manifest(describe_base(model), self.plan.method_name, self.plan.additive, separate=separate)
+        on_main(lambda: self._commit(model, f"task_{index:03d}"))
+        if not PartialState().is_main_process:
+            self.manifest = read_manifest(self.path)
+
+    def _commit(self, model: Any, folder: str) -> None:
+        """The manifest comes last: until then the stack on disk is the one before."""
+        assert self.manifest is not None
+        info = self.trained[-1]
+        self.manifest.versions = library_versions()
+        states = join_states(strategy.state_dict() for strategy in self.plan.strategies)
+        card = task_card(self.manifest, info["name"], folder, info, self.repo_id or ".")
+        with explain_disk_errors(self.path, info["name"]):
+            entry = save_task(model, folder, info["name"], self.path, info, card, states)
+            self.manifest.tasks.append(entry)
+            self.write()
+            drop_states(self.path, self.manifest.tasks)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def write(self) -> dict[str, Any]:
+        """Bring metrics.json, the report, the card and stack.json up to date; returns the content of metrics.json."""
+        plan = self.plan
+        result = derive(self.matrix, [task.name for task in plan.tasks], plan.method.mode != "joint")
+        result["method"] = plan.method_name
+        result |= {"trained": self.trained, "data": plan.describe(), "general": self.general}
+        result["held_out"] = self._held_out()
+        if PartialState().is_main_process:
+            write_json(self.path / METRICS, result)
+            write_report(self.path, result)
+            if self.manifest is not None:
+                self._write_card(result)
+                write_manifest(self.path, self.manifest)
+        return result
+
+    def _write_card(self, result: dict[str, Any]) -> None:
+        assert self.manifest is not None
+        path = self.path / RUN
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        pictures = [name for name in PICTURES if (self.path / name).is_file()]
+        template = getattr(self.plan.args, "model_card_template", None)
+        card = stack_card(self.manifest, result, settings, self.repo_id or ".", pictures, template)
+        write_atomic(self.path / "README.md", card)
 
 
 def task_settings(settings: dict[str, Any]) -> list[str]:
@@ -119,7 +269,9 @@ def in_use(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another run is at work in {folder}: wait for it, or use another output_dir") from None
+            raise RuntimeError(
+                f"another process is already training in {folder}: wait for it, or use another output_dir"
+            ) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): see that no other run works in it", folder, error)
         yield
@@ -150,39 +302,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     saved = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if complete(path)]
     return max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def overlaps(model: nn.Module, stack: Path, index: int) -> dict[str, list[float]]:
-    """Collision rate and overlap of the support of finished task number `index` with each earlier one's.
-
-    The supports of the earlier tasks are read from the stack, one layer of one task at a time.
-    """
-    name = f"task_{index:03d}"
-    shared, sizes, mine, entries = [0] * index, [0] * index, 0, 0
-    with contextlib.ExitStack() as opened:
-        paths = [stack / f"task_{k:03d}" / "adapter_model.safetensors" for k in range(index)]
-        files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
-        for layer_name, layer in named_layers(model, name):
-            support = layer.support(name).cpu()
-            mine, entries = mine + int(support.sum()), entries + support.numel()
-            for k, file in enumerate(files):
-                code = file.get_tensor(f"base_model.model.{layer_name}.jumplora_support")
-                other = decode_support(code, (layer.out_features, layer.in_features))
-                sizes[k] += int(other.sum())
-                shared[k] += int((other & support).sum())
-    return {
-        "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
-        "overlap": [formulas.overlap(shared[k], sizes[k], mine) for k in range(index)],
-    }
-
-
-def write_readme(folder: Path, manifest: Manifest, result: dict[str, Any], repo_id: str | None, args: Any) -> None:
-    """The model card of a stack, from what stands beside it."""
-    path = folder / RUN
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    pictures = [name for name in PICTURES if (folder / name).is_file()]
-    template = getattr(args, "model_card_template", None)
-    write_atomic(folder / "README.md", stack_card(manifest, result, settings, repo_id or ".", pictures, template))
 
 
 @contextlib.contextmanager

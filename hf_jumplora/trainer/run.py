@@ -1,69 +1,66 @@
 """`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
 
-import copy
 import functools
-import json
-import logging
-import shutil
-import sys
 import time
-from collections import Counter
-from contextlib import ExitStack, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import concatenate_datasets
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, set_seed
 
-from ..data import Encoder, LanguageModelTask, Task, TextTask, collate
-from ..data.tasks import check_tasks
-from ..hub import Pusher, push_stack, task_card
-from ..methods import get_method
-from ..metrics.derived import derive
-from ..report import table, write_report
-from ..stack.load import attach, merge_finished, state_file, verify
-from ..stack.manifest import (
-    MANIFEST,
-    Manifest,
-    check_base,
-    describe_base,
-    library_versions,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
-from ..stack.save import drop_states, save_task
+from ..data import Task
+from ..data.encoder import encode_tasks
+from ..hub import Pusher, push_options, push_stack, start_push
+from ..methods import Method
+from ..report import table
+from ..stack.load import attach
 from ..strategies import Strategy
-from ..strategies.base import join_states, state_of
-from ..tuner import JumpLoraConfig, density, finish_adapter
-from ..tuner.gguf import as_plain_floats
+from ..strategies.base import state_of
+from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
-from .backend import call_strategies, cut_base, release, runnable
-from .checks import check_run, encode_tasks, place_model, push_options, run_settings, stage_sizes, start_push
-from .evaluator import describe_data, general_texts, lacks, measure, read_general, score
-from .from_stack import complete_row, continued
-from .processes import check_same_settings, check_shared_folder, on_main, sharding
-from .record import (
-    METRICS,
-    RUN,
-    check_settings,
-    explain_disk_errors,
-    in_use,
-    newest_checkpoint,
-    overlaps,
-    read_matrix,
-    write_readme,
-)
-from .scoring import own_adapter
-from .task import new_adapter, task_trainer
+from .backend import cut_base, place_model
+from .checks import check, check_ramps
+from .evaluator import Evaluator
+from .from_stack import plan_from_stack
+from .plan import RunPlan, make_plan
+from .processes import check_same_settings, check_shared_folder, on_main, quiet
+from .record import RUN, RunFolder, in_use
+from .task import describe_task, task_trainer, train_task
 from .task_trainer import ContinualTrainer
 
 
-logger = logging.getLogger(__name__)
+class RunOutput(Mapping):
+    """What [`ContinualRun.train`] returns.
+
+    metrics: the content of metrics.json: the accuracy matrix, the metrics derived from it with their formulas, general
+    ability, and what is known of each task. The output can be used as this dict for one version, with a FutureWarning.
+    """
+
+    def __init__(self, metrics: dict[str, Any]):
+        self.metrics = metrics
+
+    def _old(self) -> dict[str, Any]:
+        message = "ContinualRun.train() returns an output object: use train().metrics[...] in place of train()[...]"
+        warnings.warn(message, FutureWarning, stacklevel=3)
+        return self.metrics
+
+    def __repr__(self) -> str:
+        return f"RunOutput(metrics={self.metrics!r})"
+
+    def __getitem__(self, key: str) -> Any:
+        return self._old()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._old())
+
+    def __len__(self) -> int:
+        return len(self._old())
 
 
 class ContinualRun:
@@ -77,7 +74,7 @@ class ContinualRun:
         model: the base model. It is changed in place (adapters are added, finished updates are merged into it).
         tasks: [`Task`], [`TextTask`] or [`LanguageModelTask`], in order. Those with `held_out=True` are no part of the
             sequence: they are evaluated before the first task and after each one (general ability in the report).
-        method: a name of [`methods.METHODS`].
+        method: a name of [`methods.METHODS`], or its [`Method`].
         args: [`ContinualTrainingArguments`]; they hold for each task. Of a task's steps, `save_steps` make checkpoints.
         processing_class: the tokenizer (needed for text tasks).
         trainer_cls: made by [`make_continual`]; default [`ContinualTrainer`].
@@ -85,15 +82,19 @@ class ContinualRun:
         strategies: replaces the method's strategies (for other weights, or other combinations).
         data_collator, callbacks: passed on to each task's trainer.
 
+    Attributes:
+        model: the model as it is; a PeftModel from the first task on. plan: what is to be done ([`RunPlan`]).
+        record: what was measured and written ([`RunFolder`]). evaluator: scores the model ([`Evaluator`]).
+
     Raises:
-        ValueError: anything that cannot work, before training starts; the message names the option, task or file.
+        ValueError: something cannot work; the message names the option, task or file, before training starts.
     """
 
     def __init__(
         self,
         model: nn.Module,
         tasks: list[Task],
-        method: str = "jumplora",
+        method: str | Method = "jumplora",
         args: ContinualTrainingArguments | None = None,
         processing_class: Any = None,
         *,
@@ -103,36 +104,22 @@ class ContinualRun:
         data_collator: Any = None,
         callbacks: list | None = None,
     ):
-        self.method, self.method_name = get_method(method), method
-        check_tasks(tasks)
-        self.model: Any = as_plain_floats(model)  # a PeftModel from the first task on
-        self.held_out: list[Any] = [task for task in tasks if getattr(task, "held_out", False)]
-        self.tasks = [task for task in tasks if not getattr(task, "held_out", False)]
-        self.processing_class = processing_class
-        self.args = args or ContinualTrainingArguments()
-        self.trainer_cls, self.callbacks = trainer_cls, list(callbacks or ())
-        self.config = self.method.adapter_config(adapter_config)
-        self.strategies = [make() for make in self.method.strategies] if strategies is None else list(strategies)
-        self.output_dir = Path(str(self.args.output_dir))
-        check_run(self)
-        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        max_length = min(getattr(self.args, "max_length", 512), context or sys.maxsize)
-        self.encoder = Encoder(processing_class, max_length, self.seq2seq)
-        self.data_collator = data_collator
-        if data_collator is None and any(not task.held_out for task in self._text_tasks()):
-            self.data_collator = collate(processing_class, self.seq2seq)
-        for strategy in self.strategies:
+        more = {"strategies": strategies, "data_collator": data_collator, "callbacks": callbacks}
+        options = {"trainer_cls": trainer_cls, "adapter_config": adapter_config, **more}
+        self._follow(make_plan(model, tasks, method, args, processing_class, **options))
+
+    def _follow(self, plan: RunPlan) -> None:
+        check(plan)
+        for strategy in plan.strategies:
             if getattr(strategy, "general", None) is True:
-                strategy.general = general_texts(self)  # type: ignore[attr-defined]
-        self.manifest: Manifest | None = None
-        self.matrix: list[list[float | None]] = []
-        self.general: list[dict[str, float]] = []  # for each row of the matrix, see `measure`
-        self.cross_entropy: dict[str, float] = {}  # nats a token of the plain texts just evaluated, by task
-        self.info: list[dict[str, Any]] = []
-        self.truncated: Counter[str] = Counter()
+                strategy.general = plan.general_texts()  # type: ignore[attr-defined]
+        self.plan, self.model = plan, plan.model
+        self.args, self.output_dir = plan.args, plan.output_dir
+        self.record = RunFolder(plan)
+        make_trainer = functools.partial(task_trainer, plan, output_dir=plan.output_dir / "checkpoints", index=0)
+        self.evaluator = Evaluator(plan, make_trainer)
         self.pusher: Pusher | None = None
-        self.repo_id = self.args.hub_model_id if self.args.push_to_hub else None
+        self.truncated: dict[str, int] = {}  # texts that were cut, by task
 
     @classmethod
     def from_stack(
@@ -159,7 +146,7 @@ class ContinualRun:
             path: a folder, or a repository on the Hub (with push_to_hub=True the new tasks go there too).
             tasks: the new ones, in order. A task of the stack that is given again, unchanged, is evaluated again after
                 each new one; without it its scores stay empty and so do the averages that need them.
-            output_dir: where the stack is copied to and goes on. It may be `path` itself.
+            output_dir: where the stack is copied to and continued. It may be `path` itself.
             base_model: a model, a folder or an id; None takes the one that the stack names.
             processing_class: None takes the base model's tokenizer. revision: of the repository.
             trainer_cls, args_cls: as the stack was trained with (`ContinualSFTTrainer` and `SFTConfig`).
@@ -167,234 +154,115 @@ class ContinualRun:
             options: further training arguments (push_to_hub, save_steps, ...).
 
         Raises:
-            FileNotFoundError: no stack there. ValueError: anything that cannot work; a setting that differs from the
+            FileNotFoundError: no stack there. ValueError: something cannot work; a setting that differs from the
             stack's is named (by `train`).
         """
-        model, everything, method, args, processing_class, config = continued(
-            path, tasks, output_dir, base_model, processing_class, revision, args_cls, options
-        )
-        return cls(
-            model, everything, method, args, processing_class, trainer_cls=trainer_cls, adapter_config=config,
-            strategies=strategies, data_collator=data_collator, callbacks=callbacks,
-        )  # fmt: skip
+        run = cls.__new__(cls)
+        own = {"strategies": strategies, "data_collator": data_collator, "callbacks": callbacks}
+        given = (path, tasks, output_dir, base_model, processing_class, revision, args_cls, options)
+        run._follow(plan_from_stack(*given, trainer_cls=trainer_cls, **own))
+        return run
 
-    def _text_tasks(self) -> list[Any]:
-        return [task for task in (*self.tasks, *self.held_out) if isinstance(task, (TextTask, LanguageModelTask))]
-
-    # ---- the sequence ---------------------------------------------------------------------------------------------
-
-    def train(self) -> dict[str, Any]:
-        """Train all tasks that are not finished yet; returns the content of metrics.json.
+    def train(self) -> RunOutput:
+        """Train all tasks that are not finished yet; `.metrics` of the result is the content of metrics.json.
 
         Raises:
-            RuntimeError: an earlier call on this object was interrupted, or another run is at work in output_dir.
+            RuntimeError: an earlier call on this object was interrupted, or another process trains in output_dir.
         """
-        stages = stage_sizes(self)
         if isinstance(self.model, PeftModel):
-            written = (self.output_dir / MANIFEST).is_file() and read_manifest(self.output_dir).tasks
-            if not written or len(written) < len(stages):
+            if len(self.record.stack_tasks) < len(self.plan.stages()):
                 raise RuntimeError(
-                    "training was interrupted and this model holds an adapter in the making: make a new ContinualRun "
-                    "with a fresh base model, it continues from output_dir"
+                    "training was interrupted and this model contains a partially trained adapter: make a new "
+                    "ContinualRun with a fresh base model, it continues from output_dir"
                 )
-            return self._write_metrics()
-        settings = run_settings(self)
+            return RunOutput(self.record.write())
+        settings = self.plan.settings()
         check_same_settings(settings)
         with ExitStack() as held:
-            on_main(lambda: self._prepare(settings, held))
+            on_main(lambda: self._open(settings, held))
             check_shared_folder(self.output_dir / RUN)
-            return self._train(stages)
+            return RunOutput(self._train())
 
-    def _prepare(self, settings: dict[str, Any], held: ExitStack) -> None:
+    def _open(self, settings: dict[str, Any], held: ExitStack) -> None:
+        """In the main process: the folder is this run's until `held` is closed, and pushing begins."""
         held.enter_context(in_use(self.output_dir))
-        check_settings(self.output_dir, settings)
-        if (self.output_dir / MANIFEST).is_file():  # killed before it could do so itself
-            drop_states(self.output_dir, read_manifest(self.output_dir).tasks)
-        self.pusher = start_push(self)
-        if self.pusher is not None:
+        self.record.claim(settings)
+        if self.args.push_to_hub:
+            self.pusher = start_push(self.output_dir, self.args)
+            self.record.repo_id = self.pusher.repo_id
             held.callback(self.pusher.finish)
 
-    def _train(self, stages: list[tuple[str, int]]) -> dict[str, Any]:
-        train_sets = encode_tasks(self)
+    def _train(self) -> dict[str, Any]:
+        plan, record, stages = self.plan, self.record, self.plan.stages()
+        train_sets = self._encode()
         cut_base(self.model, self.args)
-        zero_shot = read_matrix(self.output_dir, len(self.tasks))[:1]
-        self.general = read_general(self.output_dir, self)
-        if not zero_shot or None in zero_shot[0] or lacks(self, self.general[0]):
-            place_model(self)
-        for row in zero_shot:
-            complete_row(self, row, self.general[0])
         done = self._restore()
-        PartialState().wait_for_everyone()  # all have read what the main process is about to change
-        if done:
-            self.matrix[0] = zero_shot[0]
-            complete_row(self, self.matrix[done], self.general[done])
-        if not self.matrix:
-            self.matrix, self.general = [self.evaluate() if self._evaluates_all() else [None for _ in self.tasks]], [{}]
-            measure(self, self.general[0])
-            self._write_metrics()
-        progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=self._quiet())
+        progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=quiet(self.args))
         for index, (name, _) in enumerate(progress, start=done):
             progress.set_postfix_str(name)
-            self._train_task(index, name, train_sets)
+            self._train_task(index, train_sets)
             if self.pusher is not None and self.args.hub_strategy != "end":
                 self.pusher.push()
-        result = self._write_metrics()
-        if self.manifest is not None and len(self.manifest.tasks) > 1 and self._folds():
+        result = record.write()
+        if len(record.trained) > 1 and plan.folds:
             # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
-            self.model = attach(self.model.unload(), self.output_dir, self.manifest.tasks)
+            self.model = attach(self.model.unload(), self.output_dir, record.stack_tasks)
         if PartialState().is_main_process:
-            print(table(result, self.method_name))
+            print(table(result, plan.method_name))
         return result
 
-    def _quiet(self) -> bool:
-        return self.args.disable_tqdm or not PartialState().is_main_process
-
-    def _evaluates_all(self) -> bool:
-        return getattr(self.args, "eval_tasks", "all") == "all"
+    def _encode(self) -> list[Any]:
+        """The training set of every stage; texts that cannot be used show now."""
+        sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out)
+        self.truncated = dict(self.plan.encoder.truncated)  # evaluations go on counting
+        sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
+        check_ramps(self.plan, [len(rows or ()) for rows in sets])
+        return sets
 
     def _restore(self) -> int:
-        """Load what a former process finished; returns the number of finished stages."""
-        if not (self.output_dir / MANIFEST).is_file():
-            self.matrix = read_matrix(self.output_dir, len(self.tasks))[:1]
-            return 0
-        self.manifest = read_manifest(self.output_dir)
-        check_base(self.manifest, self.model, str(self.output_dir))
-        tasks = self.manifest.tasks
-        self.matrix = read_matrix(self.output_dir, len(self.tasks))[: len(tasks) + 1]
-        if len(self.matrix) != len(tasks) + 1:
-            raise ValueError(
-                f"{self.output_dir / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put it "
-                "back, or use another output_dir"
-            )
-        for task in tasks:
-            verify(self.output_dir, task)
-            info = json.loads((self.output_dir / task["folder"] / "task.json").read_text())
-            self.info.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
-        separate = self.manifest.separate
-        tasks_now = tasks if self.manifest.additive or separate else tasks[-1:]
-        self.model = attach(self.model, self.output_dir, tasks_now, separate, self._folds())
-        if (state := state_file(self.output_dir, tasks)) is not None:
-            saved = load_file(state)
-            for number, strategy in enumerate(self.strategies):
-                strategy.load_state_dict(state_of(number, saved))
+        """Measure the base model and load what a former process finished; returns the number of finished stages."""
+        record, evaluator = self.record, self.evaluator
+        tasks, states = record.read(self.model)
+        fresh = not record.matrix
+        row, general = (record.matrix or [[]])[0], (record.general or [{}])[0]
+        if fresh or None in row or evaluator.lacks(general):
+            place_model(self.model, self.args)
+        record.measured(0, *evaluator.measure(self.model, 0, row, general))
+        if tasks:
+            mode = self.plan.method.mode
+            adapters = tasks[-1:] if mode == "sequential" else tasks
+            self.model = attach(self.model, self.output_dir, adapters, mode == "separate", self.plan.folds)
+            for number, strategy in enumerate(self.plan.strategies if states else ()):
+                strategy.load_state_dict(state_of(number, states))
+        PartialState().wait_for_everyone()  # all have read what the main process is about to change
+        if tasks:
+            last = len(tasks)
+            record.measured(last, *evaluator.measure(self.model, 0, record.matrix[last], record.general[last]))
+        if fresh:
+            record.write()
         return len(tasks)
 
-    def _folds(self) -> bool:
-        """Whether earlier tasks are kept as their sum alone while a new one is trained."""
-        return self.method.mode not in ("sequential", "separate") and not any(
-            s.needs_past_factors for s in self.strategies
-        )
+    def _train_task(self, index: int, train_sets: list[Any]) -> None:
+        start = time.perf_counter()
+        self.model, steps = train_task(self.plan, self.model, index, train_sets, self.record.checkpoints(index))
+        row, general = self.evaluator.measure(self.model, index + 1)
+        info = describe_task(
+            self.plan, self.model, index, steps=steps, examples=len(train_sets[index]),
+            truncated=self.truncated.get(self.plan.stages()[index][0], 0), seconds=time.perf_counter() - start,
+        )  # fmt: skip
+        self.record.finish(self.model, index, info, row, general)
 
-    def _train_task(self, index: int, name: str, train_sets: list[Any]) -> None:
-        start, main = time.perf_counter(), PartialState().is_main_process
-        set_seed(self.args.seed + 1000 * index)
-        self.model = new_adapter(self.model, copy.deepcopy(self.config), index, self.method.mode, self._folds())
-        train_set = mixed = train_sets[index]
-        for strategy in self.strategies:
-            mixed = strategy.training_data(mixed, index, train_sets[:index])
-        folder = f"task_{index:03d}"
-        checkpoints = self.output_dir / "checkpoints" / folder
-        before = set(self.model.peft_config)
-        trainer = self._trainer(checkpoints, index, train_dataset=mixed)
-        examples = functools.partial(trainer.examples, own=len(train_set))  # type: ignore[attr-defined]  # a mixin's
-        call_strategies(self, "on_task_start", examples)
-        last = newest_checkpoint(checkpoints)
-        output = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        release(trainer)
-        for extra in set(self.model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
-            self.model.delete_adapter(extra)
-        call_strategies(self, "on_task_end", examples)
-        finish_adapter(self.model, "default", folder)
-        if self.method.mode != "separate":
-            merge_finished(self.model, [folder])
-        self.matrix = [*self.matrix[: index + 1], self.evaluate(index + 1)]
-        self.general = [*self.general[: index + 1], {}]
-        measure(self, self.general[-1])
-        task = self.tasks[index] if self.method.mode != "joint" else None
-        self.info.append(
-            {
-                "name": name,
-                "index": index,
-                "density": density(self.model, folder),
-                "steps": output.global_step,
-                "train_examples": len(train_set),
-                "truncated": self.truncated[name] if isinstance(task, TextTask) else None,
-                "source": task.source if task else "",
-                "labels": task.labels if isinstance(task, TextTask) else None,
-                "instruction": task.instruction if isinstance(task, TextTask) else None,
-                "seed": self.args.seed + 1000 * index,
-                "effective_batch": self.args.train_batch_size
-                * self.args.world_size
-                * self.args.gradient_accumulation_steps,
-                "processes": self.args.world_size,
-                "sharding": sharding(self.args),
-                "seconds": round(time.perf_counter() - start, 1),
-                **(overlaps(self.model, self.output_dir, index) if self.config.gate and main else {}),
-            }
-        )
-        if self.manifest is None:
-            mode = self.method.mode
-            additive = mode not in ("sequential", "separate")
-            self.manifest = Manifest(describe_base(self.model), self.method_name, additive, separate=mode == "separate")
-        on_main(lambda: self._commit(name, folder))
-        if not main:
-            self.manifest = read_manifest(self.output_dir)
-
-    def _trainer(self, output_dir: Path, index: int, **kwargs) -> Trainer:
-        return task_trainer(self, output_dir, index, **kwargs)
-
-    # ---- what is known after a task -------------------------------------------------------------------------------
-
-    def evaluate(self, seen: int | None = None) -> list[float | None]:
-        """Scores of the model as it is on every task (None: no eval set, or not seen yet with eval_tasks="seen").
+    def evaluate(self) -> dict[str, float | None]:
+        """{task: score in [0, 1]} of the model as it is on every task (None: it has no eval set).
 
         With method `perlora` each task is scored with its own adapter, one that has none yet with the base model.
         """
-        if self.manifest is None and (self.output_dir / MANIFEST).is_file():
+        if self.record.manifest is None and self.record.stack_tasks:
             raise RuntimeError(f"{self.output_dir} holds finished tasks: call train() first, it loads them")
-        limit = len(self.tasks) if seen is None or self._evaluates_all() or self.method.mode == "joint" else seen
-        row: list[float | None] = []
-        self.cross_entropy.clear()
-        bar = tqdm(self.tasks, desc="evaluating", leave=False, disable=self._quiet())
-        with runnable(self.model, self.args):
-            for index, task in enumerate(bar):
-                if index >= limit or task.eval_dataset is None:
-                    row.append(None)
-                    continue
-                with own_adapter(self.model, index) if self.method.mode == "separate" else nullcontext():
-                    row.append(score(self, task))
-        return row
-
-    def _commit(self, name: str, folder: str) -> None:
-        """Write a finished task. The manifest comes last: until then the stack on disk is the one before."""
-        assert self.manifest is not None
-        self.manifest.versions = library_versions()
-        states = join_states(strategy.state_dict() for strategy in self.strategies)
-        card = task_card(self.manifest, name, folder, self.info[-1], self.repo_id or ".")
-        with explain_disk_errors(self.output_dir, name):
-            entry = save_task(self.model, folder, name, self.output_dir, self.info[-1], card, states)
-            self.manifest.tasks.append(entry)
-            self._write_metrics()
-            drop_states(self.output_dir, self.manifest.tasks)
-        shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
-
-    def _write_metrics(self) -> dict[str, Any]:
-        continual = self.method.mode != "joint"
-        result = derive(self.matrix, [task.name for task in self.tasks], continual)
-        result["method"] = self.method_name
-        result |= {"trained": self.info, "data": describe_data(self), "general": self.general}
-        result["held_out"] = {task.name: task.fingerprint() for task in self.held_out}
-        if PartialState().is_main_process:
-            write_json(self.output_dir / METRICS, result)
-            write_report(self.output_dir, result)
-            if self.manifest is not None:
-                write_readme(self.output_dir, self.manifest, result, self.repo_id, self.args)
-                write_manifest(self.output_dir, self.manifest)
-        return result
-
-    # ---- the Hub --------------------------------------------------------------------------------------------------
+        row, _ = self.evaluator.row(self.model)
+        return dict(zip((task.name for task in self.plan.tasks), row, strict=True))
 
     def push_to_hub(self) -> dict[str, str]:
         """Push every finished task that the repository lacks; {tag: commit}. Raises what [`push_stack`] raises."""
         name = self.args.hub_model_id or self.output_dir.resolve().name
-        return push_stack(self.output_dir, name, **push_options(self))
+        return push_stack(self.output_dir, name, **push_options(self.args))

@@ -1,20 +1,55 @@
-"""What a task starts with: its adapter on top of the finished ones, in their place or beside them, and its trainer."""
+"""One task: its adapter on top of the finished ones, its trainer, its training, and what its task.json says."""
 
 import copy
+import functools
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import Trainer
+from safetensors import safe_open
+from transformers import Trainer, set_seed
 
+from .. import metrics as formulas
+from ..data import TextTask
+from ..ops.sparse import decode_support
 from ..stack.load import merge_finished
-from ..tuner import JumpLoraConfig, fold_finished, named_layers
-from .backend import fresh_accelerator
+from ..strategies.base import Examples
+from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
+from .backend import fresh_accelerator, release, runnable, sharding
+from .plan import RunPlan
+from .record import newest_checkpoint
 
 
-if TYPE_CHECKING:
-    from .run import ContinualRun
+def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], checkpoints: Path) -> tuple[Any, int]:
+    """Train task number `index` of a plan, or what is left of it after a restart.
+
+    model: holds the tasks before. train_sets: of the tasks, None where a past one's data is not at hand.
+
+    Returns:
+        (a PeftModel in which the task is finished as adapter `task_00k`, and merged; its optimizer steps).
+    """
+    set_seed(plan.seed(index))
+    model = new_adapter(model, copy.deepcopy(plan.config), index, plan.method.mode, plan.folds)
+    mixed = train_sets[index]
+    for strategy in plan.strategies:
+        mixed = strategy.training_data(mixed, index, train_sets[:index])
+    before = set(model.peft_config)
+    trainer: Any = task_trainer(plan, model, checkpoints, index, train_dataset=mixed)
+    examples = functools.partial(trainer.examples, own=len(train_sets[index]))
+    _call_strategies(plan, model, "on_task_start", examples)
+    last = newest_checkpoint(checkpoints)
+    output = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    release(trainer)
+    for extra in set(model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
+        model.delete_adapter(extra)
+    _call_strategies(plan, model, "on_task_end", examples)
+    name = f"task_{index:03d}"
+    trainer.finish(name)
+    if plan.method.mode != "separate":
+        merge_finished(model, [name])
+    return model, output.global_step
 
 
 def new_adapter(model: Any, config: JumpLoraConfig, index: int, mode: str, fold: bool) -> Any:
@@ -43,25 +78,86 @@ def new_adapter(model: Any, config: JumpLoraConfig, index: int, mode: str, fold:
     return model
 
 
-def task_trainer(run: "ContinualRun", output_dir: Path, index: int, **kwargs: Any) -> Trainer:
-    """The trainer of task number `index`, with the run's arguments.
+def task_trainer(plan: RunPlan, model: Any, output_dir: Path, index: int, **options: Any) -> Trainer:
+    """The trainer of task number `index` with the plan's arguments; `options` are further ones of its class.
 
     Raises:
-        TypeError: the run's `trainer_cls` cannot be made of its arguments.
+        TypeError: the plan's `trainer_cls` cannot be made from its arguments.
     """
-    args = copy.copy(run.args)
-    args.output_dir, args.seed = str(output_dir), run.args.seed + 1000 * index
+    args = copy.copy(plan.args)
+    args.output_dir, args.seed = str(output_dir), plan.seed(index)
     args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
     if args.deepspeed_plugin is not None:
         args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
         fresh_accelerator()
     try:
-        return run.trainer_cls(
-            model=run.model, args=args, data_collator=run.data_collator, processing_class=run.processing_class,
-            strategies=run.strategies, callbacks=list(run.callbacks), **kwargs,
+        return plan.trainer_cls(
+            model=model, args=args, data_collator=plan.batches, processing_class=plan.tokenizer,
+            strategies=plan.strategies, callbacks=list(plan.callbacks), **options,
         )  # fmt: skip
     except (TypeError, AttributeError) as error:  # SFTTrainer itself, or ContinualSFTTrainer without an SFTConfig
         raise TypeError(
-            f"{run.trainer_cls.__name__} cannot be made of {type(args).__name__} ({error}): trainer_cls is of "
-            "make_continual, and args are of the class it takes (TRL's SFTTrainer: SFTConfig)"
+            f"{plan.trainer_cls.__name__} cannot be made from {type(args).__name__} ({error}): trainer_cls must come "
+            "from make_continual, and args must be of the class it takes (TRL's SFTTrainer: SFTConfig)"
         ) from error
+
+
+def _call_strategies(plan: RunPlan, model: Any, hook: str, examples: Examples) -> None:
+    """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
+    for strategy in plan.strategies:
+        with runnable(model, plan.args) if strategy.runs_model else nullcontext():
+            getattr(strategy, hook)(model, "default", examples)
+
+
+def describe_task(
+    plan: RunPlan, model: Any, index: int, *, steps: int, examples: int, truncated: int, seconds: float
+) -> dict[str, Any]:
+    """What task.json says of a finished task that `model` holds as `task_00k`; with a gate also how its support meets
+    those of the earlier tasks (in the main process).
+
+    examples: its training rows. truncated: how many of its texts were cut. seconds: of training and evaluation.
+    """
+    name, args = plan.stages()[index][0], plan.args
+    task = plan.tasks[index] if plan.method.mode != "joint" else None
+    text = isinstance(task, TextTask)
+    return {
+        "name": name,
+        "index": index,
+        "density": density(model, f"task_{index:03d}"),
+        "steps": steps,
+        "train_examples": examples,
+        "truncated": truncated if text else None,
+        "source": task.source if task else "",
+        "labels": task.labels if isinstance(task, TextTask) else None,
+        "instruction": task.instruction if isinstance(task, TextTask) else None,
+        "seed": plan.seed(index),
+        "effective_batch": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "sharding": sharding(args),
+        "seconds": round(seconds, 1),
+        **(_overlaps(model, plan.output_dir, index) if plan.config.gate and args.process_index == 0 else {}),
+    }
+
+
+def _overlaps(model: Any, stack: Path, index: int) -> dict[str, list[float]]:
+    """Collision rate and overlap of the support of finished task number `index` with each earlier one's.
+
+    The supports of the earlier tasks are read from the stack, one layer of one task at a time.
+    """
+    name = f"task_{index:03d}"
+    shared, sizes, mine, entries = [0] * index, [0] * index, 0, 0
+    with ExitStack() as opened:
+        paths = [stack / f"task_{k:03d}" / "adapter_model.safetensors" for k in range(index)]
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+        for layer_name, layer in named_layers(model, name):
+            support = layer.support(name).cpu()
+            mine, entries = mine + int(support.sum()), entries + support.numel()
+            for k, file in enumerate(files):
+                code = file.get_tensor(f"base_model.model.{layer_name}.jumplora_support")
+                other = decode_support(code, (layer.out_features, layer.in_features))
+                sizes[k] += int(other.sum())
+                shared[k] += int((other & support).sum())
+    return {
+        "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
+        "overlap": [formulas.overlap(shared[k], sizes[k], mine) for k in range(index)],
+    }

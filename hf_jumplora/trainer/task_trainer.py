@@ -17,13 +17,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import density, gate_groups, named_layers
+from ..tuner import density, finish_adapter, gate_groups, named_layers
 from ..tuner.lookup import adapter_parameters, can_continue
 from ..tuner.sharded_parameters import assign, gathered, whole
-from .backend import ignore_cut_weights
+from .backend import ignore_cut_weights, release, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
-from .processes import sharding
 
 
 _NEED_WHOLE = {"on_gradients": "changes gradients", "checkpoint_state": "follows every step of the parameters"}
@@ -82,6 +81,17 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             return super().train(*args, **kwargs)
         finally:
             handle.remove()
+
+    def finish(self, name: str) -> None:
+        """End of a task, after `train()`: the adapter's support is recorded, and it gets its final name `name`.
+
+        Also ends DeepSpeed's engine, if there is one. From here on the trainer trains no more.
+
+        Raises:
+            FloatingPointError, ValueError: as [`finish_adapter`].
+        """
+        release(self)
+        finish_adapter(self.model, self.adapter, name)
 
     def examples(
         self, count: int, rows: Any = None, batch: int = 1, *, own: int | None = None

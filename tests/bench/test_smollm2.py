@@ -78,7 +78,7 @@ def test_a_run_on_a_gguf_base(folder, tmp_path):
     for name, value in base.state_dict().items():  # half a step of 1/127 of a block, its scale in fp16
         assert (value - weights[name]).abs().max() <= weights[name].abs().max() / 200, name
     run = toy.make_run(base, tmp_path / "run", stream=toy.tasks(1), max_steps=8)
-    metrics = run.train()
+    metrics = run.train().metrics
     assert metrics["average_accuracy"] is not None
     again = AutoModelForCausalLM.from_pretrained(path, gguf_file=FILE)
     loaded = load_stack(tmp_path / "run", base_model=again)

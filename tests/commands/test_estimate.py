@@ -145,10 +145,10 @@ def test_what_a_run_remembers(four_bit, toy_base, tmp_path):
 
     class Look(toy.TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-            if len(run.info) == 2 and state.global_step == 8:
+            if len(run.record.trained) == 2 and state.global_step == 8:
                 state = [t for values in optimizer.state.values() for t in values.values() if t.numel() > 1]
                 seen.update(held(run, "default"), optimizer=sum(t.nbytes for t in state))
-                (ella,) = [s for s in run.strategies if isinstance(s, Ella)]
+                (ella,) = [s for s in run.plan.strategies if isinstance(s, Ella)]
                 seen["ella"] = sum(t.nbytes for past in ella.past.values() for t in past)
                 sums = [layer.total_update(["task_000", "task_001"]) for _, layer in named_layers(run.model)]
                 seen["share"] = sum(int(s.count_nonzero()) for s in sums) / sum(s.numel() for s in sums)
@@ -183,7 +183,7 @@ def test_what_kfac_remembers(method, toy_base, tmp_path):
     """Roots of fixed size, or whole factors of every task: the bytes of the strategy's state after two tasks."""
     run = toy.make_run(toy_base, tmp_path, method, stream=toy.tasks(2))
     run.train()
-    (kfac,) = run.strategies
+    (kfac,) = run.plan.strategies
     kept = sum(t.nbytes for part in (kfac.G, kfac.C) for t in part.values())
     layers = [layer for _, layer in named_layers(run.model)]
     assert kfac_memory(kfac.memory, layers, 2) == kept

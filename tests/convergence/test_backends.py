@@ -28,7 +28,7 @@ def train(base, folder, backend):
         base, folder, stream=toy.tasks(2, train=32, evaluate=4), adapter=adapter, callbacks=[watch], logging_steps=1,
         use_cpu=DEVICE == "cpu", eval_tasks="seen",
     )  # fmt: skip
-    metrics = run.train()
+    metrics = run.train().metrics
     layers = named_layers(run.model)
     supports = {(task, name): layer.support(task).cpu() for task in ("task_000", "task_001") for name, layer in layers}
     return watch.losses, metrics["matrix"], supports

@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from hf_jumplora.strategies import Ewc
-from hf_jumplora.trainer.backend import check_engine
+from hf_jumplora.trainer.checks import check_backend
 
 
 OPTIONS = {"per_device_train_batch_size": 2}
@@ -44,13 +44,13 @@ def test_processes_that_disagree(toy_base, tmp_path):
     assert not list(tmp_path.glob("**/stack.json"))
 
 
-def fake(run, stage: int = 3, strategies=(), **config):
-    """The run as if it had been started with DeepSpeed."""
+def fake(plan, stage: int = 3, strategies=(), **config):
+    """The plan of a run as if it had been started with DeepSpeed."""
     config = {"zero_optimization": {"stage": stage}, **config}
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
-    vars(run.args).update(deepspeed_plugin=plugin)
-    run.strategies = list(strategies)
-    return run
+    vars(plan.args).update(deepspeed_plugin=plugin)
+    plan.strategies[:] = list(strategies)
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,24 @@ def fake(run, stage: int = 3, strategies=(), **config):
     ],
 )
 def test_deepspeed_options(config, message, toy_base, tmp_path):
-    run = toy.make_run(toy_base, tmp_path, stream=toy.tasks(1))
+    plan = toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)).plan
     with pytest.raises(ValueError, match=message):
-        check_engine(fake(run, **config))
-    check_engine(fake(run))
+        check_backend(fake(plan, **config))
+    check_backend(fake(plan))
 
 
 def test_other_options(toy_base, tmp_path):
-    run = fake(toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)), 2)
-    run.args.fp16 = True
+    plan = fake(toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)).plan, 2)
+    plan.args.fp16 = True
     with pytest.raises(ValueError, match="use bf16=True"):
-        check_engine(run)
-    run.args.fp16, run.args.bf16 = False, True
+        check_backend(plan)
+    plan.args.fp16, plan.args.bf16 = False, True
     with pytest.raises(ValueError, match=r"this one is torch\.float32: load it with dtype=bfloat16"):
-        check_engine(run)
-    run.args.bf16, run.model.is_quantized = False, True
-    check_engine(run)
+        check_backend(plan)
+    plan.args.bf16, plan.model.is_quantized = False, True
+    check_backend(plan)
     with pytest.raises(ValueError, match="a quantised base cannot be cut into pieces by zero3: use DDP"):
-        check_engine(fake(run))
+        check_backend(fake(plan))
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy
 from transformers import TrainerCallback
 
-import hf_jumplora.trainer.run as run_module
-from hf_jumplora import strategies
+import hf_jumplora.trainer.task as task_module
+from hf_jumplora import ContinualTrainer, strategies
 from hf_jumplora.stack.load import merge_finished
 from hf_jumplora.tuner.sharded_parameters import full_shape, piece
 
@@ -48,10 +48,10 @@ class Record(TrainerCallback):
             self.logs.append({"task": Path(args.output_dir).name, "step": state.global_step, **logs})
 
 
-def watch_engines(run, seen: list) -> None:
-    """Records the class of the module that every step of training runs."""
+def watched_trainer(seen: list) -> type:
+    """A trainer that records the class of the module that every step of training runs."""
 
-    class Watched(run.trainer_cls):
+    class Watched(ContinualTrainer):
         def training_step(self, model, *args, **kwargs):
             kind = type(model).__name__
             if kind == "DeepSpeedEngine":
@@ -60,7 +60,7 @@ def watch_engines(run, seen: list) -> None:
                 seen.append(kind)
             return super().training_step(model, *args, **kwargs)
 
-    run.trainer_cls = Watched
+    return Watched
 
 
 def watch_merging(peaks: list[int]) -> None:
@@ -75,7 +75,7 @@ def watch_merging(peaks: list[int]) -> None:
         status = Path("/proc/self/status").read_text().split("VmHWM:")[1] if clear.exists() else "0"
         peaks.append((int(status.split()[0]) << 10) - max(before, psutil.Process().memory_info().rss))
 
-    run_module.merge_finished = watched
+    task_module.merge_finished = watched
 
 
 class Kill(TrainerCallback):
@@ -115,14 +115,12 @@ def one(job: dict) -> None:
     tasks = toy.tasks(min(count, 4), job.get("train", 32), job.get("evaluate", 7))
     tasks += [dataclasses.replace(tasks[k % 4], name=f"{tasks[k % 4].name}{k}") for k in range(4, count)]
     callbacks = [record, Kill(*job["kill"])] if "kill" in job else [record]
+    named = [getattr(strategies, name)(**options) for name, options in job.get("strategies", {}).items()]
     run = toy.make_run(
         job["base"], job["output_dir"], job.get("method", "jumplora"), tasks, job.get("adapter"), callbacks,
-        **{"logging_steps": 1, **job.get("options", {})},
+        watched_trainer(engines), named or None, **{"logging_steps": 1, **job.get("options", {})},
     )  # fmt: skip
-    named = job.get("strategies", {}).items()
-    run.strategies = [getattr(strategies, name)(**options) for name, options in named] or run.strategies
-    watch_engines(run, engines)
-    result = run.train()
+    result = run.train().metrics
     base = [p for name, p in run.model.named_parameters() if ".jumplora_" not in name]
     held = sum(piece(p).numel() for p in base) / sum(full_shape(p).numel() for p in base)
     out = {

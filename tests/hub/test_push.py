@@ -223,7 +223,9 @@ def test_a_run_pushes(toy_base, hub, monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG):
         run = toy.make_run(toy_base, tmp_path, push_to_hub=True, hub_model_id="me/stack", **options)
         kept = []
-        monkeypatch.setattr("hf_jumplora.trainer.run.shutil.rmtree", lambda path, **_: kept.append(path))  # checkpoints
+        monkeypatch.setattr(
+            "hf_jumplora.trainer.record.shutil.rmtree", lambda path, **_: kept.append(path)
+        )  # checkpoints
         run.train()
     complete(hub)
     assert kept

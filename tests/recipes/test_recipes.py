@@ -170,7 +170,7 @@ def test_trace(toy_base, tmp_path):
     assert [task.max_answer for task in tasks] == [None, None, 512, 128, 512, 32, 32, 512]
     for task in tasks[2:]:
         task.max_answer = 6  # the toy model has room for 64 tokens
-    result = toy.make_run(toy_base, tmp_path / "out", "inclora", tasks, max_steps=2).train()
+    result = toy.make_run(toy_base, tmp_path / "out", "inclora", tasks, max_steps=2).train().metrics
     assert all(0 <= score <= 1 for row in result["matrix"] for score in row)
     report = (tmp_path / "out" / "report.md").read_text()
     for name, metric in TRACE.items():

@@ -253,9 +253,9 @@ def test_replay_per_task(toy_base, tmp_path):
     assert all(x < 8 for x in mixed[1][12:])
     assert len(set(mixed[2])) == 9
     run = toy.make_run(toy_base, tmp_path, "seqlora", stream=toy.tasks(2))
-    run.strategies = [replay]
+    run.plan.strategies[:] = [replay]
     run.train()
-    assert [info["steps"] for info in run.info] == [8, 10]
+    assert [info["steps"] for info in run.record.trained] == [8, 10]
 
 
 def test_replay_reservoir():

@@ -58,7 +58,7 @@ def full_run(base, folder, callbacks=(), **options):
 def test_a_whole_run(toy_base, tmp_path, relative_error):
     """The second task's gradients keep off the first one's space, beside LoRA's; the stack gives the run's model."""
     run = full_run(toy_base, tmp_path)
-    gorp, seen = run.strategies[0], []
+    gorp, seen = run.plan.strategies[0], []
     change = gorp.on_gradients
 
     def watched(model, adapter):
@@ -94,7 +94,7 @@ def test_a_restart_gives_the_same_bits(toy_base, tmp_path):
 
 def test_refusals(toy_base, tmp_path):
     run = full_run(toy_base, tmp_path)
-    run.strategies = [Gorp(full="gate_proj")]
+    run.plan.strategies[:] = [Gorp(full="gate_proj")]
     with pytest.raises(ValueError, match=r"gorp.full names \['gate_proj'\].*add to target_modules"):
         run.train()
     for method in ("jumplora", "seqlora"):

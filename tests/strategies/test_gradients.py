@@ -61,7 +61,7 @@ def factors(model, adapter="default"):
 def run(base, folder, method, strategies=None, tasks=2, **options):
     made = toy.make_run(base, folder, method, stream=toy.tasks(tasks), **options)
     if strategies is not None:
-        made.strategies = strategies
+        made.plan.strategies[:] = strategies
     return made
 
 
@@ -267,8 +267,8 @@ def test_slao_by_hand(toy_base, tmp_path, relative_error):
     """Orthonormal start in the row space of the last A, B as last trained, B merged with 1 / sqrt(i), A replaced."""
     before, after = Watch(), Watch()
     made = run(toy_base, tmp_path, "slao", tasks=3)
-    slao = made.strategies[0]
-    made.strategies = [_Order(before, slao, after)]
+    slao = made.plan.strategies[0]
+    made.plan.strategies[:] = [_Order(before, slao, after)]
     made.train()
     trained, merged = before.ends, after.ends
     for k in range(len(trained[0])):
@@ -311,8 +311,8 @@ def test_hard_isolation_by_name(toy_base, tmp_path):
     """`jumplora-hard`: no entry is kept by two tasks, whatever the user's config says about isolation."""
     made = run(toy_base, tmp_path, "jumplora-hard")
     made.train()
-    assert made.info[1]["collision"] == [0.0]
-    assert made.info[1]["density"] > 0
+    assert made.record.trained[1]["collision"] == [0.0]
+    assert made.record.trained[1]["density"] > 0
 
 
 # ---- restarts and refusals ----------------------------------------------------------------------------------------

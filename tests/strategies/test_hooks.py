@@ -39,11 +39,11 @@ def test_examples_of_text_tasks(base, request, tmp_path):
     """Batches of one, complete, the same every time, of the task's own training set."""
     reader = Reader()
     run = toy.make_run(request.getfixturevalue(base), tmp_path, stream=toy.tasks(2))
-    run.strategies = [reader]
+    run.plan.strategies[:] = [reader]
     run.train()
     assert reader.data == [(0, 32, []), (1, 32, [32])]
     for task, (first, again) in zip(toy.tasks(2), reader.seen, strict=True):
-        rows = run.encoder.train_rows(task)
+        rows = run.plan.encoder.train_rows(task)
         known = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows}
         assert len(first) == 5
         for a, b in zip(first, again, strict=True):
@@ -58,13 +58,13 @@ def test_examples_of_texts(toy_base, toy_t5, tmp_path):
     """Texts of no task for a causal model; another model needs rows."""
     reader = Reader(texts=["the very new cat", "ant bee"])
     run = toy.make_run(toy_base, tmp_path / "causal", stream=toy.tasks(1))
-    run.strategies = [reader]
+    run.plan.strategies[:] = [reader]
     run.train()
-    texts = [run.processing_class.decode(example["input_ids"][0]) for example in reader.seen[0]]
+    texts = [run.plan.tokenizer.decode(example["input_ids"][0]) for example in reader.seen[0]]
     assert sorted(texts) == ["ant bee", "the very new cat"]
     assert all(torch.equal(example["input_ids"], example["labels"]) for example in reader.seen[0])
     run = toy.make_run(toy_t5, tmp_path / "seq2seq", stream=toy.tasks(1))
-    run.strategies = [Reader(texts=["ant bee"])]
+    run.plan.strategies[:] = [Reader(texts=["ant bee"])]
     with pytest.raises(ValueError, match="texts serve causal models only"):
         run.train()
 

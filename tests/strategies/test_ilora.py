@@ -92,7 +92,7 @@ def test_first_task_and_weight_zero(toy_base):
 
 def record(run):
     """Trains; returns the fast parameters after each step, task by task, by the name of layer and factor."""
-    strategy, steps = run.strategies[0], []
+    strategy, steps = run.plan.strategies[0], []
     start, end = strategy.on_task_start, strategy.on_step_end
 
     def now(model):
@@ -107,7 +107,7 @@ def record(run):
 def test_moving_average(toy_base, tmp_path):
     """slow_k = decay slow_{k-1} + (1 - decay) fast_k through both tasks; slow is stored, fast goes on."""
     run = toy.make_run(toy_base, tmp_path, "ilora", stream=toy.tasks(2))
-    run.strategies = [ILora(decay=0.8, weight=0.0)]
+    run.plan.strategies[:] = [ILora(decay=0.8, weight=0.0)]
     steps = record(run)
     assert [len(task) - 1 for task in steps] == [8, 16]  # task 1 has the 32 rows of task 0 behind its own
     slow = {name: p.double() for name, p in steps[0][0].items()}
@@ -128,7 +128,7 @@ def test_moving_average(toy_base, tmp_path):
 
 
 def encoded(run):
-    return [run.encoder.train_rows(run.tasks[0])[i] for i in range(8)]
+    return [run.plan.encoder.train_rows(run.plan.tasks[0])[i] for i in range(8)]
 
 
 @torch.no_grad()
@@ -144,14 +144,14 @@ def test_what_the_paper_says(toy_base, tmp_path):
     for weight in (0.0, 30.0):
         folder = tmp_path / str(weight)
         run = toy.make_run(toy_base, folder, "ilora", stream=toy.tasks(2), learning_rate=2e-2)
-        run.strategies = [ILora(reservoir=4, decay=0.9, weight=weight)]
+        run.plan.strategies[:] = [ILora(reservoir=4, decay=0.9, weight=weight)]
         run.train()
         first = PeftModel.from_pretrained(toy.load_base(toy_base), folder, subfolder="task_000")
         moved[weight] = (representations(run.model, run) - representations(first, run)).square().mean()
         if weight == 0:
             fast = PeftModel.from_pretrained(toy.load_base(toy_base), folder, subfolder="task_001")
             for name, p in L2.parameters(fast, "default"):
-                p.data = run.strategies[0].fast[name]
+                p.data = run.plan.strategies[0].fast[name]
             assert first_task_loss(run.model, run) < first_task_loss(fast, run)
     assert moved[30.0] < 0.7 * moved[0.0]
 

@@ -220,7 +220,7 @@ def test_text_of_no_task_is_the_zeroth_task(toy_base, tmp_path):
     """In the first task there is a penalty already, and only then are the texts used."""
     kfac = KFac(1.0, general=["the very new cat", "ant : bee"])
     run = toy.make_run(toy_base, tmp_path, "inclora", stream=toy.tasks(2))
-    run.strategies = [kfac]
+    run.plan.strategies[:] = [kfac]
     run.train()
     assert kfac.tasks == 3
     with pytest.raises(ValueError, match="no example"):
@@ -233,18 +233,18 @@ def test_forgets_less(method, toy_base, tmp_path):
     change = {}
     for weight in (0.0, 100.0):
         run = toy.make_run(toy_base, tmp_path / str(weight), method, stream=toy.tasks(2), num_train_epochs=2)
-        run.strategies = [KFac(weight)]
-        rows = run.encoder.train_rows(run.tasks[0])
+        run.plan.strategies[:] = [KFac(weight)]
+        rows = run.plan.encoder.train_rows(run.plan.tasks[0])
         logits = []
-        evaluate = run.evaluate
+        evaluate = run.evaluator.row
 
-        def measured(seen=None, run=run, rows=rows, logits=logits, evaluate=evaluate):
+        def measured(model, *seen, rows=rows, logits=logits, evaluate=evaluate):
             with torch.no_grad():
-                answers = [run.model.eval()(torch.tensor([row["input_ids"]])).logits[0, -3] for row in rows]
+                answers = [model.eval()(torch.tensor([row["input_ids"]])).logits[0, -3] for row in rows]
             logits.append(torch.stack(answers).log_softmax(-1))
-            return evaluate(seen)
+            return evaluate(model, *seen)
 
-        run.evaluate = measured
+        run.evaluator.row = measured
         run.train()
         _, first, second = logits
         change[weight] = (first.exp() * (first - second)).sum(-1).mean().item()  # KL

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from hf_jumplora import ContinualRun, JumpLoraConfig
 from hf_jumplora.strategies import Ella, Osf, Replay
-from hf_jumplora.trainer.checks import check_run
+from hf_jumplora.trainer.checks import check
 from hf_jumplora.tuner import named_layers
 
 
@@ -95,7 +95,7 @@ def test_what_the_paper_says(toy_base, tmp_path):
     """With plain gradient steps a task's update has no part in the preserved directions of the weights as the tasks
     before left them; their number rises. It learns."""
     run = toy.make_run(toy_base, tmp_path, "osf", optim="sgd", learning_rate=0.5, max_grad_norm=1.0)
-    run.strategies = [Osf(0.5, 0.5)]
+    run.plan.strategies[:] = [Osf(0.5, 0.5)]
     run.train()
     base = toy.load_base(toy_base)
     for task in range(3):
@@ -113,7 +113,8 @@ def test_what_the_paper_says(toy_base, tmp_path):
     run = toy.make_run(toy_base, tmp_path / "adam", "osf", stream=toy.tasks(1), num_train_epochs=4)
     run.train()
     rows = [
-        {k: torch.tensor([row[k]]) for k in ("input_ids", "labels")} for row in run.encoder.train_rows(run.tasks[0])
+        {k: torch.tensor([row[k]]) for k in ("input_ids", "labels")}
+        for row in run.plan.encoder.train_rows(run.plan.tasks[0])
     ]
     loss, before = (sum(model(**row).loss for row in rows) for model in (run.model, toy.load_base(toy_base)))
     assert loss < 0.8 * before
@@ -155,7 +156,7 @@ def test_sharded_weights_are_refused(sharding, toy_base, tmp_path):
     run = toy.make_run(toy_base, tmp_path, "osf", stream=toy.tasks(1))
     vars(run.args).update(sharding)
     with pytest.raises(ValueError, match="OSF reads whole weights and factors, which DeepSpeed and FSDP cut"):
-        check_run(run)
+        check(run.plan)
 
 
 def test_layers_it_cannot_decompose(toy_base):

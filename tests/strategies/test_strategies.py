@@ -48,7 +48,7 @@ class Diary(Strategy):
 
 def run(base, folder, tasks, strategies):
     made = toy.make_run(base, folder, stream=toy.tasks(2)[:tasks])
-    made.strategies = strategies
+    made.plan.strategies[:] = strategies
     return made
 
 

@@ -34,10 +34,10 @@ def test_before_and_after_each_task(eval_tasks, toy_base, tmp_path):
     """Held-out tasks are no part of the matrix, nor trained on; the numbers are those of the model at that moment."""
     run = toy.make_run(toy_base, tmp_path, "inclora", [*toy.tasks(2), held_out(), general()], eval_tasks=eval_tasks)
     base = (
-        evaluate_task(run.model.eval(), run.encoder, held_out(), "score"),
-        *evaluate_text(run.model, run.encoder, general()),
+        evaluate_task(run.model.eval(), run.plan.encoder, held_out(), "score"),
+        *evaluate_text(run.model, run.plan.encoder, general()),
     )
-    result = run.train()
+    result = run.train().metrics
     assert result["tasks"] == ["size", "light"]
     assert [len(row) for row in result["matrix"]] == [2, 2, 2]
     assert len(list(tmp_path.glob("task_*"))) == 2
@@ -46,8 +46,8 @@ def test_before_and_after_each_task(eval_tasks, toy_base, tmp_path):
     assert [list(row) for row in rows] == [keys] * 3
     assert list(rows[0].values()) == pytest.approx(list(base))
     after = (
-        evaluate_task(run.model, run.encoder, held_out(), "score"),
-        *evaluate_text(run.model, run.encoder, general()),
+        evaluate_task(run.model, run.plan.encoder, held_out(), "score"),
+        *evaluate_text(run.model, run.plan.encoder, general()),
     )
     assert list(rows[2].values()) == pytest.approx(list(after))
     assert rows[2] != rows[0]
@@ -67,30 +67,30 @@ def test_a_run_without_says_so(toy_run):
 
 def test_restart_measures_what_is_missing(toy_base, tmp_path):
     """Only what can be: the base and the model as it is now. What was measured stays; another text is measured anew."""
-    whole = toy.make_run(toy_base, tmp_path / "whole", "inclora", [*toy.tasks(2), general()]).train()["general"]
+    whole = toy.make_run(toy_base, tmp_path / "whole", "inclora", [*toy.tasks(2), general()]).train().metrics["general"]
     folder = tmp_path / "run"
     toy.make_run(toy_base, folder, "inclora", toy.tasks(1)).train()
-    rows = toy.make_run(toy_base, folder, "inclora", [*toy.tasks(2), general()]).train()["general"]
+    rows = toy.make_run(toy_base, folder, "inclora", [*toy.tasks(2), general()]).train().metrics["general"]
     assert rows == whole
     options = {"base_model": toy.load_base(toy_base), "processing_class": toy.tokenizer(), "use_cpu": True}
     again = ContinualRun.from_stack(folder, [*toy.tasks(3)[2:], general()], tmp_path / "more", **options)
-    assert again.train()["general"][:3] == whole
+    assert again.train().metrics["general"][:3] == whole
     changed = LanguageModelTask("wiki", None, texts("big", 4), held_out=True)
-    rows = toy.make_run(toy_base, tmp_path / "whole", "inclora", [*toy.tasks(2), changed]).train()["general"]
+    rows = toy.make_run(toy_base, tmp_path / "whole", "inclora", [*toy.tasks(2), changed]).train().metrics["general"]
     assert rows[1] == {}
     assert rows[0]["wiki cross_entropy"] != whole[0]["wiki cross_entropy"]
 
 
 def test_perlora_leaves_the_base_alone(toy_base, tmp_path):
     """Without a task id there is nothing but the base model."""
-    rows = toy.make_run(toy_base, tmp_path, "perlora", [*toy.tasks(2), general()]).train()["general"]
+    rows = toy.make_run(toy_base, tmp_path, "perlora", [*toy.tasks(2), general()]).train().metrics["general"]
     assert rows[0] == rows[1] == rows[2]
 
 
 def test_domains(toy_base, tmp_path):
     """Plain text as tasks: token accuracy in the matrix, cross-entropy beside it, and both get better."""
     domains = [LanguageModelTask(kind, texts(kind, 32), texts(kind, 8)) for kind in ("slow", "dark")]
-    result = toy.make_run(toy_base, tmp_path, "inclora", domains).train()
+    result = toy.make_run(toy_base, tmp_path, "inclora", domains).train().metrics
     before, _, after = result["general"]
     for column, kind in enumerate(("slow", "dark")):
         assert after[f"{kind} cross_entropy"] < before[f"{kind} cross_entropy"] - 0.3
@@ -103,14 +103,20 @@ def test_domains(toy_base, tmp_path):
 
 
 def test_plain_text_needs_a_causal_model(toy_t5, tmp_path):
-    with pytest.raises(ValueError, match=r"plain text is for causal language models, .* leave 'wiki' out"):
+    with pytest.raises(ValueError, match=r"LanguageModelTask needs a causal LM, got T5.*; remove task 'wiki'"):
         toy.make_run(toy_t5, tmp_path, "inclora", [*toy.tasks(1), general()])
 
 
 def with_strategy(base, folder, stream, strategy):
     run = toy.make_run(base, folder, "inclora", stream)
     return ContinualRun(
-        run.model, stream, "inclora", run.args, run.processing_class, adapter_config=run.config, strategies=[strategy]
+        run.model,
+        stream,
+        "inclora",
+        run.args,
+        run.plan.tokenizer,
+        adapter_config=run.plan.config,
+        strategies=[strategy],
     )
 
 
@@ -122,9 +128,9 @@ def test_general_text_is_the_zeroth_task(strategy, toy_base, tmp_path):
         made = strategy(weight=300.0, general=wanted)
         run = with_strategy(toy_base, tmp_path / str(wanted), [*toy.tasks(1), general()], made)
         assert made.general == (wanted and [row["text"] for row in texts("very", 8)])
-        before, after = run.train()["general"]
+        before, after = run.train().metrics["general"]
         change[wanted] = abs(after["wiki cross_entropy"] - before["wiki cross_entropy"])
-        assert made.tasks == (2 if wanted else 1)
+        assert made.plan.tasks == (2 if wanted else 1)
     assert change[True] < change[None] / 2
     other = [*toy.tasks(1), general(train=6)]
     run = with_strategy(toy_base, tmp_path / "True", other, strategy(weight=300.0, general=True))
@@ -133,7 +139,7 @@ def test_general_text_is_the_zeroth_task(strategy, toy_base, tmp_path):
 
 
 def test_general_text_that_is_not_there(toy_base, tmp_path):
-    with pytest.raises(ValueError, match="general=True keeps what the base model knows of general text, and there is"):
+    with pytest.raises(ValueError, match="general=True keeps what the base model knows of general text, and no task"):
         with_strategy(toy_base, tmp_path, toy.tasks(1), KFac(general=True))
     for strategy in (KFac, Drift):
         with pytest.raises(ValueError, match="general is a list of texts, or True"):
@@ -165,8 +171,8 @@ def test_the_tasks_own_data_has_its_own_collator(toy_base, tmp_path):
     ready = Task("ready", Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weight": 1.0}] * 16))
     alone = toy.make_run(toy_base, tmp_path / "a", "inclora", [ready])
     beside = toy.make_run(toy_base, tmp_path / "b", "inclora", [ready, general()])
-    assert alone.data_collator is beside.data_collator is None
-    assert beside.train()["general"][1]["wiki cross_entropy"] > 0
+    assert alone.plan.batches is beside.plan.batches is None
+    assert beside.train().metrics["general"][1]["wiki cross_entropy"] > 0
 
 
 def test_two_tasks_of_one_name(toy_base, tmp_path):

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import toy
+from peft import PeftModel
 from safetensors import SafetensorError
 from test_run import RESTART, files
 
 import hf_jumplora.stack.manifest as manifest_module
-import hf_jumplora.trainer.run as run_module
 from hf_jumplora.stack import load_stack, read_manifest
 from hf_jumplora.stack.load import verify
 
@@ -93,8 +93,8 @@ def test_full_disk(file, straight, toy_base, monkeypatch, tmp_path):
                     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
                 return original(model, folder, selected_adapters=selected_adapters, **kwargs)
 
-            original = run_module.PeftModel.save_pretrained
-            patch.setattr(run_module.PeftModel, "save_pretrained", save_pretrained)
+            original = PeftModel.save_pretrained
+            patch.setattr(PeftModel, "save_pretrained", save_pretrained)
         else:
 
             def fsync(handle):

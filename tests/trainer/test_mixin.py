@@ -407,7 +407,9 @@ def test_sft_trainer(toy_base, tmp_path):
         torch.testing.assert_close(note.grads[name], 0.2 * start[name], rtol=1e-5, atol=1e-8)
     assert all(log["penalty"] > 0 for log in note.logs if "loss" in log)
     assert all(torch.equal(value, before[name]) for name, value in parents(model).items())
-    finish_adapter(model, "default", "task_001")
+    trainer.finish("task_001")
+    assert sorted(model.peft_config) == ["task_000", "task_001"]
+    assert model.peft_config["task_001"].support
 
 
 def preferences():

@@ -18,6 +18,8 @@ from hf_jumplora.ops.sparse import decode_support
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies import Strategy
 from hf_jumplora.trainer import ContinualRun
+from hf_jumplora.trainer.record import RunFolder
+from hf_jumplora.trainer.run import RunOutput
 from hf_jumplora.tuner import named_layers
 
 
@@ -49,7 +51,7 @@ def files(folder):
 def test_method(method, toy_base, tmp_path):
     """Memory, load_stack, its merged form and PeftModel.from_pretrained are one model."""
     run = toy.make_run(toy_base, tmp_path, method)
-    result = run.train()
+    result = run.train().metrics
     stages = 1 if method == "mtl" else 3
     assert len(result["matrix"]) == stages + 1
     assert all(0 <= score <= 1 for row in result["matrix"] for score in row)
@@ -75,18 +77,18 @@ def test_method(method, toy_base, tmp_path):
 def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkeypatch):
     """Bit for bit, whether earlier tasks are one sum, or all adapters as for a strategy that reads their factors."""
     held = []
-    task = ContinualRun._train_task
+    finish = RunFolder.finish
 
-    def recorded(run, index, *rest):
-        task(run, index, *rest)
-        held.append(sorted(run.model.peft_config))
+    def recorded(folder, model, *rest):
+        finish(folder, model, *rest)
+        held.append(sorted(model.peft_config))
 
-    monkeypatch.setattr(ContinualRun, "_train_task", recorded)
+    monkeypatch.setattr(RunFolder, "finish", recorded)
     folded = toy.make_run(toy_base, tmp_path / "folded", method)
     folded.train()
     monkeypatch.setattr(Strategy, "needs_past_factors", True)
     live = toy.make_run(toy_base, tmp_path / "live", method)
-    live.strategies = live.strategies or [Strategy()]
+    live.plan.strategies[:] = live.plan.strategies or [Strategy()]
     live.train()
     assert held == [["task_000"], ["task_001"], ["task_002"], *([f"task_00{k}" for k in range(n)] for n in (1, 2, 3))]
     assert files(tmp_path / "folded") == files(tmp_path / "live")
@@ -125,7 +127,7 @@ def test_hard_isolation_never_collides(toy_base, tmp_path):
     """Supports on disk are disjoint, and what the report prints is exactly 0."""
     options = {"isolation": "hard", "threshold_update": "density", "target_density": 0.1}
     run = toy.make_run(toy_base, tmp_path, adapter=options)
-    result = run.train()
+    result = run.train().metrics
     for index, info in enumerate(result["trained"]):
         assert info["collision"] == [0.0] * index
         assert info["overlap"] == [0.0] * index
@@ -141,7 +143,7 @@ def test_hard_isolation_never_collides(toy_base, tmp_path):
 
 def test_collisions_of_the_report(toy_run):
     """Against a count over the supports in the model; without isolation tasks do collide."""
-    info = toy_run.info[2]
+    info = toy_run.record.trained[2]
     for other in (0, 1):
         both = mine = theirs = entries = 0
         for _, layer in named_layers(toy_run.model):
@@ -158,7 +160,7 @@ def test_collisions_of_the_report(toy_run):
 
 def test_eval_tasks_seen(toy_base, tmp_path):
     """Tasks that are still to come are not evaluated, nor is the model before training."""
-    result = toy.make_run(toy_base, tmp_path, eval_tasks="seen").train()
+    result = toy.make_run(toy_base, tmp_path, eval_tasks="seen").train().metrics
     assert [[score is None for score in row] for row in result["matrix"]] == [
         [True, True, True], [False, True, True], [False, False, True], [False, False, False]
     ]  # fmt: skip
@@ -171,7 +173,7 @@ def test_task_without_an_eval_set(toy_base, tmp_path):
     """Its column stays empty and no metric is made up from it."""
     stream = toy.tasks(2)
     stream[0].eval_dataset = None
-    result = toy.make_run(toy_base, tmp_path, stream=stream).train()
+    result = toy.make_run(toy_base, tmp_path, stream=stream).train().metrics
     assert [row[0] for row in result["matrix"]] == [None] * 3
     assert None not in [row[1] for row in result["matrix"]]
     assert "average_accuracy" not in result
@@ -198,7 +200,7 @@ def test_generic_task_with_compute_metrics(toy_base, tmp_path):
     """Rows as the Trainer takes them; `metric` picks the number that fills the matrix."""
     tasks = generic_tasks()
     run = toy.make_run(toy_base, tmp_path, stream=tasks, num_train_epochs=10)
-    result = run.train()
+    result = run.train().metrics
     rows = torch.tensor(tasks[1].eval_dataset["input_ids"])
     with torch.no_grad():
         hits = run.model.eval()(rows).logits[:, :-1].argmax(-1) == rows[:, 1:]
@@ -217,7 +219,7 @@ def test_metric_that_is_not_there(toy_base, tmp_path):
 def test_seq2seq(mode, toy_t5, tmp_path):
     """T5: both kinds of evaluation, and the stack loads as what was trained."""
     run = toy.make_run(toy_t5, tmp_path, stream=toy.tasks(2), eval_mode=mode, num_train_epochs=6)
-    result = run.train()
+    result = run.train().metrics
     assert result["matrix"][1][0] > result["matrix"][0][0]  # it has learnt to answer with a label
     assert torch.equal(logits(run.model), logits(load_stack(tmp_path)))
     same(run.model, PeftModel.from_pretrained(toy.load_base(toy_t5), tmp_path, subfolder="task_001"))
@@ -226,8 +228,8 @@ def test_seq2seq(mode, toy_t5, tmp_path):
 def test_generate_and_score_run_on_the_causal_model(toy_base, tmp_path):
     """After enough training both agree on the first task (and it is no longer chance)."""
     options = {"stream": toy.tasks(1), "num_train_epochs": 12, "adapter": {"initial_density": 0.5}}
-    by_score = toy.make_run(toy_base, tmp_path / "score", eval_mode="score", **options).train()["matrix"]
-    by_words = toy.make_run(toy_base, tmp_path / "generate", eval_mode="generate", **options).train()["matrix"]
+    by_score = toy.make_run(toy_base, tmp_path / "score", eval_mode="score", **options).train().metrics["matrix"]
+    by_words = toy.make_run(toy_base, tmp_path / "generate", eval_mode="generate", **options).train().metrics["matrix"]
     assert by_words[0] == [0.0]  # an untrained model says anything
     assert by_score[1][0] >= 0.75
     assert by_words[1][0] >= 0.75
@@ -284,7 +286,7 @@ def test_run_twice_changes_nothing(toy_run, toy_base):
     folder = toy_run.output_dir
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     again = toy.make_run(toy_base, folder)
-    result = again.train()
+    result = again.train().metrics
     assert result == json.loads((folder / "metrics.json").read_text())
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert torch.equal(logits(again.model), logits(toy_run.model))
@@ -293,8 +295,8 @@ def test_run_twice_changes_nothing(toy_run, toy_base):
 def test_train_twice_on_one_object(toy_base, tmp_path):
     """In a notebook a cell is run again."""
     run = toy.make_run(toy_base, tmp_path, stream=toy.tasks(1))
-    first, expected = run.train(), logits(run.model)
-    assert run.train() == first
+    first, expected = run.train().metrics, logits(run.model)
+    assert run.train().metrics == first
     assert torch.equal(logits(run.model), expected)
 
 
@@ -459,7 +461,7 @@ def test_cut_texts_are_counted_once(toy_base, tmp_path):
     stream[0].train_dataset += toy.rows(0, 27)
     stream[1].train_dataset += toy.rows(1, 27)
     stream[1].eval_dataset[0]["sentence"] += " very new" * 20
-    result = toy.make_run(toy_base, tmp_path, stream=stream).train()
+    result = toy.make_run(toy_base, tmp_path, stream=stream).train().metrics
     assert [info["truncated"] for info in result["trained"]] == [5, 6]
 
 
@@ -481,7 +483,7 @@ class _BadPenalty(Strategy):
 
 def test_nan_loss_keeps_the_last_good_task(toy_base, tmp_path):
     run = toy.make_run(toy_base, tmp_path)
-    run.strategies = [_BadPenalty()]
+    run.plan.strategies[:] = [_BadPenalty()]
     with pytest.raises(FloatingPointError, match=r"the loss is nan after step 0 of 8"):
         run.train()
     assert read_manifest(tmp_path).task_names == ["size"]
@@ -554,6 +556,17 @@ def test_base_weights_are_not_changed_for_good(toy_base, tmp_path):
         assert torch.equal(layer.base_layer.weight, base[f"{name}.weight"])
 
 
+def test_the_output_can_still_be_used_as_a_dict():
+    """For one version, and it says so."""
+    output = RunOutput({"matrix": [[0.5]], "method": "jumplora"})
+    with pytest.warns(FutureWarning, match=r"train\(\)\.metrics"):
+        assert output["matrix"] == [[0.5]]
+    with pytest.warns(FutureWarning):
+        assert dict(output) == output.metrics
+    with pytest.warns(FutureWarning):
+        assert "average_accuracy" not in output
+
+
 def test_default_trainer_class():
     assert ContinualRun.__init__.__kwdefaults__["trainer_cls"] is ContinualTrainer
 
@@ -564,9 +577,9 @@ def test_evaluating_before_the_finished_tasks_are_loaded(toy_base, tmp_path):
     def run():
         return ContinualRun(toy.load_base(toy_base), toy.tasks(1), "inclora", toy.arguments(tmp_path), toy.tokenizer())
 
-    matrix = run().train()["matrix"]
+    matrix = run().train().metrics["matrix"]
     again = run()
     with pytest.raises(RuntimeError, match="call train\\(\\) first"):
         again.evaluate()
     again.train()
-    assert again.evaluate() == matrix[-1]
+    assert again.evaluate() == {"size": matrix[-1][0]}

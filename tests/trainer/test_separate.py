@@ -32,12 +32,12 @@ def test_tasks_do_not_know_each_other(oracle, toy_base, tmp_path):
 
 def test_each_task_is_evaluated_with_its_own(oracle):
     """Nothing is forgotten, and what was not trained yet scores as without training; so it is when asked again."""
-    zero, *rows = oracle.matrix
+    zero, *rows = oracle.record.matrix
     for i in range(3):
         assert [row[i] for row in rows[i:]] == [rows[i][i]] * (3 - i)
         assert [row[i] for row in rows[:i]] == [zero[i]] * i
     assert rows[-1] != zero
-    assert oracle.evaluate() == rows[-1]
+    assert oracle.evaluate() == dict(zip(("size", "light", "mood"), rows[-1], strict=True))
 
 
 def test_one_task_is_loaded(oracle, toy_base):

@@ -83,7 +83,7 @@ def test_empty_texts_and_strange_options(toy_base, tmp_path):
 def test_one_long_text_is_many_steps(toy_base, tmp_path):
     """The gate's ramp is checked against the steps of the pieces, not of the texts."""
     task = LanguageModelTask("news", [{"text": "the very big cat2 " * 100}])
-    assert toy.make_run(toy_base, tmp_path, stream=[task], max_length=16).train()["trained"][0]["steps"] > 5
+    assert toy.make_run(toy_base, tmp_path, stream=[task], max_length=16).train().metrics["trained"][0]["steps"] > 5
 
 
 def test_a_score_is_a_number(toy_base, tmp_path):
@@ -102,7 +102,7 @@ def test_one_run_a_folder(toy_base, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
     while "locked" not in other.stdout.readline():
         assert other.poll() is None
-    with pytest.raises(RuntimeError, match="another run is at work in"):
+    with pytest.raises(RuntimeError, match="another process is already training in"):
         toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)).train()
     other.kill()
     other.wait()
@@ -195,13 +195,13 @@ def test_layers_that_are_never_called(method, toy_base, tmp_path):
     """A second tower that matches the targets and that no text reaches."""
     model = toy.load_base(toy_base)
     model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32)})
-    result = toy.make_run(model, tmp_path, method, stream=toy.tasks(2)).train()
+    result = toy.make_run(model, tmp_path, method, stream=toy.tasks(2)).train().metrics
     assert len(result["trained"]) == 2
 
 
 def test_curvature_of_a_layer_that_no_answer_depends_on(toy_t5, tmp_path):
     """T5's first decoder position attends to itself alone: the factor of its query is exactly zero."""
-    assert len(toy.make_run(toy_t5, tmp_path, "jumplora-best", stream=toy.tasks(2)).train()["trained"]) == 2
+    assert len(toy.make_run(toy_t5, tmp_path, "jumplora-best", stream=toy.tasks(2)).train().metrics["trained"]) == 2
 
 
 def test_seq2seq_scores_do_not_depend_on_the_batch():
@@ -250,7 +250,7 @@ def test_trl_tasks_are_evaluated_and_go_on(kind, toy_base, tmp_path):
     if kind == "dpo":
         with pytest.raises(ValueError, match="leave eval_dataset out"):
             run(config(str(tmp_path), **options), data)
-    result = run(config(str(tmp_path), **options), evaluated).train()
+    result = run(config(str(tmp_path), **options), evaluated).train().metrics
     assert all((value is not None) == (kind == "sft") for row in result["matrix"] for value in row)
     with pytest.raises(ValueError, match="not trained with ContinualTrainingArguments: give args_cls"):
         ContinualRun.from_stack(tmp_path, [Task("c", data)], tmp_path, trainer_cls=cls, use_cpu=True)
@@ -258,4 +258,4 @@ def test_trl_tasks_are_evaluated_and_go_on(kind, toy_base, tmp_path):
         tmp_path, [Task("c", data, evaluated, metric="loss")], tmp_path, trainer_cls=cls, args_cls=config,
         processing_class=toy.tokenizer(), report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    assert [info["name"] for info in again.train()["trained"]] == ["a", "b", "c"]
+    assert [info["name"] for info in again.train().metrics["trained"]] == ["a", "b", "c"]

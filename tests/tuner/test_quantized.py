@@ -227,7 +227,7 @@ def test_run_is_that_of_the_dequantised_base(straight, toy_base, tmp_path, relat
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             model.get_submodule(name).weight.data.copy_(weight)
     run = toy.make_run(model, tmp_path, stream=toy.tasks(2))
-    result = run.train()
+    result = run.train().metrics
     theirs = dict(named_layers(straight.model))
     for name, layer in named_layers(run.model):
         for task in ("task_000", "task_001"):
@@ -313,7 +313,7 @@ def test_zero_shot_row_of_a_task_with_its_own_metric(toy_base, tmp_path):
     expected = quantised(toy_base)(torch.tensor([r["input_ids"] for r in rows[:8]])).logits.mean().item()
     assert run.evaluate() == [pytest.approx(expected, rel=1e-5)]
     assert type(run.model) is LlamaForCausalLM
-    assert run.train()["matrix"][0] == [pytest.approx(expected, rel=1e-5)]
+    assert run.train().metrics["matrix"][0] == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_sfttrainer(toy_base, tmp_path):

@@ -1,0 +1,196 @@
+"""`RunPlan`: all that a run is told before its first step, and what follows from that alone."""
+
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..data import Encoder, LanguageModelTask, Task, TextTask, collate
+from ..methods import METHODS, Method, get_method
+from ..strategies import Strategy
+from ..tuner import JumpLoraConfig
+from ..tuner.gguf import as_plain_floats
+from .arguments import ContinualTrainingArguments
+from .backend import sharding
+from .task_trainer import ContinualTrainer
+
+
+_RESULT_SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
+    "dataloader_drop_last", "train_sampling_strategy", "gate_learning_rate", "factor_optimizer",
+    "loraplus_lr_ratio", "riemannian_reg", "max_length", "eval_mode",
+    "eval_tasks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is trained on what, how, and where to. Made by [`make_plan`], checked by [`checks.check`], never changed.
+
+    model: the base model. tasks: trained on, in order. held_out: evaluated alone.
+    config: of the adapters, the method's own prescriptions included.
+    tokenizer: needed for text tasks. collator: None takes that of encoded text, or the trainer's own.
+    trainer_cls, callbacks: of the trainer of each task.
+    """
+
+    model: Any
+    tasks: list[Task]
+    held_out: list[Task]
+    method: Method
+    method_name: str
+    args: TrainingArguments
+    config: JumpLoraConfig
+    strategies: list[Strategy]
+    tokenizer: Any = None
+    collator: Any = None
+    trainer_cls: type = ContinualTrainer
+    callbacks: list = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything is written."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def text_tasks(self) -> list[TextTask | LanguageModelTask]:
+        """Those whose rows are texts, which the run encodes and scores itself."""
+        return [task for task in (*self.tasks, *self.held_out) if isinstance(task, (TextTask, LanguageModelTask))]
+
+    @property
+    def additive(self) -> bool:
+        """Whether the stack's model is the base and the sum of its tasks' updates."""
+        return self.method.mode not in ("sequential", "separate")
+
+    @property
+    def folds(self) -> bool:
+        """Whether earlier tasks are kept as their sum alone while a new one is trained."""
+        return self.additive and not any(strategy.needs_past_factors for strategy in self.strategies)
+
+    @property
+    def evaluates_all(self) -> bool:
+        """Whether tasks that are still to come are evaluated too; arguments of TRL's classes have no such option."""
+        return getattr(self.args, "eval_tasks", "all") == "all"
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """From text to token ids, as long as `max_length` and the model's positions allow."""
+        config = getattr(self.model, "config", None)
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        length = min(getattr(self.args, "max_length", 512), positions)
+        return Encoder(self.tokenizer, length, bool(getattr(config, "is_encoder_decoder", False)))
+
+    @cached_property
+    def batches(self) -> Any:
+        """The collator of the tasks' trainers; None: the Trainer's own."""
+        if self.collator is None and any(not task.held_out for task in self.text_tasks):
+            return collate(self.tokenizer, self.encoder.seq2seq)
+        return self.collator
+
+    def stages(self) -> list[tuple[str, int]]:
+        """(name, training examples) of each stage: a task, or all tasks at once in joint training."""
+        sizes = [(task.name, len(task.train_dataset or ())) for task in self.tasks]
+        return sizes if self.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
+
+    def seed(self, index: int) -> int:
+        """Of task number `index`: a restarted run draws the same numbers."""
+        return self.args.seed + 1000 * index
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For the report: of each task its sizes, what is measured, and the prompt with what it gives away."""
+        return [task.describe() for task in (*self.tasks, *self.held_out)]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that identify a resumable run: what must be the same for a restarted one to continue."""
+        skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
+        settings = {f"adapter.{key}": value for key, value in self.config.to_dict().items() if key not in skip}
+        settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
+        settings |= {"args.world_size": self.args.world_size, "args.sharding": sharding(self.args)}
+        settings["method"] = self.method_name
+        settings["strategies"] = [repr(strategy) for strategy in self.strategies]
+        settings["base_model"] = getattr(self.model, "name_or_path", "")
+        settings["base_dtype"] = str(getattr(self.model, "dtype", ""))
+        quantization = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        if quantization is not None:
+            settings["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        texts = [task.fingerprint() for task in self.held_out if isinstance(task, LanguageModelTask)]
+        if texts and any(getattr(strategy, "general", None) is not None for strategy in self.strategies):
+            settings["general"] = texts
+        for number, task in enumerate(self.tasks):
+            settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
+        return settings
+
+    def general_texts(self) -> list[str]:
+        """The training texts of the held-out plain texts: what a strategy with `general=True` keeps.
+
+        Raises:
+            ValueError: there is none.
+        """
+        plain = [task for task in self.held_out if isinstance(task, LanguageModelTask)]
+        texts = [row[task.text_column] for task in plain for row in task.train_dataset or ()]
+        if not texts:
+            raise ValueError(
+                "general=True keeps what the base model knows of general text, and no task has any to train on: give "
+                "general_text, or a held-out LanguageModelTask with a train_dataset"
+            )
+        return texts
+
+
+def make_plan(
+    model: nn.Module,
+    tasks: list[Task],
+    method: str | Method = "jumplora",
+    args: TrainingArguments | None = None,
+    tokenizer: Any = None,
+    *,
+    trainer_cls: type = ContinualTrainer,
+    adapter_config: JumpLoraConfig | None = None,
+    strategies: list[Strategy] | None = None,
+    data_collator: Any = None,
+    callbacks: list | None = None,
+) -> RunPlan:
+    """The plan of these arguments of [`ContinualRun`], not yet checked.
+
+    Raises:
+        ValueError: an unknown method, or something that is no task.
+    """
+    name = method if isinstance(method, str) else _name_of(method)
+    row = get_method(name)
+    check_tasks(tasks)
+    return RunPlan(
+        model=as_plain_floats(model),
+        tasks=[task for task in tasks if not task.held_out],
+        held_out=[task for task in tasks if task.held_out],
+        method=row,
+        method_name=name,
+        args=args or ContinualTrainingArguments(),
+        config=row.adapter_config(adapter_config),
+        strategies=[make() for make in row.strategies] if strategies is None else list(strategies),
+        tokenizer=tokenizer,
+        collator=data_collator,
+        trainer_cls=trainer_cls,
+        callbacks=list(callbacks or ()),
+    )
+
+
+def check_tasks(tasks: list[Any]) -> None:
+    """Raise ValueError unless these are tasks, not their names."""
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise ValueError(
+                f"tasks takes Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
+                "from a stream file"
+            )
+
+
+def _name_of(method: Method) -> str:
+    """Its name in the table: a stack says by it how it is continued."""
+    for name, row in METHODS.items():
+        if row is method:
+            return name
+    raise ValueError(f"{method} has no name that a stack could keep: add it to hf_jumplora.methods.METHODS first")
