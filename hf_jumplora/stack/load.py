@@ -22,6 +22,7 @@ from safetensors.torch import load
 from torch import nn
 
 from ..tuner import JumpLoraConfig, fold_finished, named_layers
+from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
 from .manifest import (
     MANIFEST,
@@ -130,7 +131,7 @@ def load_base(
             raise ValueError(f"{where} was trained on a {architecture.__name__}; {base_model} is a {kind}")
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, where)
-    return base_model
+    return as_plain_floats(base_model)
 
 
 def base_is_here(name: str, where: str) -> None:

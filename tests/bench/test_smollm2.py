@@ -85,6 +85,10 @@ def test_a_run_on_a_gguf_base(folder, tmp_path):
     ids = torch.arange(3, 9)[None]
     assert not torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(path, gguf_file=FILE)(ids).logits)
     assert torch.equal(loaded(ids).logits, run.model.eval()(ids).logits)
+    again = AutoModelForCausalLM.from_pretrained(path, gguf_file=FILE)
+    load_stack(tmp_path / "run", base_model=again, merge=True).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged(ids).logits, loaded(ids).logits)
 
 
 def test_packed_blocks_are_refused(folder, tmp_path):
