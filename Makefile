@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-all test-gpu quality bench
+.PHONY: demo demo-real test test-all test-gpu test-versions quality bench
 demo: $(VENV)/.installed
 	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
 
@@ -30,6 +30,20 @@ test-gpu: $(VENV)/.installed
 	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'no GPU, or a torch without CUDA or ROCm'"
 	$(RUN) -m pytest tests/kernels tests/convergence/test_backends.py
 	$(RUN) benchmarks/layer.py
+
+# The lowest and the newest versions that pyproject.toml lets in, each in an environment of its own, which is made anew.
+LOWEST := transformers==5.10.1 peft==0.21.0 accelerate==1.10.0 trl==1.0.0 datasets==4.7.0
+LOWEST_TORCH ?= torch==2.7.0
+NEWEST_TORCH ?= torch
+VERSION_TESTS := tests/test_compat.py tests/tuner/test_peft_verbs.py tests/trainer/test_mixin.py tests/trainer/test_run.py
+
+test-versions:
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet "$(LOWEST_TORCH)" $(LOWEST) pytest evaluate matplotlib -e ".[trl]"
+	.venv-lowest/bin/python -m pytest $(VERSION_TESTS)
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$(NEWEST_TORCH)" pytest evaluate matplotlib -e ".[trl]"
+	.venv-newest/bin/python -m pytest $(VERSION_TESTS)
 
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ Importing the package registers the method with PEFT. The training classes are l
 import importlib
 from typing import TYPE_CHECKING
 
+from ._compat import refuse_native_adapters, warn_of_bad_versions
 from .tuner import JumpLoraConfig, JumpLoraModel, finish_adapter, register
 
 
@@ -45,7 +46,9 @@ __all__ = [
     "switch_tasks",
 ]
 
+warn_of_bad_versions()
 register()
+refuse_native_adapters(JumpLoraConfig)
 
 _PLACES = dict.fromkeys(("LanguageModelTask", "Task", "TextTask", "load_tasks"), ".data")
 _PLACES |= dict.fromkeys(("export_lora", "load_stack", "merge_stack", "switch_tasks"), ".stack")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ._compat import CHECKPOINTING
 from .data import load_tasks
 from .methods import METHODS, get_method
 from .strategies import Ella, Strategy
@@ -187,6 +188,8 @@ def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tu
         if not isinstance(values, dict):
             parser.error(f"{path}: expected keys and values, found {type(values).__name__}")
         known = {action.dest for action in parser._actions}
+        if "activation_checkpointing" in values:
+            values[CHECKPOINTING] = values.pop("activation_checkpointing")
         for key in values:
             if key not in known:
                 parser.error(f"{path}: unknown key {key!r}")

@@ -17,9 +17,8 @@ PACKAGE = ROOT / "hf_jumplora"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # part -> the parts of ours it may import. Later ones build on earlier ones; `metrics` stands alone.
-ORDER = ["kernels", "ops", "tuner", "stack", "strategies", "methods", "trainer", "options", "bench", "commands", "cli"]
-ORDER[-3:-3] = ["memory"]
-ORDER += ["__main__"]
+ORDER = ["_compat", "kernels", "ops", "tuner", "stack", "strategies", "methods", "trainer", "options"]
+ORDER += ["memory", "bench", "commands", "cli", "__main__"]
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["metrics"] = {"metrics"}
 ALLOWED["data"] = {"data", "metrics"}

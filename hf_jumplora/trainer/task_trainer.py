@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from .._compat import DECLARES_SCALED_LOSS
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
@@ -136,7 +137,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     def _is_scaled(self, num_items_in_batch) -> bool:
         """Whether the loss arrives already divided by the accumulation steps (else the Trainer divides it later)."""
-        if self.loss_is_scaled_for_ga is not None:
+        if DECLARES_SCALED_LOSS and self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
@@ -17,7 +18,9 @@ from peft import (
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from hf_jumplora._compat import PEFT
 from hf_jumplora.tuner import (
     JumpLoraConfig,
     JumpLoraLayer,
@@ -157,7 +160,12 @@ def test_auto_model_with_adapter_folder(gated, base_folder, ids, tmp_path, finis
 
 # ---- transformers' own interface ---------------------------------------------------------------------------------
 
+native = pytest.mark.skipif(
+    Version(MIN_PEFT_VERSION) > PEFT, reason=f"this transformers wants PEFT {MIN_PEFT_VERSION} for its own interface"
+)
 
+
+@native
 def test_native_verbs(gated, base_folder, ids, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     expected = plain(ids).logits
@@ -184,6 +192,7 @@ def test_native_verbs(gated, base_folder, ids, tmp_path):
     assert torch.equal(peft_model.eval()(ids).logits, adapted)
 
 
+@native
 def test_native_finish(base_folder, ids, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     plain.add_adapter(JumpLoraConfig(r=4, target_modules=["q_proj"], init_weights=False), adapter_name="default")
