@@ -13,6 +13,7 @@ from transformers.integrations import peft as native
 
 TRANSFORMERS = Version(version("transformers"))
 PEFT = Version(version("peft"))
+PEFT_FOR_NATIVE = Version(native.MIN_PEFT_VERSION)  # what transformers' own add_adapter asks for
 
 # Since 5.19 a trainer class can declare how its loss is scaled. Goes when 5.19 is the lowest version.
 DECLARES_SCALED_LOSS = Version("5.19") <= TRANSFORMERS
@@ -41,8 +42,7 @@ def refuse_native_adapters(config_class: type) -> None:
     transformers 5.24 asks for PEFT 0.22, and its own message for a release that may not exist. Only configs of
     `config_class` are refused here. Goes when PEFT 0.22 is the lowest version.
     """
-    wanted = Version(native.MIN_PEFT_VERSION)
-    if wanted <= PEFT:
+    if PEFT_FOR_NATIVE <= PEFT:
         return
     add_adapter = native.PeftAdapterMixin.add_adapter
 
@@ -50,8 +50,8 @@ def refuse_native_adapters(config_class: type) -> None:
     def refuse(self, adapter_config, *args, **kwargs):
         if isinstance(adapter_config, config_class):
             raise ImportError(
-                f"model.add_adapter of transformers {TRANSFORMERS} needs PEFT {wanted} (installed: {PEFT}). Use "
-                "peft.get_peft_model(model, config), which works, or transformers before 5.24"
+                f"model.add_adapter of transformers {TRANSFORMERS} needs PEFT {PEFT_FOR_NATIVE} (installed: {PEFT}). "
+                "Use peft.get_peft_model(model, config), which works, or transformers before 5.24"
             )
         return add_adapter(self, adapter_config, *args, **kwargs)
 

@@ -19,14 +19,20 @@ COMMANDS = {
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
     "bench": "compare methods on a stream of tasks",
+    "report": "one page of one or several runs: report.html",
+    "check": "SHIP or DON'T SHIP: whether a run lost more than it may",
+    "methods": "the names for --method, and where they are from",
+    "doctor": "what is installed, and what will not work",
     "estimate": "what training needs of memory, a process",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 after an error, which is one line on stderr."""
+    """Run one command; returns its exit code (0, `check` 1 too), or 2 after an error, which is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="hf-jumplora", description="Operate on stacks of JumpLoRA adapters.")
+    parser = argparse.ArgumentParser(
+        prog="hf-jumplora", description="Look at runs and stacks of JumpLoRA adapters and operate on them."
+    )
     parser.add_argument("--version", action="version", version=f"hf-jumplora {hf_jumplora.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, line in COMMANDS.items():
@@ -38,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(command)
     args = parser.parse_args(argv)
     try:
-        module.run(args)
+        return module.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"hf-jumplora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0

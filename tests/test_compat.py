@@ -23,7 +23,7 @@ def test_these_versions_are_no_warning():
 
 
 def test_native_adapters_are_refused_where_no_peft_is_new_enough(monkeypatch, tiny_llama):
-    monkeypatch.setattr(native, "MIN_PEFT_VERSION", "99.0")
+    monkeypatch.setattr(_compat, "PEFT_FOR_NATIVE", Version("99.0"))
     monkeypatch.setattr(native, "check_peft_version", lambda min_version: None)
     monkeypatch.setattr(native.PeftAdapterMixin, "add_adapter", native.PeftAdapterMixin.add_adapter)
     _compat.refuse_native_adapters(JumpLoraConfig)

@@ -2,12 +2,18 @@
 
 import argparse
 import importlib
+import importlib.util
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from packaging.version import Version
 
 from hf_jumplora.cli import COMMANDS, main
+from hf_jumplora.commands import doctor
+from hf_jumplora.methods import METHODS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,3 +65,35 @@ def test_wrong_usage(argv, capsys):
         main(argv)
     assert stop.value.code == 2
     assert "usage: hf-jumplora" in capsys.readouterr().err
+
+
+def test_methods(capsys):
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert "jumplora         gated  incremental  JumpLoRA (arXiv 2604.16171)" in lines
+    assert main(["methods", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == next(iter(METHODS))
+
+
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.delenv("HF_JUMPLORA_BACKEND", raising=False)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert f"  torch {torch.__version__}" in shown
+    assert "cpu (processor): backend blocked" in shown
+
+
+def test_doctor_names_what_is_wrong(capsys, monkeypatch):
+    """A library that is too old, an extra that is missing, and a backend that cannot run here."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
+    monkeypatch.setattr(doctor, "LOWEST", [("peft", Version("0.20"), Version("0.21"), "no hooks")])
+    monkeypatch.setenv("HF_JUMPLORA_BACKEND", "nonsense")
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "peft 0.20: no hooks; install peft>=0.21" in shown
+    assert "ZeRO: pip install 'hf-jumplora[deepspeed]'" in shown
+    assert "HF_JUMPLORA_BACKEND is one of" in shown

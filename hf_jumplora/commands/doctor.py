@@ -1,0 +1,69 @@
+"""Say what is installed, which arithmetic a run would take here, and what will not work and why.
+
+    hf-jumplora doctor
+
+Exit code 0 where runs work, 1 where a library is too old for them.
+"""
+
+import argparse
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .._compat import LOWEST, PEFT, PEFT_FOR_NATIVE, TRANSFORMERS
+from ..ops.dispatch import BACKEND_VARIABLE, choose_backend
+
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
+# package -> (what does not work without it, the extra that brings it)
+OPTIONAL = {
+    "trl": ("ContinualSFTTrainer, and TRL's other trainers", "trl"),
+    "triton": ("the Triton kernels on a GPU (`blocked` runs instead, slower)", "triton"),
+    "deepspeed": ("ZeRO", "deepspeed"),
+    "bitsandbytes": ("bases in 4 or 8 bits", "bitsandbytes"),
+    "matplotlib": ("pictures in reports", "report"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`hf-jumplora doctor` has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is there; returns the exit code."""
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for name in REQUIRED:
+        print(f"  {name} {version(name)}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", k) for k in range(torch.cuda.device_count()))]
+    for device in devices:
+        what = "processor" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        try:
+            backend = choose_backend(None, device, (torch.float32, torch.bfloat16))
+        except ValueError as error:  # the environment asks for one that cannot run here
+            backend = f"none: {error}"
+        print(f"{device} ({what}): backend {backend}")
+    bad = [f"{name} {found}: {why}; install {name}>={low}" for name, found, low, why in LOWEST if found < low]
+    missing = []
+    for name, (what, extra) in OPTIONAL.items():
+        if importlib.util.find_spec(name) is None:
+            missing.append(f"{what}: pip install 'hf-jumplora[{extra}]'")
+        else:
+            print(f"  {name} {_version(name)}")
+    if PEFT < PEFT_FOR_NATIVE:
+        missing.append(
+            f"model.add_adapter of transformers {TRANSFORMERS}, which needs PEFT {PEFT_FOR_NATIVE}: use "
+            "peft.get_peft_model"
+        )
+    if len(devices) == 1:
+        missing.append(f"a GPU: torch {torch.__version__} sees none; {BACKEND_VARIABLE} chooses the arithmetic")
+    print("\n".join(["will not work:", *(f"  {line}" for line in bad + missing)]) if bad + missing else "all is there")
+    return 1 if bad else 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(a version that nobody recorded)"

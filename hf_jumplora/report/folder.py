@@ -1,0 +1,101 @@
+"""What a run's folder holds, read back: metrics.json, run.json, history.jsonl and the predictions.
+
+`history.jsonl`: one JSON object a logging step, {"task", "step", "loss", ...} with what the trainer logged; a step that
+was logged twice (after an interruption) counts as it was logged last.
+
+`predictions/`: `rows.jsonl` has one object a row that is evaluated, {"task", "row", "text", "expected"}, and
+`after_000.jsonl` (before training), `after_001.jsonl`, ... what the model said of it, {"task", "row", "predicted",
+"correct"}.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+HISTORY = "history.jsonl"
+PREDICTIONS = "predictions"
+
+
+@dataclass
+class RunFolder:
+    """path, the content of metrics.json and run.json (empty without one), of history.jsonl in order, and the versions
+    that stack.json names."""
+
+    path: Path
+    metrics: dict[str, Any]
+    settings: dict[str, Any]
+    history: list[dict[str, Any]]
+    versions: dict[str, str] = field(default_factory=dict)
+    _answers: dict[int, dict[tuple[str, int], dict[str, Any]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.resolve().name} ({self.metrics['method']})"
+
+    def answers(self, after: int) -> dict[tuple[str, int], dict[str, Any]]:
+        """{(task, row): {"predicted", "correct"}} of the model after so many tasks; empty where none were stored."""
+        if after not in self._answers:
+            lines = _lines(self.path / PREDICTIONS / f"after_{after:03d}.jsonl")
+            self._answers[after] = {(line["task"], line["row"]): line for line in lines}
+        return self._answers[after]
+
+    def rows(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """{(task, row): {"text", "expected"}}; empty where none were stored."""
+        return {(line["task"], line["row"]): line for line in _lines(self.path / PREDICTIONS / "rows.jsonl")}
+
+    def flips(self, task: str, learned: int) -> tuple[list[int], list[int]]:
+        """The rows of a task that were right after stage `learned` and are wrong now, and the reverse."""
+        before, now = self.answers(learned), self.answers(len(self.metrics["matrix"]) - 1)
+        both = [key for key in before if key in now and key[0] == task]
+        lost = [row for _, row in both if before[task, row]["correct"] and not now[task, row]["correct"]]
+        won = [row for _, row in both if not before[task, row]["correct"] and now[task, row]["correct"]]
+        return lost, won
+
+
+def read_run(path: str | Path) -> RunFolder:
+    """Read what a run left behind.
+
+    Raises:
+        FileNotFoundError: no metrics.json there. ValueError: a file is not what it should be; it is named.
+    """
+    path = Path(path)
+    if not (path / "metrics.json").is_file():
+        raise FileNotFoundError(f"{path}: no metrics.json there: give the output_dir of a run")
+    metrics, settings = _json(path / "metrics.json"), {}
+    needed = {"tasks": list, "matrix": list, "trained": list, "method": str}
+    wrong = [key for key, kind in needed.items() if not isinstance(metrics.get(key), kind)]
+    if wrong or not metrics["matrix"] or any(len(row) != len(metrics["tasks"]) for row in metrics["matrix"]):
+        raise ValueError(f"{path / 'metrics.json'}: not the metrics of a run ({', '.join(wrong) or 'matrix'})")
+    if (path / "run.json").is_file():
+        settings = _json(path / "run.json")
+    latest = {(line["task"], line["step"]): line for line in _lines(path / HISTORY)}
+    order = {info["name"]: k for k, info in enumerate(metrics["trained"])}
+    history = [latest[key] for key in sorted(latest, key=lambda key: (order.get(key[0], len(order)), key[1]))]
+    versions = _json(path / "stack.json").get("versions", {}) if (path / "stack.json").is_file() else {}
+    return RunFolder(path, metrics, settings, history, versions)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object")
+    return content
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+    return found

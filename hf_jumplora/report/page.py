@@ -1,0 +1,111 @@
+"""report.html: one page of one or several runs. Its pictures are inside; it has no script and asks no network."""
+
+import base64
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..metrics import FORMULAS
+from ..stack.manifest import write_atomic
+from .folder import RunFolder
+from .report import general_rows
+from .verdict import judge
+
+
+EXAMPLES, LETTERS = 3, 400  # a task's rows that turned from right to wrong, and how much of a text is shown
+FIGURES = {
+    "average_accuracy": "Average accuracy (AA)",
+    "backward_transfer": "Backward transfer (BWT)",
+    "forgetting": "Forgetting",
+    "forward_transfer_gem": "Forward transfer (FWT)",
+    "learning_accuracy": "Learning accuracy",
+}
+
+
+def write_page(path: Path, runs: list[RunFolder]) -> None:
+    """Write one page of these runs. Without matplotlib (extra `report`) it has the tables alone and says so."""
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
+    environment.filters["shade"] = _shade
+    environment.filters["picture"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    average = None
+    if drawn and len(runs) > 1:
+        from .plots import average_over_time
+
+        average = average_over_time(runs)
+    page = environment.get_template("page.html.j2").render(
+        runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=FIGURES, formulas=FORMULAS
+    )
+    write_atomic(path, page)
+
+
+def _sections(run: RunFolder, drawn: bool) -> dict[str, Any]:
+    """What the template shows of a run."""
+    metrics, names = run.metrics, [info["name"] for info in run.metrics["trained"]]
+    content = {
+        "name": run.name,
+        "metrics": metrics,
+        "rows": list(zip(["before training", *names], metrics["matrix"], strict=True)),
+        "verdict": judge(run),
+        "general": general_rows(metrics) if len(metrics["matrix"]) > 1 else [],
+        "overlap": [[names[i], info["overlap"]] for i, info in enumerate(metrics["trained"]) if info.get("overlap")],
+        "collision": [
+            [names[i], info["collision"]] for i, info in enumerate(metrics["trained"]) if info.get("collision")
+        ],
+        "names": names,
+        "flipped": _flipped(run),
+        "settings": sorted(_flat(run.settings).items()),
+        "versions": sorted(run.versions.items()),
+        "accuracy": None,
+        "steps": None,
+        "layers": None,
+    }
+    if drawn and len(metrics["matrix"]) > 1:
+        from .plots import accuracy_over_time, layers, over_steps
+
+        content["accuracy"] = accuracy_over_time(metrics)
+        content["steps"], content["layers"] = over_steps(run.history), layers(metrics["trained"])
+    return content
+
+
+def _flipped(run: RunFolder) -> list[dict[str, Any]]:
+    """Of each task, some rows that were right when it was learned and are wrong now."""
+    matrix, rows, found = run.metrics["matrix"], run.rows(), []
+    for stage, task in enumerate(run.metrics["tasks"][: len(matrix) - 1], 1):
+        lost, won = run.flips(task, stage)
+        examples = []
+        for row in lost[:EXAMPLES]:
+            known = rows.get((task, row), {})
+            before, now = run.answers(stage)[task, row], run.answers(len(matrix) - 1)[task, row]
+            words = [known.get("text"), known.get("expected"), before["predicted"], now["predicted"]]
+            examples.append(["–" if word is None else str(word)[:LETTERS] for word in words])
+        if lost:
+            found.append({"task": task, "lost": len(lost), "won": len(won), "examples": examples})
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"a.b": text} of nested settings; texts of rows and prompts are cut."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = text if len(text) <= 200 else text[:199] + "…"
+    return flat
+
+
+def _shade(value: float | None, top: float = 1.0) -> str:
+    """A cell's colours for a value in [0, top]: white over green to dark green, or none where nothing was measured."""
+    if value is None:
+        return ""
+    share = max(0.0, min(1.0, value / top))
+    light = 97 - 62 * share
+    return f"background:hsl(152 {30 + 25 * share:.0f}% {light:.0f}%);color:{'#fff' if share > 0.62 else '#1f2328'}"

@@ -1,0 +1,156 @@
+"""SHIP or DON'T SHIP: whether a run lost more than it may, and whether it is worse than another one."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .folder import RunFolder
+
+
+@dataclass
+class Limits:
+    """What a run may lose. Points are percentage points of accuracy (or of the task's own score)."""
+
+    max_forgetting: float = field(default=2.0, metadata={"help": "mean forgetting, in points"})
+    max_task_loss: float = field(
+        default=10.0, metadata={"help": "what any one task may lose since it was learned, in points"}
+    )
+    max_general_loss: float = field(
+        default=0.05, metadata={"help": "rise of cross-entropy on text of no task, in nats"}
+    )
+    max_general_drop: float = field(default=2.0, metadata={"help": "drop on held-out tasks, in points"})
+    max_drop: float = field(default=1.0, metadata={"help": "average accuracy below the other run's, in points"})
+    alpha: float = field(default=0.05, metadata={"help": "a paired difference counts as real below this p value"})
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ValueError(f"{item.name} must be a number of at least 0, not {value!r}")
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided McNemar test: the chance of a split at least as uneven if both directions were equally likely.
+
+    lost, won: rows that only the one, only the other had right (McNemar 1947; the binomial form).
+    """
+    total = lost + won
+    log_tail = [
+        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
+        for k in range(min(lost, won) + 1)
+    ]
+    return min(1.0, 2 * sum(map(math.exp, log_tail)))
+
+
+def judge(run: RunFolder, other: RunFolder | None = None, limits: Limits | None = None) -> dict[str, Any]:
+    """The verdict on a run.
+
+    Returns {"ship": bool, "checks": [{"check", "ok": True, False or None where it was not measured, "says"}], "flips":
+    [{"task", "right_to_wrong", "wrong_to_right", "p"}]}: flips since each task was learned, where predictions are
+    stored.
+
+    Raises:
+        ValueError: `other` was run on other tasks.
+    """
+    limits = limits or Limits()
+    metrics, checks = run.metrics, []
+
+    def check(name: str, ok: bool | None, says: str) -> None:
+        checks.append({"check": name, "ok": ok, "says": says})
+
+    joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
+    done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
+    check("finished", done == total, f"{done} of {total} tasks are trained")
+    flips = [] if joint else _flips(run)
+    if not joint and done > 1:
+        value = metrics.get("forgetting")
+        if value is None:
+            check("forgetting", None, "not measured: some tasks were not evaluated")
+        else:
+            check(
+                "forgetting", _at_most(100 * value, limits.max_forgetting),
+                f"{100 * value:.1f} points on average (at most {limits.max_forgetting:g})",
+            )  # fmt: skip
+        _check_tasks(check, metrics, limits, {flip["task"]: flip for flip in flips})
+    _check_general(check, metrics, limits)
+    if other is not None:
+        _check_against(check, run, other, limits)
+    return {"ship": all(c["ok"] is not False for c in checks), "checks": checks, "flips": flips}
+
+
+def _at_most(value: float, limit: float) -> bool:
+    return value <= limit + 1e-9  # False for nan
+
+
+def _flips(run: RunFolder) -> list[dict[str, Any]]:
+    found = []
+    for stage, task in enumerate(run.metrics["tasks"][: len(run.metrics["matrix"]) - 1], 1):
+        lost, won = run.flips(task, stage)
+        if run.answers(stage):
+            found.append(
+                {
+                    "task": task,
+                    "right_to_wrong": len(lost),
+                    "wrong_to_right": len(won),
+                    "p": mcnemar(len(lost), len(won)),
+                }
+            )
+    return found
+
+
+def _check_tasks(check: Any, metrics: dict[str, Any], limits: Limits, flips: dict[str, dict[str, Any]]) -> None:
+    """What each task lost since it was learned; one that lost nothing is not mentioned."""
+    matrix = metrics["matrix"]
+    for j, task in enumerate(metrics["tasks"][: len(matrix) - 2]):
+        learned, now = matrix[j + 1][j], matrix[-1][j]
+        if learned is None or now is None:
+            check(f"task {task}", None, "not measured")
+            continue
+        lost = 100 * (learned - now)
+        if lost > 0:
+            says = f"{lost:.1f} points since it was learned (at most {limits.max_task_loss:g})"
+            if flip := flips.get(task):
+                real = "more than" if flip["p"] < limits.alpha else "not more than"
+                says += (
+                    f"; {flip['right_to_wrong']} rows from right to wrong, {flip['wrong_to_right']} from wrong to right"
+                )
+                says += f", {real} noise (p = {flip['p']:.2g})"
+            check(f"task {task}", _at_most(lost, limits.max_task_loss), says)
+
+
+def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
+    rows = metrics.get("general") or [{}]
+    keys = [key for key in rows[0] if key in rows[-1]] if len(rows) > 1 else []
+    if not keys:
+        check("general ability", None, "not measured: give general_text, or tasks with held_out=True")
+    for key in keys:
+        change = rows[-1][key] - rows[0][key]
+        if key.endswith(" cross_entropy"):
+            says = f"{change:+.4f} nats a token (at most +{limits.max_general_loss:g})"
+            check(f"general ability, {key}", _at_most(change, limits.max_general_loss), says)
+        else:
+            says = f"{100 * change:+.1f} points (at least -{limits.max_general_drop:g})"
+            check(f"general ability, {key}", _at_most(-100 * change, limits.max_general_drop), says)
+
+
+def _check_against(check: Any, run: RunFolder, other: RunFolder, limits: Limits) -> None:
+    if set(run.metrics["tasks"]) != set(other.metrics["tasks"]):
+        raise ValueError(f"{other.path} has other tasks than {run.path}: nothing to compare")
+    ours, theirs = run.metrics.get("average_accuracy"), other.metrics.get("average_accuracy")
+    if ours is None or theirs is None:
+        check(f"against {other.name}", None, "not measured: a run without an average accuracy")
+        return
+    drop = 100 * (theirs - ours)
+    says = f"average accuracy {100 * ours:.1f} against {100 * theirs:.1f} (at most {limits.max_drop:g} points lower)"
+    ok = _at_most(drop, limits.max_drop)
+    mine, its = run.answers(len(run.metrics["matrix"]) - 1), other.answers(len(other.metrics["matrix"]) - 1)
+    both = [key for key in mine if key in its]
+    if both:
+        lost = sum(its[key]["correct"] and not mine[key]["correct"] for key in both)
+        won = sum(mine[key]["correct"] and not its[key]["correct"] for key in both)
+        p = mcnemar(lost, won)
+        real = p < limits.alpha
+        says += f"; of {len(both)} rows {lost} are right only there, {won} only here: "
+        says += f"{'more' if real else 'not more'} than noise (p = {p:.2g})"
+        ok = ok or not real
+    check(f"against {other.name}", ok, says)
