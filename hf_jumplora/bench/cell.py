@@ -95,8 +95,8 @@ def strategies_of(method: str, weight: float | None, options: list[str] | None =
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Train and evaluate as the spec says; returns what the cell's file holds beside the spec."""
     budget, tune = Budget(**spec["budget"]), spec["stage"] == "tune"
-    beside = {key: spec.get(key) for key in ("held_out", "general_text")}
-    texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune, **beside)
+    general = {key: spec.get(key) for key in ("held_out", "general_text")}
+    texts = bench_tasks(spec["stream"], spec["data_dir"], spec["prompt_style"], budget, tune, **general)
     name, variant = base_method(spec), spec.get("variant", {})
     method, strategies = get_method(name), strategies_of(name, spec["weight"], variant.get("strategy"))
     for strategy in strategies:

@@ -21,7 +21,7 @@ def bench_tasks(
     """The tasks of a final run (test rows to evaluate), or of a tuning run (the first two, dev rows to evaluate).
 
     Training rows are shuffled with a fixed seed; the last `dev_rows` (a fifth of a small set at most) are dev rows and
-    trained on by nobody. A final run evaluates `test_rows` rows of the test split, drawn with a fixed seed, and so many
+    never trained on. A final run evaluates `test_rows` rows of the test split, drawn with a fixed seed, and so many
     of the held-out tasks and of the general text.
 
     Raises:
@@ -45,7 +45,7 @@ def bench_tasks(
     return tasks
 
 
-def room_beside_text(tokenizer: Any, tasks: list[Any]) -> int:
+def tokens_around_text(tokenizer: Any, tasks: list[Any]) -> int:
     """Tokens that the longest prompt of these tasks and its answer take, the text aside."""
     encoder = Encoder(tokenizer, 0, seq2seq=False)
     prompts = [task for task in tasks if isinstance(task, TextTask)]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ..data.streams import stream_path
 from ..stack.manifest import write_json
 from .cell import base_method, next_file, points, portable
-from .data import bench_tasks, room_beside_text
+from .data import bench_tasks, tokens_around_text
 from .encoder import default_encoder
 from .protocol import BUDGETS, Budget, best_point, next_point, untuned_point
 from .smollm2 import smollm2
@@ -98,8 +98,8 @@ class Bench:
 
     def _prepare(self) -> None:
         """Check the folder's settings and the data; make the model if there is none."""
-        beside: dict[str, Any] = {"held_out": self.held_out, "general_text": self.general_text}
-        tasks = bench_tasks(self.stream, self.data_dir, self.prompt_style, self.limits, tune=False, **beside)
+        general: dict[str, Any] = {"held_out": self.held_out, "general_text": self.general_text}
+        tasks = bench_tasks(self.stream, self.data_dir, self.prompt_style, self.limits, tune=False, **general)
         for task in tasks if self.setting == "encoder" else ():
             if not getattr(task, "labels", None):
                 raise ValueError(f"task {task.name!r} has no labels: the setting 'encoder' needs them, take 'causal'")
@@ -119,7 +119,7 @@ class Bench:
             "data_dir": self.data_dir and str(Path(self.data_dir).absolute()),
             "prompt_style": self.prompt_style,
             "budget": dataclasses.asdict(self.limits),
-            **beside,
+            **general,
             "max_length": self.limits.max_length + self._room(model, [*tasks, *held]),
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
         }
@@ -158,7 +158,7 @@ class Bench:
 
     def _room(self, model: str, tasks: list[Any]) -> int:
         """Tokens of prompt and answer, which a language model reads and the budget does not count."""
-        return room_beside_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting != "encoder" else 0
+        return tokens_around_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting != "encoder" else 0
 
     def _spec(self, name: str) -> dict[str, Any]:
         return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})

@@ -209,7 +209,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         if held_out and not splits["train"].is_file():
             del splits["train"]
         if data_dir is None and not folder.is_dir():
-            raise FileNotFoundError(f"{where}: {folder} is no folder; give the data's place as data_dir (--data_dir)")
+            raise FileNotFoundError(f"{where}: {folder} is not a folder; set data_dir (--data_dir)")
         rows = {split: read_rows(file) for split, file in splits.items()}
         own, source = folder / "labels.json", str(entry["folder"])
         if own.is_file() and not plain:

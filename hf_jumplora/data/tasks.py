@@ -30,7 +30,7 @@ class Task:
     name: unique in its stream; letters, digits, '-', '_', '.'.
     source: where the data is from, for the card; of an absolute path the last name is kept.
     compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
-    held_out: nobody trains on it; a run evaluates it before the first task and after each one, beside the matrix.
+    held_out: not trained on; a run evaluates it before the first task and after each one (general ability).
     """
 
     name: str
@@ -48,7 +48,7 @@ class Task:
             )
         if self.held_out:
             if self.eval_dataset is None:
-                raise ValueError(f"task {self.name!r} is held out and has no eval set: there is nothing to do with it")
+                raise ValueError(f"task {self.name!r} is held out, so it needs an eval_dataset")
         elif self.train_dataset is None or len(self.train_dataset) == 0:
             raise ValueError(f"task {self.name!r} has no training example")
         if self.eval_dataset is not None and len(self.eval_dataset) == 0:
@@ -86,7 +86,7 @@ class Task:
 
 @dataclass
 class PastTask(Task):
-    """A task of a stack whose data is not at hand: it is not evaluated, and strategies get None for its data.
+    """A task of a stack whose data is not available: it is not evaluated, and strategies get None for its data.
 
     digest: its fingerprint, as the stack's run.json has it.
     """
@@ -168,7 +168,7 @@ class TextTask(Task):
         if not all(isinstance(label, str) and label.strip() for label in self.labels):
             raise ValueError(f"{where}: labels must be strings that are not empty, got {self.labels}")
         if len(set(map(fold, self.labels))) != len(self.labels):
-            raise ValueError(f"{where}: two labels are the same but for case or spaces: {self.labels}")
+            raise ValueError(f"{where}: two labels differ only in case or spaces: {self.labels}")
         if "{text}" not in self.prompt:
             raise ValueError(f"{where}: the prompt needs a place for '{{text}}', got {self.prompt!r}")
         if unknown := set(re.findall(r"\{(\w+)\}", self.prompt)) - set(_PLACES):

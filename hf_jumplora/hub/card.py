@@ -156,13 +156,19 @@ def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any], 
         if key not in ("name", "index") and value not in (None, "", []):
             rows.append([key.replace("_", " "), str(value).replace("|", "\\|").replace("\n", " ")])
     if manifest.additive:
-        kind, beside = f"The update of one task of an adapter stack (`{manifest.method}`)", "with the tasks before it"
+        kind, how = (
+            f"The update of one task of an adapter stack (`{manifest.method}`)",
+            "with the tasks before it",
+        )
         alone = f'load_stack(stack, tasks=["{name}"])  # this task alone'
     elif manifest.separate:
-        kind, beside = f"A task's own update (`{manifest.method}`)", "as it is"
+        kind, how = f"A task's own update (`{manifest.method}`)", "as it is"
         alone = f'load_stack(stack, tasks=["{name}"])'
     else:
-        kind, beside = f"One adapter trained on and on (`{manifest.method}`), as it was after this task", "as it is"
+        kind, how = (
+            f"One adapter trained sequentially (`{manifest.method}`), as it was after this task",
+            "as it is",
+        )
         alone = "load_stack(stack)  # the last of its tasks"
     return f"""# {name}
 
@@ -176,7 +182,7 @@ stack = "{where}"  # the stack: its id on the Hub, or the folder that holds stac
 model = {alone}
 ```
 
-With PEFT, {beside}:
+With PEFT, {how}:
 
 ```python
 import hf_jumplora  # registers the method with PEFT

@@ -2,9 +2,9 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .backend import check_compiler, take_fsdp
 
@@ -81,3 +81,8 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     @property
     def place_model_on_device(self) -> bool | None:
         return False if self.cut_base else super().place_model_on_device
+
+
+def argument(args: TrainingArguments, name: str) -> Any:
+    """One of our arguments, or its default where `args` are of a class that lacks it (TRL's)."""
+    return getattr(args, name, vars(ContinualTrainingArguments)[name])

@@ -68,7 +68,7 @@ def take_fsdp(args: Any) -> bool:
     alone.
 
     Raises:
-        ValueError: an option of FSDP that cannot be had.
+        ValueError: an option of FSDP that is not supported.
     """
     if args.fsdp:
         raise ValueError("the argument fsdp is not supported: start with recipes/accelerate/fsdp2.yaml")

@@ -1,4 +1,4 @@
-"""What cannot work, said before the first step: checks of a plan that change nothing and ask nobody."""
+"""Checks of a plan before the first step: what cannot work is an error that names the option and what to do."""
 
 import copy
 import math
@@ -176,7 +176,7 @@ def _check_deepspeed(plan: RunPlan, kind: str) -> None:
 def check_ramps(plan: RunPlan, sizes: Sequence[int]) -> None:
     """Raise ValueError that names the stage whose `sizes` examples make too few steps for the gate's ramp."""
     for (name, _), examples in zip(plan.stages(), sizes, strict=True) if plan.config.gate else ():
-        if examples:  # none: a past task whose data is not at hand
+        if examples:  # none: a past task whose data is not available
             try:
                 ramp_steps(planned_steps(plan.args, examples), plan.config)
             except ValueError as error:

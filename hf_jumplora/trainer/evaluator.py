@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..data import LanguageModelTask, Task, TextTask
+from .arguments import argument
 from .backend import runnable
 from .plan import RunPlan
 from .processes import quiet
@@ -58,11 +59,11 @@ class Evaluator:
         return row, cross_entropy
 
     def general(
-        self, model: Any, known: Mapping[str, float] | None = None, beside: Mapping[str, float] | None = None
+        self, model: Any, known: Mapping[str, float] | None = None, row_losses: Mapping[str, float] | None = None
     ) -> dict[str, float]:
         """{"task metric": score in [0, 1]} on the held-out tasks that `known` lacks, and their cross-entropy in nats a
-        token, after those of [`row`] (`beside`). With method `perlora`, which needs a task id, of the base model."""
-        scores, cross_entropy = dict(known or {}), dict(beside or {})
+        token, after those of [`row`] (`row_losses`). With method `perlora`, of the base model."""
+        scores, cross_entropy = dict(known or {}), dict(row_losses or {})
         with runnable(model, self.plan.args) if self.lacks(scores) else nullcontext():
             for index, task in enumerate(self.plan.held_out, len(self.plan.tasks)):
                 if _key(task) not in scores:
@@ -80,9 +81,7 @@ class Evaluator:
         with own_adapter(model, index) if self.plan.method.mode == "separate" else nullcontext():
             batch, encoder = self.plan.args.per_device_eval_batch_size, self.plan.encoder
             if isinstance(task, TextTask):
-                return evaluate_task(
-                    model, encoder, task, getattr(self.plan.args, "eval_mode", "generate"), batch
-                ), None
+                return evaluate_task(model, encoder, task, argument(self.plan.args, "eval_mode"), batch), None
             if isinstance(task, LanguageModelTask):
                 return evaluate_text(model, encoder, task, batch)
             if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):

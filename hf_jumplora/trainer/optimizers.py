@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..tuner import gate_groups, named_layers
+from .arguments import argument
 
 
 def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args: Any, sharded: bool) -> Optimizer:
@@ -23,17 +24,17 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     Raises:
         ValueError: Muon or Riemannian preconditioning when sharded. ImportError: this torch has no Muon.
     """
-    kind = getattr(args, "factor_optimizer", "default")
+    kind = argument(args, "factor_optimizer")
     if kind != "default" and sharded:
         raise ValueError(
             f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed cuts into pieces: leave it out, "
             "or train with DDP or FSDP2"
         )
     pairs = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for _, layer in named_layers(model, adapter)]
-    if (rate := getattr(args, "gate_learning_rate", None)) is not None:
+    if (rate := argument(args, "gate_learning_rate")) is not None:
         gates = [gate.log_tau for gate, _ in gate_groups(model, adapter)]
         _own_group(optimizer, gates, lr=rate, weight_decay=0.0)
-    if (ratio := getattr(args, "loraplus_lr_ratio", None)) is not None:
+    if (ratio := argument(args, "loraplus_lr_ratio")) is not None:
         _own_group(optimizer, [B for _, B in pairs], lr=ratio * args.learning_rate, weight_decay=args.weight_decay)
     if kind == "riemannian":
         optimizer.register_step_pre_hook(partial(_precondition, pairs, args.riemannian_reg))

@@ -14,7 +14,7 @@ from ..methods import METHODS, Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
 from ..tuner.gguf import as_plain_floats
-from .arguments import ContinualTrainingArguments
+from .arguments import ContinualTrainingArguments, argument
 from .backend import sharding
 from .task_trainer import ContinualTrainer
 
@@ -74,15 +74,15 @@ class RunPlan:
 
     @property
     def evaluates_all(self) -> bool:
-        """Whether tasks that are still to come are evaluated too; arguments of TRL's classes have no such option."""
-        return getattr(self.args, "eval_tasks", "all") == "all"
+        """Whether tasks that are still to come are evaluated too."""
+        return argument(self.args, "eval_tasks") == "all"
 
     @cached_property
     def encoder(self) -> Encoder:
         """From text to token ids, as long as `max_length` and the model's positions allow."""
         config = getattr(self.model, "config", None)
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        length = min(getattr(self.args, "max_length", 512), positions)
+        length = min(argument(self.args, "max_length") or sys.maxsize, positions)
         return Encoder(self.tokenizer, length, bool(getattr(config, "is_encoder_decoder", False)))
 
     @cached_property
@@ -129,7 +129,7 @@ class RunPlan:
         """The training texts of the held-out plain texts: what a strategy with `general=True` keeps.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are none.
         """
         plain = [task for task in self.held_out if isinstance(task, LanguageModelTask)]
         texts = [row[task.text_column] for task in plain for row in task.train_dataset or ()]

@@ -1,4 +1,4 @@
-"""`RunFolder`: the files of a run beside and in its stack, so that the same command continues where it stopped."""
+"""`RunFolder`: the files of a run and its stack, so that the same command continues where it stopped."""
 
 import contextlib
 import errno
@@ -36,6 +36,7 @@ from ..stack.manifest import (
 )
 from ..stack.save import drop_states, save_task
 from ..strategies.base import join_states
+from .arguments import argument
 from .plan import RunPlan
 from .processes import on_main
 
@@ -53,9 +54,9 @@ PROCESSES = ("args.world_size", "args.sharding")  # settings that are a task's, 
 
 
 class RunFolder:
-    """What a run has measured and finished, in memory and on disk; nobody else writes in its folder.
+    """What a run has measured and finished, in memory and on disk; the only writer of its folder.
 
-    matrix: a row before training and one after each task, [tasks]. general: beside each row, {"task metric": score}.
+    matrix: a row before training and one after each task, [tasks]. general: with each row, {"task metric": score}.
     trained: task.json of each finished task. manifest: None until the first task is finished.
     repo_id: the stack's name on the Hub, for the cards.
     """
@@ -103,8 +104,8 @@ class RunFolder:
         check_base(self.manifest, model, str(self.path))
         if len(self.matrix) != len(tasks) + 1:
             raise ValueError(
-                f"{self.path / METRICS} has no scores of all {len(tasks)} tasks that stack.json lists: put it "
-                "back, or use another output_dir"
+                f"{self.path / METRICS} lacks scores of the {len(tasks)} tasks in stack.json: restore it, "
+                "or use another output_dir"
             )
         for task in tasks:
             verify(self.path, task)
@@ -179,7 +180,7 @@ class RunFolder:
         path = self.path / RUN
         settings = json.loads(path.read_text()) if path.is_file() else {}
         pictures = [name for name in PICTURES if (self.path / name).is_file()]
-        template = getattr(self.plan.args, "model_card_template", None)
+        template = argument(self.plan.args, "model_card_template")
         card = stack_card(self.manifest, result, settings, self.repo_id or ".", pictures, template)
         write_atomic(self.path / "README.md", card)
 
@@ -207,7 +208,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             write_json(path, settings)
         return
     if not path.is_file():
-        raise ValueError(f"{folder} holds a stack but no {RUN}: it cannot be continued here; use another output_dir")
+        raise ValueError(f"{folder} holds a stack but no {RUN}: it cannot be continued; use another output_dir")
     try:
         before = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -220,8 +221,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder} was interrupted inside a task ("
             + ", ".join(f"{key}: {before[key]!r} there, {settings.get(key)!r} now" for key in moved)
-            + "). Checkpoints hold one part for each process, and the batches of a task depend on their number: go on "
-            f"with the processes of before, or delete {inside[0].parent} to train this task again from its start. "
+            + "). Checkpoints hold one part for each process, and the batches of a task depend on their number: use "
+            f"as many processes as before, or delete {inside[0].parent} to train this task again from its start. "
             "Between tasks the number of processes may change"
         )
     # The base is known by its weights (`check_base`): on another machine it may stand elsewhere.
@@ -248,9 +249,11 @@ def _check_free(folder: Path) -> None:
     if (folder / RUN).is_file():
         tasks = [name for name in tasks if name != "task_000"]  # killed before the manifest was written
         if tasks:
-            raise ValueError(f"{folder} holds {tasks[0]} and no {MANIFEST}: put it back, or use another output_dir")
+            raise ValueError(f"{folder} contains {tasks[0]} but no {MANIFEST}: restore it, or use another output_dir")
     elif found := [*tasks, *(name for name in (METRICS, *TOP_FILES) if (folder / name).exists())]:
-        raise ValueError(f"{folder} holds {found[0]}, which is of no run and would be replaced: use another output_dir")
+        raise ValueError(
+            f"{folder} contains {found[0]}, which belongs to no run and would be overwritten: use another output_dir"
+        )
 
 
 @contextlib.contextmanager
@@ -273,7 +276,7 @@ def in_use(folder: Path) -> Iterator[None]:
                 f"another process is already training in {folder}: wait for it, or use another output_dir"
             ) from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): see that no other run works in it", folder, error)
+            logger.warning("%s cannot be locked (%s): make sure that no other process trains in it", folder, error)
         yield
     finally:
         os.close(handle)

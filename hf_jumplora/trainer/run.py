@@ -214,7 +214,7 @@ class ContinualRun:
     def _encode(self) -> list[Any]:
         """The training set of every stage; texts that cannot be used show now."""
         sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out)
-        self.truncated = dict(self.plan.encoder.truncated)  # evaluations go on counting
+        self.truncated = dict(self.plan.encoder.truncated)  # before evaluation, which counts too
         sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
         check_ramps(self.plan, [len(rows or ()) for rows in sets])
         return sets

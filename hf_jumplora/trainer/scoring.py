@@ -14,13 +14,22 @@ from ..metrics.text import TEXT_METRICS, exact_match
 from ..stack.load import merge_finished
 
 
-@torch.no_grad()
 def evaluate_task(model: Any, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32) -> float:
-    """Score in [0, 1] on the task's eval rows: accuracy, or the mean of the task's metric where answers are free.
+    """Score in [0, 1] on the task's eval rows: the mean of [`score_rows`], which takes the same arguments."""
+    scores = [score for _, score in score_rows(model, encoder, task, mode, batch_size)]
+    return sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def score_rows(
+    model: Any, encoder: Encoder, task: TextTask, mode: str = "generate", batch_size: int = 32
+) -> list[tuple[str, float]]:
+    """(answer, its score in [0, 1]) of every eval row of a task, in their order: whether it is the label, or the task's
+    metric where answers are free.
 
     mode: "generate" (greedy, exact match after lower-casing and white-space folding: the papers' metric) or "score"
     (the label with the largest log-likelihood given the prompt, end of sequence included). Free answers are generated
-    in both. With several processes each takes a share of the rows; every row counts once.
+    in both. With several processes each takes a share of the rows, and all get the whole list.
     """
     compare = TEXT_METRICS.get(task.metric, exact_match)
     if not task.labels:
@@ -33,15 +42,15 @@ def evaluate_task(model: Any, encoder: Encoder, task: TextTask, mode: str = "gen
     rows = task.eval_dataset
     mine = _share(len(rows))
     mine.sort(key=lambda i: len(rows[i][task.text_column]))  # texts of similar length share a batch: less padding
-    scores: list[tuple[int, float]] = []
+    found: list[tuple[int, tuple[str, float]]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         prompts = [encoder.prompt_ids(task, rows[i][task.text_column]) for i in batch]
-        answers = predict(model, encoder, task, prompts)
-        for i, answer in zip(batch, answers, strict=True):
-            scores.append((i, compare(answer, rows[i][task.label_column], rows[i][task.text_column])))
+        for i, answer in zip(batch, predict(model, encoder, task, prompts), strict=True):
+            score = compare(answer, rows[i][task.label_column], rows[i][task.text_column])
+            found.append((i, (answer, score)))
     model.train(was_training)
-    return sum(dict(gather_object(scores)).values()) / len(rows)
+    return [result for _, result in sorted(dict(gather_object(found)).items())]
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from .record import newest_checkpoint
 def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], checkpoints: Path) -> tuple[Any, int]:
     """Train task number `index` of a plan, or what is left of it after a restart.
 
-    model: holds the tasks before. train_sets: of the tasks, None where a past one's data is not at hand.
+    model: holds the tasks before. train_sets: of the tasks, None where the data of a past one is not available.
 
     Returns:
         (a PeftModel in which the task is finished as adapter `task_00k`, and merged; its optimizer steps).

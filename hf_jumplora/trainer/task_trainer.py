@@ -21,6 +21,7 @@ from ..strategies.base import join_states, state_of
 from ..tuner import density, finish_adapter, gate_groups, named_layers
 from ..tuner.lookup import adapter_parameters, can_continue
 from ..tuner.sharded_parameters import assign, gathered, whole
+from .arguments import argument
 from .backend import ignore_cut_weights, release, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
@@ -110,7 +111,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if len(data) and isinstance(data[0], str):
             if not can_continue(self.model):
                 raise ValueError("texts serve causal models only: give rows as the trainer takes them, with labels")
-            length = getattr(self.args, "max_length", None) or 512
+            length = argument(self.args, "max_length") or 512
             encoded = self.processing_class([data[i] for i in order.tolist()], truncation=True, max_length=length)
             data = [{"input_ids": ids, "labels": list(ids)} for ids in encoded.input_ids]
             order = torch.arange(len(data))

@@ -11,7 +11,7 @@ import toy
 from hf_jumplora import LanguageModelTask
 from hf_jumplora.bench import cell as cell_module
 from hf_jumplora.bench import runner
-from hf_jumplora.bench.data import bench_tasks, room_beside_text
+from hf_jumplora.bench.data import bench_tasks, tokens_around_text
 from hf_jumplora.bench.protocol import (
     BUDGETS,
     best_point,
@@ -91,8 +91,8 @@ def test_prompts_do_not_count(stream):
     tasks = bench_tasks(stream, None, "jumplora", SMALL, tune=False)
     tokenizer, prompts = toy.tokenizer(), [task.render("") for task in tasks]
     longest = max(len(tokenizer(text).input_ids) for text in prompts) + 2  # one token an answer, and the end
-    assert room_beside_text(tokenizer, tasks) == longest
-    assert room_beside_text(tokenizer, [LanguageModelTask("a", [{"text": "x"}])]) == 0
+    assert tokens_around_text(tokenizer, tasks) == longest
+    assert tokens_around_text(tokenizer, [LanguageModelTask("a", [{"text": "x"}])]) == 0
 
 
 def test_coordinate_search():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toy
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from hf_jumplora import JumpLoraConfig, finish_adapter
 from hf_jumplora.methods import METHODS, get_method
@@ -65,10 +66,10 @@ def test_memory_survives_a_restart(toy_base, tmp_path, monkeypatch):
     first = run(toy_base, tmp_path, 2, [Diary(), Diary()])
     train_task = first._train_task
 
-    def interrupted(index, name, rows):
+    def interrupted(index, rows):
         if index == 1:
             raise KeyboardInterrupt
-        train_task(index, name, rows)
+        train_task(index, rows)
 
     monkeypatch.setattr(first, "_train_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -81,19 +82,15 @@ def test_memory_survives_a_restart(toy_base, tmp_path, monkeypatch):
 
 
 def test_penalties_add_up(toy_base, tmp_path):
-    made = run(toy_base, tmp_path, 1, [Diary(1.5), Strategy(), Diary(0.25)])
-    logs = []
-    monitor = made._trainer
+    found = []
 
-    def trainer(*args, **kwargs):
-        built = monitor(*args, **kwargs)
-        log = built.log
-        built.log = lambda values, *rest: (log(values, *rest), logs.append(dict(values)))[0]
-        return built
+    class Note(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            found.extend([logs["penalty"]] if "loss" in logs else [])
 
-    made._trainer = trainer
-    made.train()
-    assert [log["penalty"] for log in logs if "loss" in log] == [1.75] * 4
+    strategies = [Diary(1.5), Strategy(), Diary(0.25)]
+    toy.make_run(toy_base, tmp_path, stream=toy.tasks(1), strategies=strategies, callbacks=[Note()]).train()
+    assert found == [1.75] * 4
 
 
 def test_other_strategy_options_are_other_settings(toy_base, tmp_path):

@@ -167,7 +167,7 @@ ROW = {"sentence": "x", "label": "tiny"}
         ({"held_out": True}, "held out and has no eval set"),
         ({"labels": [True, False]}, "labels must be strings"),
         ({"labels": ["tiny", " "]}, "labels must be strings that are not empty"),
-        ({"labels": ["tiny", "Tiny "]}, "two labels are the same but for case or spaces"),
+        ({"labels": ["tiny", "Tiny "]}, "two labels differ only in case or spaces"),
         ({"prompt": "no place"}, r"a place for '\{text\}'"),
         ({"train_dataset": [ROW, {"sentence": "x"}]}, r"train row 1: no string in column 'label', only \['sentence'\]"),
         ({"train_dataset": [{"sentence": 3, "label": "tiny"}]}, "train row 0: no string in column 'sentence'"),
@@ -409,7 +409,7 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         ("catalogue: stream.yaml\ntasks: [a]\n", r"line 2: expected keys and values, found str 'a'"),
         (ONE.replace("d.json", "e.json"), r"data file .*e\.json does not exist"),
         (ONE.replace("d.json", "d.txt"), r"d\.txt: cannot read '\.txt'; use \.json"),
-        ("tasks:\n- name: a\n  folder: nowhere\n", r"line 2: .*nowhere is no folder; give .* data_dir"),
+        ("tasks:\n- name: a\n  folder: nowhere\n", r"line 2: .*nowhere is not a folder; set data_dir"),
     ],
     ids=lambda value: value.encode("unicode_escape").decode()[:40].replace(" ", "_"),
 )

@@ -122,12 +122,12 @@ def test_half_written_checkpoint(tmp_path):
 def test_foreign_files_are_not_replaced(toy_run, toy_base, tmp_path):
     (tmp_path / "task_000").mkdir()
     (tmp_path / "task_000" / "mine").write_text("mine")
-    with pytest.raises(ValueError, match="holds task_000, which is of no run"):
+    with pytest.raises(ValueError, match="contains task_000, which belongs to no run"):
         toy.make_run(toy_base, tmp_path).train()
     assert (tmp_path / "task_000" / "mine").read_text() == "mine"
     (tmp_path / "run.json").write_bytes((toy_run.output_dir / "run.json").read_bytes())
     (tmp_path / "task_001").mkdir()
-    with pytest.raises(ValueError, match=r"holds task_001 and no stack\.json"):
+    with pytest.raises(ValueError, match=r"contains task_001 but no stack\.json"):
         toy.make_run(toy_base, tmp_path).train()
 
 

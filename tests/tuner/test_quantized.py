@@ -311,7 +311,7 @@ def test_zero_shot_row_of_a_task_with_its_own_metric(toy_base, tmp_path):
     run = toy.make_run(quantised(toy_base), tmp_path, stream=[task])
     # With gradients: without, bitsandbytes repacks for some processors, which fails for layers as small as these.
     expected = quantised(toy_base)(torch.tensor([r["input_ids"] for r in rows[:8]])).logits.mean().item()
-    assert run.evaluate() == [pytest.approx(expected, rel=1e-5)]
+    assert run.evaluate() == {"a": pytest.approx(expected, rel=1e-5)}
     assert type(run.model) is LlamaForCausalLM
     assert run.train().metrics["matrix"][0] == [pytest.approx(expected, rel=1e-5)]
 
