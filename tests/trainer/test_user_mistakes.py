@@ -37,8 +37,8 @@ def test_tied_weights(tmp_path):
     ("change", "message"),
     [
         ({"adapter_config": LoraConfig()}, "adapter_config is a JumpLoraConfig"),
-        ({"strategies": [KFac]}, "strategies holds Strategy objects"),
-        ({"model": "me/model"}, "model is a loaded model"),
+        ({"strategies": [KFac]}, "strategies takes Strategy objects"),
+        ({"model": "me/model"}, "model must be a loaded model"),
         (
             {
                 "method": "jumplora-hard",
@@ -245,7 +245,7 @@ def test_trl_tasks_are_evaluated_and_go_on(kind, toy_base, tmp_path):
         )  # fmt: skip
 
     evaluated = data if kind == "sft" else None
-    with pytest.raises(TypeError, match=r"args are of the class it takes"):
+    with pytest.raises(TypeError, match=r"args must be of the class it takes"):
         run(toy.arguments(tmp_path / "other"), evaluated).train()
     if kind == "dpo":
         with pytest.raises(ValueError, match="leave eval_dataset out"):
