@@ -394,7 +394,7 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         (ONE + "  metric: bleu\n", "line 2: task 'a': unknown metric 'bleu'; known: accuracy, exact_match"),
         (ONE + "  max_answer: 0\n", "'max_answer' must be a number above 0"),
         (ONE + "held_out: [b]\n", r"line 4: .*has no task 'b', only a"),
-        (ONE + "held_out:\n- {name: b, train_file: d.json}\n", "line 5: task 'b' is held out, so it needs an eval_dataset"),
+        (ONE + "held_out:\n- {name: b, train_file: d.json}\n", "line 5: task 'b' is held out, so it needs an eval"),
         (ONE + "  max_train: 0\n", "'max_train' must be a number above 0, found 0"),
         (ONE + "  max_train: -3\n", "'max_train' must be a number above 0"),
         (ONE + "  max_eval: many\n", "'max_eval' must be a number above 0, found 'many'"),
