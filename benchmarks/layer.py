@@ -56,6 +56,7 @@ def setup(size, rank, tokens, mix, density, dtype, compiled=False):
         providers["compiled"] = lambda: step().backward(grad)
     if DEVICE == "cuda":
         providers["triton"] = lambda: gated("triton").backward(grad)
+        providers["triton-fold"] = lambda: gated("triton-fold").backward(grad)
     return providers, (gated, weight)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # counting, launches
 torch.set_num_threads(1)
 
 

@@ -28,21 +28,21 @@ def _sample(blocks) -> tuple[torch.Tensor, int]:
 
 def _within(blocks, k: int, low: float, high: float) -> float | None:
     """The k-th magnitude in one pass if it lies in (low, high]; None where it does not, or this cannot be said."""
-    count = above = kept = 0
-    inside, total = [], torch.zeros(())
+    count = kept = 0
+    above, inside, total = torch.zeros((), dtype=torch.int64), [], torch.zeros(())
     for block in blocks():
         flat = block.detach().to(torch.float32).reshape(-1)
-        total = total + flat.sum().cpu()
+        total = total.to(flat.device) + flat.sum()
         magnitude = flat.abs()
         found = magnitude[(magnitude > low).nonzero().view(-1)]
         larger = found > high
-        above += int(larger.sum())
+        above = above.to(flat.device) + larger.sum()
         inside.append(found[~larger].cpu())
         count += flat.numel()
         kept += len(inside[-1])
         if kept > _INSIDE:
             return None
-    rank = count - k + 1 - above  # counted from the largest inside
+    rank = count - k + 1 - int(above)  # counted from the largest inside
     if not 1 <= rank <= kept or not torch.isfinite(total):
         return None
     return torch.cat(inside).kthvalue(kept - rank + 1).values.item()
@@ -113,15 +113,17 @@ def kth_magnitude(
     return torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
 
 
-def update_blocks(factors: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], rows: int = 256):
+def update_blocks(factors: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], rows: int | None = None):
     """Row blocks of D = B A, one after the other, for layers given as (A [r, in], B [out, r], free).
 
     free: packed bits of the entries the layer may use, or None for all; the others are zero in the blocks.
+    rows: of a block; None: 256 on a CPU, and 2^24 entries elsewhere, where each block waits for the device.
     """
     for A, B, free in factors:
-        for start in range(0, B.shape[0], rows):
+        size = rows or (256 if A.device.type == "cpu" else max(1, (1 << 24) // A.shape[1]))
+        for start in range(0, B.shape[0], size):
             with torch.autocast(A.device.type, enabled=False):
-                block = B[start : start + rows].detach() @ A.detach()
+                block = B[start : start + size].detach() @ A.detach()
             if free is not None:
                 width = A.shape[1]
                 block *= unpack_bits(free, start * width, (start + block.shape[0]) * width).view_as(block)

@@ -36,29 +36,29 @@ def _pack_fields(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def encode_support(mask: torch.Tensor) -> torch.Tensor:
-    """Code a support, bool [out, in], as uint8 [bytes]: the gaps between set entries in a Rice code, or the bitmap.
+    """Code a support, bool [out, in], as uint8 [bytes] on the CPU.
 
-    The smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of
+    As the gaps between set entries in a Rice code, or as the bitmap: the smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of
     parameter k writes gap >> k in unary and the low k bits as they are; the two streams stand one after the other so
     that both directions are a few vector operations. For independent entries it is within a few percent of the entropy.
     """
     flat = mask.reshape(-1)
     unset = 2 * int(flat.sum()) > flat.numel()
-    index = (~flat if unset else flat).nonzero().view(-1).cpu()
+    index = (~flat if unset else flat).nonzero().view(-1)
     count = index.numel()
     density = count / mask.numel()
     k = max(0, round(math.log2(math.log(2) / density))) if 0 < density < 1 else 0
-    gaps = torch.diff(index, prepend=torch.tensor([-1])) - 1
-    unary_ends = (gaps >> k).cumsum(0) + torch.arange(count)
+    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
+    unary_ends = (gaps >> k).cumsum(0) + torch.arange(count, device=index.device)
     unary_length = int(unary_ends[-1]) + 1 if count else 0
     if (unary_length + 7) // 8 + (count * k + 7) // 8 < (mask.numel() + 7) // 8:
-        unary = torch.zeros(unary_length, dtype=torch.bool)
+        unary = torch.zeros(unary_length, dtype=torch.bool, device=index.device)
         unary[unary_ends] = True
         kind, body = k + _UNSET * unset, torch.cat([pack_bits(unary), _pack_fields(gaps, k)])
     else:
-        kind, body, count = _RAW, pack_bits(mask).cpu(), int(flat.sum())
+        kind, body, count = _RAW, pack_bits(mask), int(flat.sum())
     header = torch.tensor([kind, *count.to_bytes(8, "little")], dtype=torch.uint8)
-    return torch.cat([header, body])
+    return torch.cat([header, body.cpu()])
 
 
 def decode_support(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """What happens between the steps of a task: the gate's schedule, and the strategies' hooks."""
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..strategies import Strategy
 from ..tuner import ramp, ramp_steps, set_mix, set_threshold
+from ..tuner.density_sample import DensitySample
 from ..tuner.lookup import adapter_config, adapter_parameters
 from ..tuner.schedule import density_at
 from ..tuner.sharded_parameters import keep_whole_in_forward
@@ -15,11 +17,19 @@ class GateCallback(TrainerCallback):
     """Ramps the gate and starts (or holds) the threshold of one adapter. Enough by itself for any Trainer.
 
     f is a pure function of the finished optimizer steps, so a resumed run needs nothing of this callback's own. The
-    threshold is set after step s0, and with `threshold_update="density"` after every later step too.
+    threshold is set after step s0. With `threshold_update="density"` it is set after every later step too, from a
+    sample (see [`DensitySample`]), and after the last step exactly.
     """
 
     def __init__(self, adapter: str = "default"):
         self.adapter = adapter
+        self._sample: DensitySample | None = None
+
+    def sample(self, model: nn.Module) -> DensitySample:
+        """The sample of the adapter's entries, made when it is first asked for."""
+        if self._sample is None:
+            self._sample = DensitySample(model, self.adapter)
+        return self._sample
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         config = adapter_config(model, self.adapter)
@@ -33,9 +43,12 @@ class GateCallback(TrainerCallback):
         if not config.gate:
             return
         start, _ = ramp_steps(state.max_steps, config)
-        if state.global_step == start or (state.global_step > start and config.threshold_update == "density"):
-            share = density_at(state.global_step, state.max_steps, config)
+        held = state.global_step > start and config.threshold_update == "density"
+        share = density_at(state.global_step, state.max_steps, config) if state.global_step >= start else None
+        if state.global_step == start or (held and state.global_step == state.max_steps):
             set_threshold(model, self.adapter, share, together=True)
+        elif held and share is not None:
+            self.sample(model).hold(config, share)
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
 
 

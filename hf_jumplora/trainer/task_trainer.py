@@ -18,7 +18,7 @@ from .._compat import DECLARES_SCALED_LOSS
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
-from ..tuner import density, finish_adapter, gate_groups, named_layers
+from ..tuner import finish_adapter, gate_groups, named_layers
 from ..tuner.lookup import adapter_parameters, can_continue
 from ..tuner.sharded_parameters import assign, gathered, whole
 from .arguments import argument
@@ -26,6 +26,8 @@ from .backend import ignore_cut_weights, release, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
 
+
+FINITE_EVERY = 16  # steps: each look at a loss waits for the device
 
 _NEED_WHOLE = {"on_gradients": "changes gradients", "checkpoint_state": "follows every step of the parameters"}
 
@@ -59,7 +61,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             for layer in layers:
                 for factor in (layer.jumplora_A[adapter], layer.jumplora_B[adapter]):
                     factor.data = factor.data.float()
-        self.add_callback(GateCallback(adapter))
+        self._finite: torch.Tensor | None = None  # whether all losses were, since this was last looked at
+        self._gate = GateCallback(adapter)
+        self.add_callback(self._gate)
         self.add_callback(StrategyCallback(self.strategies, adapter))
 
     # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
@@ -80,7 +84,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             ignore_cut_weights(self.model)
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self._check_finite()
+            return output
         finally:
             handle.remove()
 
@@ -144,17 +150,25 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} after step {self.state.global_step} of {self.state.max_steps}: training "
-                "has diverged and was stopped. Lower the learning rate or the strategies' weights. Finished tasks are "
-                "safe"
-            )
+        finite = torch.isfinite(loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self.state.global_step % FINITE_EVERY == 0:
+            self._check_finite()
         if self.accelerator.sync_gradients:
             with torch.no_grad():
                 for strategy in self.strategies:
                     strategy.on_gradients(self.model, self.adapter)
         return loss
+
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError if a loss was not finite since this was last called. Waits for the device."""
+        finite, self._finite = self._finite, None
+        if finite is not None and not finite:
+            raise FloatingPointError(
+                f"a loss was not finite at or shortly before step {self.state.global_step} of {self.state.max_steps}: "
+                "training has diverged and was stopped. Lower the learning rate or the strategies' weights. Finished "
+                "tasks are safe"
+            )
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if "jumplora_gate" not in name]
@@ -169,6 +183,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         return optimizer
 
     def save_model(self, output_dir=None, _internal_call=False):
+        self._check_finite()
         if not (self.is_deepspeed_enabled and isinstance(self.model, PeftModel)):
             return super().save_model(output_dir, _internal_call)
         parameters = adapter_parameters(self.model, self.adapter)
@@ -215,11 +230,13 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                 strategy.load_checkpoint_state(state_of(number, states))
 
     def log(self, logs, *args, **kwargs):
-        groups = gate_groups(self.model, self.adapter)
-        if "loss" in logs and groups:
-            logs["density"] = density(self.model, self.adapter)
-            logs["threshold"] = sum(whole(gate.log_tau).exp().item() for gate, _ in groups) / len(groups)
-            logs["mix"] = groups[0][0].mix.item()
+        self._check_finite()
+        if "loss" in logs and gate_groups(self.model, self.adapter):
+            sample = self._gate.sample(self.model)
+            gates = [gate for gate, _ in sample.gates]
+            logs["density"] = sample.density().item()
+            logs["threshold"] = torch.stack([whole(gate.log_tau).exp().cpu() for gate in gates]).mean().item()
+            logs["mix"] = gates[0].f
         if "loss" in logs and self._penalty_count:
             logs["penalty"] = float(self._penalty_sum) / self._penalty_count
             self._penalty_sum, self._penalty_count = 0.0, 0

@@ -1,5 +1,6 @@
 """The end of a task: its adapter is finished and renamed, and finished adapters are folded into their sum."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,19 +30,21 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
             raise ValueError(f"an adapter {name!r} exists already")
         check_adapter_name(model, name)
     for gate, _ in gate_groups(model, adapter):
-        if gate.mix.item() != 1:
+        if gate.f != 1:
             raise ValueError(
-                f"the gate of adapter {adapter!r} stands at f = {gate.mix.item():g}; a task is finished when its ramp "
+                f"the gate of adapter {adapter!r} stands at f = {gate.f:g}; a task is finished when its ramp "
                 "has arrived at 1 (train on to gate_end)"
             )
-    for layer_name, layer in named_layers(model, adapter):
-        if not all(torch.isfinite(t).all() for t in (layer.jumplora_A[adapter], layer.jumplora_B[adapter])):
+    layers = dict(named_layers(model, adapter))
+    sums = [layer.jumplora_A[adapter].sum() + layer.jumplora_B[adapter].sum() for layer in layers.values()]
+    for layer_name, total in zip(layers, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True):
+        if not math.isfinite(total):
             raise FloatingPointError(
                 f"adapter {adapter!r}, layer {layer_name} holds weights that are not finite: training has diverged in "
                 "its last step. Lower the learning rate; finished tasks are safe"
             )
     if config.gate:
-        config.support = {layer_name: layer.finish(adapter) for layer_name, layer in named_layers(model, adapter)}
+        config.support = {layer_name: layer.finish(adapter) for layer_name, layer in layers.items()}
     config.inference_mode = True
     if name is not None and name != adapter:
         _rename(model, adapter, name)

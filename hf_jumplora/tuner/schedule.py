@@ -4,11 +4,11 @@ import functools
 
 import torch
 from accelerate import PartialState
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..ops.quantile import kth_magnitude, update_blocks
 from .config import JumpLoraConfig
+from .density_sample import share_to_keep
 from .layer import JumpLoraLayer
 from .lookup import adapter_config, adapter_parameters, gate_groups, named_layers
 from .sharded_parameters import assign, gathered
@@ -82,8 +82,7 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
         for gate, layers in gate_groups(model, adapter):
             total = _entries(layers)
             factors = [layer.factors(adapter) for layer in layers]
-            pattern, name = config.density_pattern, layers[0].layer_name  # one layer a gate where there is a pattern
-            share = pattern.get(get_pattern_key(list(pattern), name), density)
+            share = share_to_keep(config, layers, density)
             if share is None:
                 kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
             else:
@@ -112,15 +111,16 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
 
 def density(model: nn.Module, adapter: str) -> float:
     """Fraction of the adapted entries with |D| > tau (of a finished adapter: in its support). 1.0 without a gate."""
-    kept = total = 0
+    total, counts = 0, []
     with gathered(adapter_parameters(model, adapter)):
         for _, layer in named_layers(model, adapter):
             total += layer.out_features * layer.in_features
             if adapter not in layer.jumplora_gate:
-                kept += layer.out_features * layer.in_features
+                counts.append(torch.tensor(layer.out_features * layer.in_features))
             elif adapter in layer.jumplora_support:
-                kept += int(layer.support(adapter).sum())
+                counts.append(layer.support(adapter).sum())
             else:
                 tau = layer.gate(adapter).log_tau.detach().exp()
-                kept += int(sum((block.abs() > tau).sum() for block in update_blocks([layer.factors(adapter)])))
-    return kept / total
+                blocks = update_blocks([layer.factors(adapter)])
+                counts.append(torch.stack([(block.abs() > tau).sum() for block in blocks]).sum())
+    return int(sum(count.to(counts[0].device) for count in counts)) / total  # the only wait for the device

@@ -150,10 +150,11 @@ def penalty(A: Tensor, B: Tensor, tau: Tensor, mix: Tensor, G: Tensor, C: Tensor
     tiles_o, tiles_i = triton.cdiv(out_features, tile_o), triton.cdiv(width, tile_i)
     a_layer = 4 * rank * (tiles_o * width + tiles_i * out_features)
     grad_A, grad_B, values = torch.empty_like(A), torch.empty_like(B), []
-    for some in torch.arange(count).split(max(1, PARTS_BYTES // a_layer)):
-        at = slice(int(some[0]), int(some[-1]) + 1)
+    at_once = max(1, PARTS_BYTES // a_layer)
+    for start in range(0, count, at_once):
+        at = slice(start, min(start + at_once, count))
         factors = G[at], C[at], A[at], B[at], tau[at], mix[at]
-        layers = len(some)
+        layers = at.stop - start
         parts = A.new_empty(layers, triton.cdiv(out_features, TILES["penalty"]["BO"]), k, k)
         power = max(16, triton.next_power_of_2(k))
         _launch("penalty", (parts.shape[1], layers), A, *factors, parts, out_features, width, R=rank, K=k, KP=power)

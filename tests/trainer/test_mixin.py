@@ -230,13 +230,15 @@ def test_tuple_output_is_refused(toy_base, tmp_path):
 
 
 def test_nan_loss_stops(toy_base, tmp_path):
-    """At the step where it happens, with the step's number and what to do."""
+    """Soon after the step where it happens, before anything is saved, and with what to do."""
 
     class Diverges(Pull):
         def penalty(self, model, inputs, adapter, output):
             return super().penalty(model, inputs, adapter, output) * (float("inf") if self.calls == 4 else 1)
 
-    with pytest.raises(FloatingPointError, match=r"the loss is inf after step 3 of 6.*Lower the learning rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at or shortly before step [3-6] of 6.*Lower the learning"
+    ):
         train(stacked(toy_base), tmp_path, [Diverges()])
 
 
@@ -325,7 +327,7 @@ def test_logged_density_threshold_and_mix(toy_base, tmp_path):
     _, note = train(model, tmp_path)
     last = [log for log in note.logs if "loss" in log][-1]
     gate, _ = gate_groups(model, "default")[0]
-    assert last["density"] == density(model, "default")
+    assert last["density"] == pytest.approx(density(model, "default"))
     assert last["threshold"] == pytest.approx(gate.log_tau.exp().item())
     assert last["mix"] == 1.0
 
