@@ -38,7 +38,8 @@ def _pack_fields(values: torch.Tensor, width: int) -> torch.Tensor:
 def encode_support(mask: torch.Tensor) -> torch.Tensor:
     """Code a support, bool [out, in], as uint8 [bytes] on the CPU.
 
-    As the gaps between set entries in a Rice code, or as the bitmap: the smaller of the two is taken; where more than half are set, the gaps are those between the others. A Rice code of
+    As the gaps between set entries in a Rice code, or as the bitmap: the smaller of the two is taken; where more than
+    half are set, the gaps are those between the others. Computed on the device of the mask. A Rice code of
     parameter k writes gap >> k in unary and the low k bits as they are; the two streams stand one after the other so
     that both directions are a few vector operations. For independent entries it is within a few percent of the entropy.
     """
