@@ -70,18 +70,19 @@ def piece_of(full: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign(parameter: Any, value: float) -> None:
-    """Set all entries of a parameter, and of the master copy that DeepSpeed trains in its place."""
+def assign(parameter: Any, value: float | torch.Tensor) -> None:
+    """Set all entries of a parameter, and of the master copy that DeepSpeed trains in its place, to a number or to a
+    scalar on its device (nothing waits then)."""
     piece(parameter).fill_(value)
     if _zero3(parameter):
         if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
             from deepspeed.utils import safe_set_local_fp32_param
 
-            safe_set_local_fp32_param(parameter, torch.full_like(parameter.ds_tensor, value, dtype=torch.float32))
+            safe_set_local_fp32_param(parameter, torch.empty_like(parameter.ds_tensor, dtype=torch.float32).fill_(value))
     elif hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, torch.full_like(parameter, value, dtype=torch.float32))
+        safe_set_full_fp32_param(parameter, torch.empty_like(parameter, dtype=torch.float32).fill_(value))
 
 
 def master(parameter: Any) -> torch.Tensor:
