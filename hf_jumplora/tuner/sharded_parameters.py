@@ -78,7 +78,9 @@ def assign(parameter: Any, value: float | torch.Tensor) -> None:
         if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
             from deepspeed.utils import safe_set_local_fp32_param
 
-            safe_set_local_fp32_param(parameter, torch.empty_like(parameter.ds_tensor, dtype=torch.float32).fill_(value))
+            safe_set_local_fp32_param(
+                parameter, torch.empty_like(parameter.ds_tensor, dtype=torch.float32).fill_(value)
+            )
     elif hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
