@@ -11,7 +11,7 @@ from ..ops.quadratic import stacked_penalty
 from ..tuner import named_layers
 from ..tuner.sharded_parameters import full_shape
 from .base import Strategy
-from .moments import check_examples, kronecker_factors, layer_penalty
+from .moments import by_shape, check_examples, joined_roots, kronecker_factors, layer_penalty
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,11 @@ class KFac(Strategy):
         if self.general is not None and not self.tasks:
             self._remember(model, adapter, examples(self.examples, self.general))
         layers = dict(named_layers(model, adapter))
-        for name in self.G.keys() & layers.keys():
+        moved: dict[tuple, torch.Tensor] = {}  # layers that share an input share C
+        for name in sorted(self.G.keys() & layers.keys()):
             device = layers[name].jumplora_A[adapter].device
-            self.G[name], self.C[name] = self.G[name].to(device), self.C[name].to(device)
+            for part in (self.G, self.C):
+                part[name] = moved.setdefault((id(part[name]), device), part[name].to(device))
         closed = any(adapter in layer.jumplora_free for layer in layers.values())  # hard isolation
         self.stacks = [] if self._rank is None or closed else list(_stacks(layers, adapter, self.G, self.C))
 
@@ -120,31 +122,41 @@ class KFac(Strategy):
         return self.weight * sum(layer_penalty(layers[name], adapter, terms[name], roots) for name in sorted(terms))
 
     def _remember(self, model, adapter, examples) -> None:
-        generator = torch.Generator().manual_seed(self.tasks)
-        G, C = kronecker_factors(model, adapter, examples, generator, rank=self._rank)
+        G, C = kronecker_factors(model, adapter, examples, self.tasks, rank=self._rank)
         keep = self.tasks / (self.tasks + 1)
-        for name in G:
-            self.G[name] = self._join(self.G.get(name), G[name], 1.0, 1.0)
-            self.C[name] = self._join(self.C.get(name), C[name], keep, 1 - keep)
+        self.G, self.C = self._join(self.G, G, 1.0, 1.0), self._join(self.C, C, keep, 1 - keep)
         self.tasks += 1
 
-    def _join(self, old: torch.Tensor | None, new: torch.Tensor, keep: float, add: float) -> torch.Tensor:
+    def _join(self, old: dict, new: dict, keep: float, add: float) -> dict[str, torch.Tensor]:
         """[tasks, d, d]; for "sum" [1, d, d]; for k eigenvectors roots: [d, k] of the new task joined to [1, d, k]."""
-        if old is None:
-            return new[None]
-        if self.memory == "per_task":
-            return torch.cat([old, new[None]])
-        if self.memory == "sum":
-            return keep * old + add * new[None]
-        U, sigma, _ = torch.linalg.svd(torch.cat([keep**0.5 * old[0], add**0.5 * new], 1), full_matrices=False)
-        return (U * sigma)[None, :, : self._rank].contiguous()
+        both = {name: old[name] for name in new if name in old}
+        fresh = {name: value for name, value in new.items() if name not in old}
+
+        def join(before: torch.Tensor, now: torch.Tensor, rank: int) -> torch.Tensor:  # [layers, tasks, d, n]
+            if self.memory == "per_task":
+                return torch.cat([before, now[:, None]], 1)
+            if self.memory == "sum":
+                return keep * before + add * now[:, None]
+            return joined_roots(keep**0.5 * before[:, 0], add**0.5 * now, rank)[:, None]
+
+        joined = by_shape(join, self._rank or 0, both, {name: new[name] for name in both}) if both else {}
+        joined |= by_shape(lambda now, rank: now[:, None], 0, fresh) if fresh else {}
+        return old | joined
 
     def state_dict(self):
-        state = {f"G.{name}": value for name, value in self.G.items()} | {
-            f"C.{name}": value for name, value in self.C.items()
-        }
-        return {**state, "tasks": torch.tensor(self.tasks)}
+        """C of layers that share an input stands under the first one's name; of the others, that name's number."""
+        names, first = sorted(self.C), dict[int, int]()
+        state = {f"G.{name}": value for name, value in self.G.items()} | {"tasks": torch.tensor(self.tasks)}
+        for number, name in enumerate(names):
+            owner = first.setdefault(id(self.C[name]), number)
+            state[f"C.{name}" if owner == number else f"C_of.{name}"] = (
+                self.C[name] if owner == number else torch.tensor(owner)
+            )
+        return state
 
     def load_state_dict(self, state):
         self.tasks = int(state["tasks"])
         self.G, self.C = ({k[2:]: v for k, v in state.items() if k.startswith(part)} for part in ("G.", "C."))
+        shared = {key.removeprefix("C_of."): int(value) for key, value in state.items() if key.startswith("C_of.")}
+        names = sorted([*self.C, *shared])
+        self.C |= {name: self.C[names[owner]] for name, owner in shared.items()}
