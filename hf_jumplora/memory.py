@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
-from .strategies import Ella, KFac
+from .strategies import LayerSize
 from .strategies.moments import TOKENS
 from .tuner import JumpLoraConfig, named_layers
 
@@ -246,19 +246,6 @@ def live_sum(entries: int, share: float) -> int:
     return round(8 * share * entries) if share < 0.5 else 4 * entries
 
 
-def ella_memory(entries: int, share: float, factors: int) -> int:
-    """ELLA: the sum of the finished tasks (16 bytes a non-zero entry, above 12 % dense float32), its gradients."""
-    return (round(16 * share * entries) if share <= 0.12 else 4 * entries) + 4 * factors
-
-
-def kfac_memory(memory: str | int, layers: list[Any], tasks: int) -> int:
-    """kfac: both factors of each layer, for each finished task, for their sum, or as roots of so many columns."""
-    shapes = [(layer.out_features, layer.in_features) for layer in layers]
-    if not isinstance(memory, str):
-        return sum(4 * dim * min(memory, dim) for shape in shapes for dim in shape)
-    return sum(4 * dim * dim for shape in shapes for dim in shape) * (tasks if memory == "per_task" else 1)
-
-
 def trained(under: str, factors: int, processes: int) -> dict[str, int]:
     """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32; `buckets` for sending.
 
@@ -292,36 +279,36 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     """
     method = get_method(plan.method)
     strategies = [make() for make in method.strategies]
-    if method.mode != "incremental" or not all(isinstance(s, (Ella, KFac)) for s in strategies):
-        raise ValueError(
-            f"what method {plan.method!r} remembers is not counted; jumplora, inclora, ELLA's and kfac's are"
-        )
     model = skeleton(config, adapter, plan.dtype)
     size = sizes(model)
+    density = 1.0 if not adapter.gate else plan.density or size.factors / size.entries
+    share = share_after(plan.tasks, density, adapter.isolation == "hard")
+    layers = [
+        LayerSize(layer.out_features, layer.in_features, len(layer.jumplora_A["default"]), adapter.gate, share)
+        for _, layer in named_layers(model)
+    ]
+    remembered = [strategy.memory_bytes(layers, plan.tasks) for strategy in strategies]
+    memory = sum(known for known in remembered if known is not None)
+    if method.mode != "incremental" or None in remembered:
+        raise ValueError(
+            f"the memory of method {plan.method!r} is not known: it does not train one adapter per task, or one of its "
+            "strategies has no `memory_bytes`. Known are jumplora, inclora, and the methods with ELLA or kfac"
+        )
     needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes
     # Of the loss: log-probabilities, their gradient and the logits' are there at once, in float32.
     loss = 12 * tokens * size.vocabulary
-    if kfac := any(isinstance(s, KFac) for s in strategies):  # its own pass over examples, without checkpointing
+    if any("forward" in s.requires for s in strategies):  # its own pass over examples, without checkpointing
         at_once = max(1, TOKENS // plan.length)
         for z, (kept, block) in needs.items():
             needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
         # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.
         loss = max(loss, 24 * at_once * plan.length * size.vocabulary)
-    density = 1.0 if not adapter.gate else plan.density or size.factors / size.entries
-    share = share_after(plan.tasks, density, adapter.isolation == "hard")
-    memory = 0
-    for strategy in strategies if plan.tasks else ():
-        if isinstance(strategy, KFac):
-            memory += kfac_memory(strategy.memory, [layer for _, layer in named_layers(model)], plan.tasks)
-        else:
-            memory += ella_memory(size.entries, share, size.factors)
     if adapter.isolation == "hard" and plan.tasks:
         memory += size.entries // 8
     # Blocks of D, E and a gradient, which entries are near the threshold, the tokens transposed.
     workspace = 13 * min(BLOCK_ENTRIES, size.layer) + 4 * tokens * size.inputs
-    if adapter.gate and plan.tasks and kfac:
-        workspace = max(workspace, 16 * size.layer)  # its penalty: D, the slope, E C and the sum, whole
+    workspace = max([workspace, *(strategy.workspace_bytes(layers, plan.tasks) for strategy in strategies)])
     newest = 4 * size.factors if plan.tasks else 0  # stays an adapter until the next task is finished
     summed = 4 * size.entries + size.entries // 8 if plan.tasks > 1 else 0
     originals = width * size.entries if plan.tasks else 0

@@ -1,10 +1,17 @@
-"""The methods people compare, by name: how adapters follow one another, with which config and strategies."""
+"""The methods people compare, by name: how adapters follow one another, with which config and strategies.
 
+Another package adds a method under the entry-point group `hf_jumplora.methods` (CONTRIBUTING.md).
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+import yaml
 
 from .strategies import (
     L2,
@@ -29,13 +36,19 @@ from .tuner import JumpLoraConfig
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One continual-learning method.
 
-    mode: "incremental" trains a new adapter on top of the frozen earlier ones; "sequential" trains one adapter on and
-    on; "separate" trains each task's adapter on the base model alone and evaluates each task with its own (the task id
-    is given: the oracle); "joint" trains one adapter on all tasks at once (the upper bound, not a continual method).
-    adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
-    defaults: fields that it sets where the user's are None.
+    Args:
+        mode: "incremental" trains a new adapter on top of the frozen earlier ones; "sequential" trains one adapter
+            through all tasks; "separate" trains each task's adapter on the base model alone and evaluates each task
+            with its own (the task id is given: the oracle); "joint" trains one adapter on all tasks at once (the upper
+            bound, not a continual method).
+        adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
+        strategies: classes, or other callables without required arguments, that make the method's strategies.
+        paper: where the method was published.
+        defaults: fields of [`JumpLoraConfig`] that it sets where the user's are None.
+        name: what the method is called in a stack and on the command line. Those of `METHODS` and of entry points get
+            the name under which they are registered.
     """
 
     mode: Literal["incremental", "sequential", "separate", "joint"]
@@ -43,6 +56,7 @@ class Method:
     strategies: tuple[Callable[[], Strategy], ...] = ()
     paper: str = ""
     defaults: dict = field(default_factory=dict)
+    name: str = ""
 
     def adapter_config(self, given: JumpLoraConfig | None) -> JumpLoraConfig:
         """The config of the method's adapters, from the user's."""
@@ -52,8 +66,60 @@ class Method:
         missing = {name: value for name, value in self.defaults.items() if getattr(config, name) is None}
         return dataclasses.replace(config, **missing)
 
+    def make_strategies(self, given: "Sequence[Strategy | str] | None" = None) -> list[Strategy]:
+        """The strategies of a run.
 
-METHODS: dict[str, Method] = {
+        Args:
+            given: None for the method's own with their defaults; "name.option=value", ... for its own with these
+                options (values are read as YAML: 50, 0.5, per_task, true); [`Strategy`] objects replace its own.
+
+        Raises:
+            ValueError: an option is not of this form, or no strategy of the method has it, or not with this value.
+        """
+        if isinstance(given, str):
+            given = [given]
+        if given is not None and not (given and all(isinstance(option, str) for option in given)):
+            return list(given)  # type: ignore[arg-type]  # none, or objects: a run checks them
+        makes = {strategy_name(make): make for make in self.strategies}
+        options: dict[str, dict[str, Any]] = {name: {} for name in makes}
+        for option in given or ():
+            name, key, value = self._parse(str(option), makes)
+            options[name][key] = value
+        made = []
+        for name, make in makes.items():
+            try:
+                made.append(make(**options[name]))
+            except TypeError as error:  # compared with a number
+                raise ValueError(
+                    f"strategy options {options[name]} of {name}: a value has the wrong type ({error})"
+                ) from error
+        return made
+
+    def _parse(self, option: str, makes: dict[str, Any]) -> tuple[str, str, Any]:
+        name, dot, rest = option.partition(".")
+        key, equals, text = rest.partition("=")
+        if not (dot and equals):
+            raise ValueError(f"strategy option {option!r}: write NAME.OPTION=VALUE, for example kfac.weight=50")
+        if name not in makes:
+            known = ", ".join(makes) or "no strategies"
+            raise ValueError(f"strategy option {option!r}: method {self.name!r} has {known}")
+        strategy = makes[name]()
+        fields = [f.name for f in dataclasses.fields(strategy) if f.init] if dataclasses.is_dataclass(strategy) else []
+        if key not in fields:
+            raise ValueError(f"strategy option {option!r}: {name} has the options {', '.join(fields) or 'none'}")
+        value = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML takes 3e4 for a string
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        return name, key, value
+
+
+def strategy_name(make: Callable[..., Strategy]) -> str:
+    """What a strategy is called in its options: its class's name in lower case."""
+    return (make.func if isinstance(make, partial) else make).__name__.lower()
+
+
+_TABLE: dict[str, Method] = {
     "seqlora": Method("sequential", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
     "inclora": Method("incremental", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
     "perlora": Method("separate", {"gate": False}, paper="one LoRA a task, task id given: the oracle"),
@@ -91,8 +157,35 @@ METHODS: dict[str, Method] = {
 }
 
 
-def get_method(name: str) -> Method:
-    """The row of a method. Raises ValueError that lists the known names."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    return METHODS[name]
+METHODS = {name: dataclasses.replace(method, name=name) for name, method in _TABLE.items()}
+ENTRY_POINTS = "hf_jumplora.methods"
+
+
+def method_names() -> list[str]:
+    """The names that [`get_method`] knows: of this package and of the entry points of installed ones."""
+    return list(dict.fromkeys([*METHODS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))]))
+
+
+def get_method(method: str | Method) -> Method:
+    """A method by its name in `METHODS`, or that of an entry point `hf_jumplora.methods`; a [`Method`] as it is.
+
+    Raises:
+        ValueError: the name is unknown (the known ones are listed); a [`Method`] has no name, or that of another one.
+    """
+    if isinstance(method, Method):
+        if not method.name:
+            raise ValueError("a Method given as an object needs a name, under which its stacks are known: name='...'")
+        if METHODS.get(method.name, method) != method:
+            raise ValueError(f"{method.name!r} is the name of another method: give this one a name of its own")
+        return method
+    if method in METHODS:
+        return METHODS[method]
+    for entry in entry_points(group=ENTRY_POINTS, name=method):
+        found = entry.load()
+        if not isinstance(found, Method):
+            raise ValueError(f"entry point {method!r} = {entry.value!r} of {ENTRY_POINTS} is not a Method: {found!r}")
+        return dataclasses.replace(found, name=method)
+    raise ValueError(
+        f"unknown method {method!r}; known: {', '.join(method_names())}. A method of another package is found when "
+        f"that package is installed (entry points {ENTRY_POINTS})"
+    )

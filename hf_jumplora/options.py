@@ -1,8 +1,6 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
-import contextlib
 import dataclasses
-import functools
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -14,8 +12,8 @@ from transformers import HfArgumentParser
 
 from ._compat import CHECKPOINTING
 from .data import load_tasks
-from .methods import METHODS, get_method
-from .strategies import Ella, Strategy
+from .methods import METHODS, get_method, strategy_name
+from .strategies import Strategy
 from .tuner import JumpLoraConfig
 
 
@@ -52,7 +50,9 @@ class StreamArguments:
 class MethodArguments:
     """The method and the options of its adapters (see `JumpLoraConfig`; their defaults are the published ones)."""
 
-    method: str = field(default="jumplora-best", metadata={"help": f"One of: {', '.join(METHODS)}."})
+    method: str = field(
+        default="jumplora-best", metadata={"help": f"One of: {', '.join(METHODS)}; or of an installed package."}
+    )
     r: int = field(default=8, metadata={"help": "Rank of each task's update."})
     lora_alpha: float = field(default=32, metadata={"help": "scaling = lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
@@ -73,22 +73,20 @@ class MethodArguments:
         default=None,
         metadata={"help": "Options of the method's strategies: NAME.OPTION=VALUE ..., for example kfac.weight=50."},
     )
-    ella_weight: float | None = field(default=None, metadata={"help": "Weight of ELLA's penalty (published: 3e4)."})
+    ella_weight: float | None = field(default=None, metadata={"help": "Deprecated: --strategy ella.weight=VALUE."})
+
+    def __post_init__(self):
+        if self.ella_weight is not None:
+            warnings.warn("--ella_weight is deprecated: use --strategy ella.weight=VALUE", FutureWarning, stacklevel=3)
+            self.strategy = [*(self.strategy or ()), f"ella.weight={self.ella_weight}"]
+            self.ella_weight = None
 
     def adapter_config(self, default_targets: list[str] | None = None) -> JumpLoraConfig:
         """The adapters' config. Options of the gate are left out for methods that have none."""
         names, method = ["r", "lora_alpha", "lora_dropout"], get_method(self.method)
-        if method.adapter["gate"]:
-            names += [
-                "threshold_scope",
-                "threshold_update",
-                "initial_density",
-                "target_density",
-                "density_schedule",
-                "gate_start",
-                "gate_end",
-            ]
-            names += ["isolation"]
+        if method.adapter.get("gate", True):
+            names += ["threshold_scope", "threshold_update", "initial_density", "target_density", "density_schedule"]
+            names += ["gate_start", "gate_end", "isolation"]
         options: dict[str, Any] = {name: getattr(self, name) for name in names} | method.adapter
         targets = self.target_modules or default_targets
         return JumpLoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **options)
@@ -99,14 +97,7 @@ class MethodArguments:
         Raises:
             ValueError: an option is given that no strategy of the method has, or that cannot have this value.
         """
-        options = [*(self.strategy or ())]
-        if self.ella_weight is not None:
-            if Ella not in get_method(self.method).strategies:
-                raise ValueError(
-                    f"ella_weight has no meaning for method {self.method!r}; use 'ella' or 'jumplora-ella'"
-                )
-            options.append(f"ella.weight={self.ella_weight}")
-        return make_strategies(self.method, options) if options else None
+        return get_method(self.method).make_strategies(self.strategy) if self.strategy else None
 
     def plans(self, compare: list[str]) -> dict[str, tuple[JumpLoraConfig, list[Strategy] | None]]:
         """{method: (adapter config, strategies)} of this method and of others to compare it with.
@@ -115,51 +106,11 @@ class MethodArguments:
         """
         plans = {self.method: (self.adapter_config(), self.strategies())}
         for name in compare:
-            makes = get_method(name).strategies
-            weight = self.ella_weight if Ella in makes else None
-            options = [o for o in self.strategy or () if o.split(".")[0] in map(strategy_name, makes)]
-            other = dataclasses.replace(self, method=name, ella_weight=weight, strategy=options)
+            known = [strategy_name(make) for make in get_method(name).strategies]
+            options = [option for option in self.strategy or () if option.split(".")[0] in known]
+            other = dataclasses.replace(self, method=name, strategy=options)
             plans[name] = (other.adapter_config(), other.strategies())
         return plans
-
-
-def strategy_name(make: Any) -> str:
-    """What a strategy is called in `--strategy`: its class's name in lower case."""
-    return (make.func if isinstance(make, functools.partial) else make).__name__.lower()
-
-
-def make_strategies(method: str, options: list[str]) -> list[Strategy]:
-    """The strategies of a method with options "name.option=value"; values are read as YAML (50, 0.5, per_task, true).
-
-    Raises:
-        ValueError: not of this form, a strategy the method does not have, an option the strategy does not have.
-    """
-    makes = {strategy_name(make): make for make in get_method(method).strategies}
-    given: dict[str, dict[str, Any]] = {name: {} for name in makes}
-    for option in options:
-        name, dot, rest = option.partition(".")
-        key, equals, value = rest.partition("=")
-        if not (dot and equals):
-            raise ValueError(f"strategy option {option!r}: write NAME.OPTION=VALUE, for example kfac.weight=50")
-        if name not in makes:
-            raise ValueError(f"strategy option {option!r}: method {method!r} has {', '.join(makes) or 'no strategies'}")
-        default: Any = makes[name]()
-        fields = [f.name for f in dataclasses.fields(default) if f.init]
-        if key not in fields:
-            raise ValueError(f"strategy option {option!r}: {name} has the options {', '.join(fields)}")
-        given[name][key] = yaml.safe_load(value)
-        if isinstance(given[name][key], str):  # YAML takes 3e4 for a string
-            with contextlib.suppress(ValueError):
-                given[name][key] = float(given[name][key])
-    made = []
-    for name, make in makes.items():
-        try:
-            made.append(make(**given[name]))
-        except TypeError as error:  # compared with a number
-            raise ValueError(
-                f"strategy options {given[name]} of {name}: a value is of the wrong kind ({error})"
-            ) from error
-    return made
 
 
 def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:

@@ -23,7 +23,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCol
 from .. import metrics as formulas
 from ..data import Task
 from ..methods import get_method
-from ..options import make_strategies
 from ..stack.manifest import library_versions, write_json
 from ..strategies import Strategy
 from ..trainer import ContinualRun, ContinualTrainingArguments
@@ -89,7 +88,7 @@ def strategies_of(method: str, weight: float | None, options: list[str] | None =
     """The method's strategies with these options, the tuned one at `weight` (None: as it is without tuning)."""
     option = tuned_option(method)
     tuned = [] if option is None or weight is None else [f"{option[0]}={weight!r}"]
-    return make_strategies(method, [*(options or ()), *tuned])
+    return get_method(method).make_strategies([*(options or ()), *tuned] or None)
 
 
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +99,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     name, variant = base_method(spec), spec.get("variant", {})
     method, strategies = get_method(name), strategies_of(name, spec["weight"], variant.get("strategy"))
     for strategy in strategies:
-        if hasattr(strategy, "seed"):  # what a strategy draws differs between the seeds of the table too
-            strategy.seed = spec["seed"]
+        strategy.seed = spec["seed"]  # what a strategy draws differs between the seeds of the table too
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model: Any
     tasks: list[Task]

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..methods import METHODS, get_method
-from ..options import make_strategies, strategy_name
+from ..methods import METHODS, get_method, method_names, strategy_name
 from ..tuner import JumpLoraConfig
 
 
@@ -49,27 +48,16 @@ TRAINING = ("factor_optimizer", "gate_learning_rate", "loraplus_lr_ratio", "opti
 # Times the default of a penalty's `weight`, in the order in which they are tried.
 FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01)
 
-# Strategies with another option to tune than `weight`, or on another scale: option -> values in the order of trying.
-OPTIONS: dict[str, tuple[float, ...]] = {
-    "kfac.weight": (10.0, 50.0, 250.0, 2.0, 0.5),
-    "migu.threshold": (0.7, 0.5, 0.9, 0.3, 0.95),
-    "gorp.energy": (0.95, 0.8, 0.99, 0.5, 0.999),
-    "nullspace.directions": (64, 16, 128, 8, 256),
-    "olora.lambda1": (0.5, 5.0, 0.05, 50.0, 0.005),
-    "replay.fraction": (0.02, 0.1, 0.01, 0.2, 0.05),
-}
-
 
 def tuned_option(method: str) -> tuple[str, tuple[float, ...]] | None:
     """(option of a strategy such as "ella.weight", values) that is tuned for a method; None if it has nothing to tune.
 
-    The first strategy decides that is listed in `OPTIONS` or has a `weight` above 0.
+    The first strategy decides that says what to tune (`Strategy.tuning`) or has a `weight` above 0.
     """
     for make in get_method(method).strategies:
         name, strategy = strategy_name(make), make()
-        for option, values in OPTIONS.items():
-            if option.startswith(f"{name}."):
-                return option, values
+        if strategy.tuning is not None:
+            return f"{name}.{strategy.tuning[0]}", strategy.tuning[1]
         if weight := getattr(strategy, "weight", None):
             return f"{name}.weight", tuple(weight * factor for factor in FACTORS)
     return None
@@ -113,9 +101,9 @@ def best_point(done: list[dict[str, Any]]) -> dict[str, Any]:
 
 def chosen_methods(names: list[str], variants: dict[str, dict[str, Any]] | None = None) -> list[str]:
     """The methods and variants asked for, `all` for every one of both. Raises ValueError for an unknown name."""
-    known = [*METHODS, *(variants or {})]
     if names == ["all"]:
-        return known
+        return [*METHODS, *(variants or {})]
+    known = [*method_names(), *(variants or {})]
     for name in names:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; known: all, {', '.join(known)}")
@@ -147,7 +135,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{where}: it has a method and may have adapter, strategy, training and tuned_as; got {given!r}"
             )
-        if not isinstance(name, str) or name in METHODS or not name.replace("-", "").replace(".", "").isalnum():
+        if not isinstance(name, str) or name in method_names() or not name.replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
         variant = {
             "method": given["method"],
@@ -156,7 +144,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
             **{key: given[key] for key in ("training", "tuned_as") if key in given},
         }
         try:
-            make_strategies(variant["method"], variant["strategy"])
+            get_method(variant["method"]).make_strategies(variant["strategy"] or None)
             if unknown := variant["adapter"].keys() - options:
                 raise ValueError(f"the adapter has no option {sorted(unknown)[0]!r}")
             if unknown := set(variant.get("training", {})) - set(TRAINING):
@@ -167,6 +155,6 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
         variants[name] = variant
     for name, variant in variants.items():
         other = variant.get("tuned_as")
-        if other is not None and (other not in {*METHODS, *variants} or "tuned_as" in variants.get(other, {})):
+        if other is not None and (other not in {*method_names(), *variants} or "tuned_as" in variants.get(other, {})):
             raise ValueError(f"{path}, variant {name!r}: tuned_as names {other!r}, which is nothing that is tuned")
     return variants

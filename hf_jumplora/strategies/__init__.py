@@ -1,6 +1,6 @@
 """What a continual-learning method adds to the loss and remembers between tasks. One file a method."""
 
-from .base import Strategy
+from .base import LayerSize, Strategy
 from .drift import Drift
 from .ella import Ella
 from .ewc import Ewc
@@ -26,6 +26,7 @@ __all__ = [
     "Gorp",
     "ILora",
     "KFac",
+    "LayerSize",
     "Lwf",
     "Migu",
     "NLora",

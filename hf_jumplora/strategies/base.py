@@ -1,7 +1,9 @@
 """The moments at which a method can act."""
 
+import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +19,27 @@ class Examples(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerSize:
+    """What the memory of a strategy depends on, of one adapted layer.
+
+    r: rank of the adapter. gate: whether it has one. changed: fraction of the layer's entries that the finished tasks
+    together have changed.
+    """
+
+    out_features: int
+    in_features: int
+    r: int
+    gate: bool = True
+    changed: float = 1.0
+
+
+_HOOKS = ("training_data", "on_task_start", "penalty", "on_optimizer", "on_gradients", "on_step_end", "on_task_end",
+          "checkpoint_state")  # fmt: skip
+REQUIREMENTS = frozenset({"past_factors", "forward", "whole_model"})
+_FLAGS = {"needs_past_factors": "past_factors", "runs_model": "forward", "needs_whole_model": "whole_model"}
+
+
 class Strategy:
     """Base of all strategies; every hook does nothing. Strategies compose: a run takes a list of them.
 
@@ -24,27 +47,80 @@ class Strategy:
     are whole only inside the forward pass, which is where `penalty` is called.
 
     Hooks must not draw from the global random numbers: a restarted task would see other ones.
-    A restarted run compares the `repr` of its strategies: make a strategy with options a dataclass.
+    A restarted run compares the `repr` of its strategies: make a strategy with options a dataclass. Its fields with
+    `init=False` are what it has learned of the tasks; [`reset`] sets them back.
+
+    Class attributes:
+        requires: what a run must provide beyond the hooks' arguments, a subset of
+            "past_factors": it reads the factors or supports of single earlier tasks (`layer.factors("task_000")`). A
+            run otherwise keeps earlier tasks as the sum of their updates (`layer.total_update(parents)`), so that
+            nothing grows with their number; with this it keeps all finished adapters in the model.
+            "forward": it runs the model when a task starts or ends. DeepSpeed ZeRO-3 then partitions all parameters,
+            the adapter's too: they are whole in the forward pass alone, and gradients are available for layer outputs,
+            not for parameters.
+            "whole_model": it runs the model in `penalty`, or reads whole parameters outside of it. Refused under
+            DeepSpeed ZeRO-3 and FSDP.
+        hooks: the hooks that a class overrides; filled in when the class is made.
+        tuning: (option, values in the order of trying) for the bench; None: its `weight`, if it has one, around the
+            default.
+
+    Attributes:
+        seed: of what the strategy draws by itself. The bench sets it to the seed of the run.
+        general: rows of no task that the strategy preserves, None without any; True stands for the run's own general
+            text, which the run puts in its place.
     """
 
-    # In a run, earlier tasks are kept as the sum of their updates (`layer.total_update(parents)` at task start), so
-    # that nothing grows with their number. A strategy that reads the factors or supports of single earlier tasks
-    # (`layer.factors("task_000")`) sets this; the run then keeps all finished adapters in the model.
-    needs_past_factors = False
+    requires: ClassVar[frozenset[str]] = frozenset()
+    hooks: ClassVar[frozenset[str]] = frozenset()
+    tuning: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+    seed: int = 0
+    general: Any = None
 
-    # It runs the model itself when a task starts or ends. DeepSpeed ZeRO-3 then cuts all parameters, the adapter's too:
-    # they are whole in the forward pass alone, and gradients can be had of what layers put out, not of parameters.
-    runs_model = False
-
-    # It runs the model in `penalty`, or reads whole parameters beside. DeepSpeed ZeRO-3 and FSDP cannot have that.
-    needs_whole_model = False
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for flag, requirement in _FLAGS.items():
+            if vars(cls).get(flag):
+                warnings.warn(
+                    f"{cls.__name__}.{flag} = True is deprecated: write requires = frozenset({{{requirement!r}}})",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                cls.requires |= {requirement}
+        if unknown := cls.requires - REQUIREMENTS:
+            raise TypeError(f"{cls.__name__}.requires is a subset of {sorted(REQUIREMENTS)}, got {sorted(unknown)}")
+        cls.hooks = frozenset(name for name in _HOOKS if getattr(cls, name) is not getattr(Strategy, name))
 
     def __repr__(self) -> str:
         return type(self).__name__
 
     def check(self, mode: str, config: Any) -> None:
         """Before anything is trained. Raises ValueError if this strategy cannot work with adapters that follow one
-        another in this `mode` ("incremental", "sequential" or "joint") or have this config."""
+        another in this `mode` ("incremental", "sequential", "separate" or "joint") or have this config."""
+
+    def check_run(self, others: "list[Strategy]", args: Any, sharding: str) -> None:
+        """Before anything is trained. Raises ValueError if this strategy cannot work with these.
+
+        Args:
+            others: the run's other strategies.
+            args: the training arguments.
+            sharding: "none", "ddp", "fsdp2", or "zero0" to "zero3" under DeepSpeed.
+        """
+
+    def memory_bytes(self, layers: list[LayerSize], tasks: int) -> int | None:
+        """Bytes that this strategy keeps on the device while a task is trained after `tasks` finished ones, for
+        `hf-jumplora estimate`; None: not known, and the estimate is refused."""
+        return None
+
+    def workspace_bytes(self, layers: list[LayerSize], tasks: int) -> int:
+        """Bytes that its penalty needs at once, at its peak, beyond a step without it."""
+        return 0
+
+    def reset(self) -> None:
+        """Forget what was learned: a run calls this before its first task, so that strategies can be used again."""
+        fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        for f in fields:
+            if not f.init:
+                setattr(self, f.name, f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
 
     def training_data(self, dataset: Any, index: int, earlier: list[Any]) -> Any:
         """The data set task number `index` is trained on: `dataset` itself, or with more rows behind it.
@@ -72,7 +148,7 @@ class Strategy:
         """Once a step: gradients are summed over micro-batches and processes, not yet clipped; change them in place.
 
         Under fp16 they carry the loss scale, so only linear changes are right. Not available under DeepSpeed, which
-        keeps pieces of gradients: a trainer refuses a strategy that overrides this hook there.
+        partitions gradients: a trainer refuses a strategy that overrides this hook there.
         """
 
     def on_step_end(self, model: nn.Module, adapter: str) -> None:
@@ -92,8 +168,8 @@ class Strategy:
     def checkpoint_state(self) -> dict[str, torch.Tensor]:
         """What changes from step to step within a task, beside the adapter: saved as safetensors in each checkpoint.
 
-        Not available under DeepSpeed, which keeps pieces of parameters: a trainer refuses a strategy that overrides
-        this hook there.
+        Not available under DeepSpeed, which partitions parameters: a trainer refuses a strategy that overrides this
+        hook there.
         """
         return {}
 

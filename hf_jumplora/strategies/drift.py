@@ -23,7 +23,7 @@ class Drift(Strategy):
     base model does there. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
-    runs_model = True
+    requires = frozenset({"forward"})
 
     weight: float = 1.0
     examples: int = 512

@@ -9,7 +9,7 @@ from ..tuner import named_layers
 from .base import Strategy
 
 
-SPARSE_PAST = 0.12  # share of non-zero entries up to which the penalty goes over them alone (docs/performance.md)
+SPARSE_PAST = 0.12  # fraction of non-zero entries up to which the penalty goes over them alone (docs/performance.md)
 
 
 @dataclass
@@ -39,6 +39,17 @@ class Ella(Strategy):
                 past *= layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
                 few = past.count_nonzero() <= SPARSE_PAST * past.numel()
                 self.past[name] = sparse_past(past) if few else past
+
+    def memory_bytes(self, layers, tasks):
+        """W_past (16 bytes per non-zero entry where these are few, else dense float32), and the factors' gradients."""
+        if not tasks:
+            return 0
+        past = factors = 0.0
+        for layer in layers:
+            entries = layer.out_features * layer.in_features
+            past += 16 * layer.changed * entries if layer.changed <= SPARSE_PAST else 4 * entries
+            factors += layer.r * (layer.out_features + layer.in_features)
+        return round(past + 4 * factors)
 
     def penalty(self, model, inputs, adapter, output):
         if not self.past:

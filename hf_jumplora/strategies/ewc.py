@@ -17,7 +17,7 @@ class Ewc(L2):
     are the latest parameters. State: F, one float a parameter, whatever the number of tasks.
     """
 
-    needs_whole_model = True
+    requires = frozenset({"whole_model"})
 
     weight: float = 1000.0
     decay: float = 1.0

@@ -29,6 +29,8 @@ class Gorp(Strategy):
     Memory grows by at most r * (in + out) values a layer and task, for a layer in full up to min(out, in)^2 in all.
     """
 
+    tuning = ("energy", (0.95, 0.8, 0.99, 0.5, 0.999))
+
     energy: float = 0.95
     full: Sequence[str] = ()
     spaces: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -34,7 +34,8 @@ class ILora(Replay):
     State: theta, the same size whatever the number of tasks; in a checkpoint theta_slow.
     """
 
-    needs_whole_model = True
+    requires = frozenset({"whole_model"})
+    tuning = ("weight", (1.0, 10.0, 0.1, 100.0, 0.01))
 
     reservoir: int | None = 500
     decay: float = 0.25

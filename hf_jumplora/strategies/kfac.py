@@ -67,7 +67,8 @@ class KFac(Strategy):
     base model knows. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
-    runs_model = True
+    requires = frozenset({"forward"})
+    tuning = ("weight", (10.0, 50.0, 250.0, 2.0, 0.5))
 
     weight: float = 10.0
     memory: str | int = "per_task"
@@ -142,6 +143,20 @@ class KFac(Strategy):
         joined = by_shape(join, self._rank or 0, both, {name: new[name] for name in both}) if both else {}
         joined |= by_shape(lambda now, rank: now[:, None], 0, fresh) if fresh else {}
         return old | joined
+
+    def memory_bytes(self, layers, tasks):
+        """Both factors of each layer, for each finished task, for their sum, or as roots (and a stacked copy of
+        these, padded to the wider one)."""
+        shapes = [(layer.out_features, layer.in_features) for layer in layers] if tasks else []
+        if self._rank is None:
+            return sum(4 * (m * m + n * n) for m, n in shapes) * (tasks if self.memory == "per_task" else 1)
+        columns = [(m, n, min(self._rank, m), min(self._rank, n)) for m, n in shapes]
+        return sum(4 * (m * k + n * j + (m + n) * max(k, j)) for m, n, k, j in columns)
+
+    def workspace_bytes(self, layers, tasks):
+        """With a gate D, the slope, E C and the sum are there at once, whole, in the largest layer."""
+        gated = [layer.out_features * layer.in_features for layer in layers if layer.gate]
+        return 16 * max(gated, default=0) if tasks else 0
 
     def state_dict(self):
         """C of layers that share an input stands under the first one's name; of the others, that name's number."""

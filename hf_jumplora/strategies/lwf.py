@@ -17,7 +17,7 @@ class Lwf(Strategy):
     the paper's; its weight is 1.
     """
 
-    needs_whole_model = True
+    requires = frozenset({"whole_model"})
 
     weight: float = 1.0
     temperature: float = 2.0

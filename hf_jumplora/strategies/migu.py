@@ -24,6 +24,8 @@ class Migu(Strategy):
     the released scripts without a default).
     """
 
+    tuning = ("threshold", (0.7, 0.5, 0.9, 0.3, 0.95))
+
     threshold: float = 0.7
     tasks: int = field(default=0, init=False, repr=False)
     handles: list[RemovableHandle] = field(default_factory=list, init=False, repr=False)
@@ -65,6 +67,11 @@ class Migu(Strategy):
         for handle in self.handles:
             handle.remove()
         self.handles, self.tasks = [], self.tasks + 1
+
+    def reset(self):
+        for handle in self.handles:  # of a task that was interrupted
+            handle.remove()
+        super().reset()
 
     def state_dict(self):
         return {"tasks": torch.tensor(self.tasks)}

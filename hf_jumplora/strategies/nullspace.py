@@ -36,7 +36,8 @@ class NullSpace(Strategy):
     directions: published value not known to us.
     """
 
-    needs_whole_model = True
+    requires = frozenset({"whole_model"})
+    tuning = ("directions", (64, 16, 128, 8, 256))
 
     directions: int = 64
     bases: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)

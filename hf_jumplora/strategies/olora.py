@@ -18,6 +18,8 @@ class OLora(Strategy):
     layer, r * in floats more a task.
     """
 
+    tuning = ("lambda1", (0.5, 5.0, 0.05, 50.0, 0.005))
+
     lambda1: float = 0.5
     lambda2: float = 0.0
     past: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)

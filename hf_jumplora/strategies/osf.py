@@ -50,6 +50,20 @@ class Osf(Strategy):
                 "without a gate: use it through method='osf'"
             )
 
+    def check_run(self, others, args, sharding):
+        acting = [strategy for strategy in others if strategy.hooks - {"training_data"}]
+        if acting:
+            raise ValueError(f"only Replay goes with OSF, not {acting}: they act on the adapter's factors")
+        if sharding not in ("none", "ddp"):
+            raise ValueError(
+                "OSF reads whole weights and factors, which DeepSpeed and FSDP cut into pieces: train it with the "
+                "whole model in each process (plain or DDP)"
+            )
+        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
+            value = getattr(args, name, default)  # fields of ContinualTrainingArguments
+            if value != default:
+                raise ValueError(f"{name}={value!r} is for A and B, and OSF trains neither: leave it out")
+
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):
         number = len(adapter_config(model, adapter).parent_adapters)

@@ -20,6 +20,8 @@ class Replay(Strategy):
     so these must be at hand. A task gets longer by its memory: with `max_steps` it does not.
     """
 
+    tuning = ("fraction", (0.02, 0.1, 0.01, 0.2, 0.05))
+
     fraction: float = 0.02
     reservoir: int | None = None
     seed: int = 0

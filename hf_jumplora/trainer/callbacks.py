@@ -59,7 +59,7 @@ class StrategyCallback(TrainerCallback):
         self.strategies, self.adapter = strategies, adapter
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if sharding(args) == "zero3" and any(type(s).penalty is not Strategy.penalty for s in self.strategies):
+        if sharding(args) == "zero3" and any("penalty" in s.hooks for s in self.strategies):
             keep_whole_in_forward(model, adapter_parameters(model, self.adapter))
         for strategy in self.strategies:
             strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from ..data import LanguageModelTask
-from ..strategies import Osf, Replay, Strategy
+from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
 from .backend import sharding
 from .plan import RunPlan
@@ -88,31 +88,15 @@ def _check_adapters(plan: RunPlan) -> None:
         if not isinstance(strategy, Strategy):
             raise ValueError(f"strategies takes Strategy objects such as KFac(weight=10.0), got {strategy!r}")
         strategy.check(plan.method.mode, config)
-    if any(isinstance(strategy, Osf) for strategy in plan.strategies):
-        _check_osf(plan)
+    for strategy in plan.strategies:
+        others = [other for other in plan.strategies if other is not strategy]
+        strategy.check_run(others, plan.args, sharding(plan.args))
     share = config.target_density if config.isolation == "hard" else None
     if share is not None and share * len(plan.tasks) > 1:
         raise ValueError(
             f"isolation='hard' gives each entry to one task, and {len(plan.tasks)} tasks that keep {share:.0%} each "
             f"need more entries than there are: target_density must be below {1 / len(plan.tasks):.3f}"
         )
-
-
-def _check_osf(plan: RunPlan) -> None:
-    """OSF trains its own factors in place of the adapter's: raises ValueError for what acts on the adapter's."""
-    others = [strategy for strategy in plan.strategies if type(strategy) not in (Osf, Replay)]
-    if others:
-        raise ValueError(f"only Replay goes with OSF, not {others}: they act on the adapter's factors")
-    if sharding(plan.args) not in ("none", "ddp"):
-        raise ValueError(
-            "OSF reads whole weights and factors, which DeepSpeed and FSDP cut into pieces: train it with the whole "
-            "model in each process (plain or DDP)"
-        )
-    for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
-        if getattr(plan.args, name, default) != default:
-            raise ValueError(
-                f"{name}={getattr(plan.args, name)!r} is for A and B, and OSF trains neither: leave it out"
-            )
 
 
 def _check_arguments(plan: RunPlan) -> None:
@@ -143,7 +127,7 @@ def check_backend(plan: RunPlan) -> None:
             )
     if kind in ("zero3", "fsdp2"):
         for strategy in plan.strategies:
-            if strategy.needs_whole_model:
+            if "whole_model" in strategy.requires:
                 raise ValueError(
                     f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "
                     "zero1, zero2 or DDP"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..data import Encoder, LanguageModelTask, Task, TextTask, collate
-from ..methods import METHODS, Method, get_method
+from ..methods import Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
 from ..tuner.gguf import as_plain_floats
@@ -43,7 +43,6 @@ class RunPlan:
     tasks: list[Task]
     held_out: list[Task]
     method: Method
-    method_name: str
     args: TrainingArguments
     config: JumpLoraConfig
     strategies: list[Strategy]
@@ -70,7 +69,7 @@ class RunPlan:
     @property
     def folds(self) -> bool:
         """Whether earlier tasks are kept as their sum alone while a new one is trained."""
-        return self.additive and not any(strategy.needs_past_factors for strategy in self.strategies)
+        return self.additive and not any("past_factors" in strategy.requires for strategy in self.strategies)
 
     @property
     def evaluates_all(self) -> bool:
@@ -111,7 +110,7 @@ class RunPlan:
         settings = {f"adapter.{key}": value for key, value in self.config.to_dict().items() if key not in skip}
         settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
         settings |= {"args.world_size": self.args.world_size, "args.sharding": sharding(self.args)}
-        settings["method"] = self.method_name
+        settings["method"] = self.method.name
         settings["strategies"] = [repr(strategy) for strategy in self.strategies]
         settings["base_model"] = getattr(self.model, "name_or_path", "")
         settings["base_dtype"] = str(getattr(self.model, "dtype", ""))
@@ -119,7 +118,7 @@ class RunPlan:
         if quantization is not None:
             settings["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
         texts = [task.fingerprint() for task in self.held_out if isinstance(task, LanguageModelTask)]
-        if texts and any(getattr(strategy, "general", None) is not None for strategy in self.strategies):
+        if texts and any(strategy.general is not None for strategy in self.strategies):
             settings["general"] = texts
         for number, task in enumerate(self.tasks):
             settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
@@ -150,7 +149,7 @@ def make_plan(
     *,
     trainer_cls: type = ContinualTrainer,
     adapter_config: JumpLoraConfig | None = None,
-    strategies: list[Strategy] | None = None,
+    strategies: list[Strategy] | list[str] | None = None,
     data_collator: Any = None,
     callbacks: list | None = None,
 ) -> RunPlan:
@@ -159,18 +158,16 @@ def make_plan(
     Raises:
         ValueError: an unknown method, or something that is no task.
     """
-    name = method if isinstance(method, str) else _name_of(method)
-    row = get_method(name)
+    method = get_method(method)
     check_tasks(tasks)
     return RunPlan(
         model=as_plain_floats(model),
         tasks=[task for task in tasks if not task.held_out],
         held_out=[task for task in tasks if task.held_out],
-        method=row,
-        method_name=name,
+        method=method,
         args=args or ContinualTrainingArguments(),
-        config=row.adapter_config(adapter_config),
-        strategies=[make() for make in row.strategies] if strategies is None else list(strategies),
+        config=method.adapter_config(adapter_config),
+        strategies=method.make_strategies(strategies),
         tokenizer=tokenizer,
         collator=data_collator,
         trainer_cls=trainer_cls,
@@ -186,11 +183,3 @@ def check_tasks(tasks: list[Any]) -> None:
                 f"tasks takes Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
                 "from a stream file"
             )
-
-
-def _name_of(method: Method) -> str:
-    """Its name in the table: a stack says by it how it is continued."""
-    for name, row in METHODS.items():
-        if row is method:
-            return name
-    raise ValueError(f"{method} has no name that a stack could keep: add it to hf_jumplora.methods.METHODS first")

@@ -141,7 +141,7 @@ class RunFolder:
         self.trained.append(info)
         if self.manifest is None:
             separate = self.plan.method.mode == "separate"
-            self.manifest = Manifest(describe_base(model), self.plan.method_name, self.plan.additive, separate=separate)
+            self.manifest = Manifest(describe_base(model), self.plan.method.name, self.plan.additive, separate=separate)
         on_main(lambda: self._commit(model, f"task_{index:03d}"))
         if not PartialState().is_main_process:
             self.manifest = read_manifest(self.path)
@@ -164,7 +164,7 @@ class RunFolder:
         """Bring metrics.json, the report, the card and stack.json up to date; returns the content of metrics.json."""
         plan = self.plan
         result = derive(self.matrix, [task.name for task in plan.tasks], plan.method.mode != "joint")
-        result["method"] = plan.method_name
+        result["method"] = plan.method.name
         result |= {"trained": self.trained, "data": plan.describe(), "general": self.general}
         result["held_out"] = self._held_out()
         if PartialState().is_main_process:

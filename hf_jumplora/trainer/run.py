@@ -74,12 +74,12 @@ class ContinualRun:
         model: the base model. It is changed in place (adapters are added, finished updates are merged into it).
         tasks: [`Task`], [`TextTask`] or [`LanguageModelTask`], in order. Those with `held_out=True` are no part of the
             sequence: they are evaluated before the first task and after each one (general ability in the report).
-        method: a name of [`methods.METHODS`], or its [`Method`].
+        method: a name of [`methods.METHODS`] or of an entry point `hf_jumplora.methods`; or a [`Method`].
         args: [`ContinualTrainingArguments`]; they hold for each task. Of a task's steps, `save_steps` make checkpoints.
         processing_class: the tokenizer (needed for text tasks).
         trainer_cls: made by [`make_continual`]; default [`ContinualTrainer`].
         adapter_config: options of the adapters; the method's own prescriptions come on top.
-        strategies: replaces the method's strategies (for other weights, or other combinations).
+        strategies: options of the method's strategies (["kfac.weight=50"]), or [`Strategy`] objects in their place.
         data_collator, callbacks: passed on to each task's trainer.
 
     Attributes:
@@ -100,7 +100,7 @@ class ContinualRun:
         *,
         trainer_cls: type = ContinualTrainer,
         adapter_config: JumpLoraConfig | None = None,
-        strategies: list[Strategy] | None = None,
+        strategies: list[Strategy] | list[str] | None = None,
         data_collator: Any = None,
         callbacks: list | None = None,
     ):
@@ -111,8 +111,8 @@ class ContinualRun:
     def _follow(self, plan: RunPlan) -> None:
         check(plan)
         for strategy in plan.strategies:
-            if getattr(strategy, "general", None) is True:
-                strategy.general = plan.general_texts()  # type: ignore[attr-defined]
+            if strategy.general is True:
+                strategy.general = plan.general_texts()
         self.plan, self.model = plan, plan.model
         self.args, self.output_dir = plan.args, plan.output_dir
         self.record = RunFolder(plan)
@@ -133,7 +133,7 @@ class ContinualRun:
         revision: str | None = None,
         trainer_cls: type = ContinualTrainer,
         args_cls: type = ContinualTrainingArguments,
-        strategies: list[Strategy] | None = None,
+        strategies: list[Strategy] | list[str] | None = None,
         data_collator: Any = None,
         callbacks: list | None = None,
         **options: Any,
@@ -208,7 +208,7 @@ class ContinualRun:
             # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
             self.model = attach(self.model.unload(), self.output_dir, record.stack_tasks)
         if PartialState().is_main_process:
-            print(table(result, plan.method_name))
+            print(table(result, plan.method.name))
         return result
 
     def _encode(self) -> list[Any]:
@@ -221,6 +221,8 @@ class ContinualRun:
 
     def _restore(self) -> int:
         """Measure the base model and load what a former process finished; returns the number of finished stages."""
+        for strategy in self.plan.strategies:
+            strategy.reset()  # of what it remembers of another run
         record, evaluator = self.record, self.evaluator
         tasks, states = record.read(self.model)
         fresh = not record.matrix

@@ -105,7 +105,7 @@ def task_trainer(plan: RunPlan, model: Any, output_dir: Path, index: int, **opti
 def _call_strategies(plan: RunPlan, model: Any, hook: str, examples: Examples) -> None:
     """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
     for strategy in plan.strategies:
-        with runnable(model, plan.args) if strategy.runs_model else nullcontext():
+        with runnable(model, plan.args) if "forward" in strategy.requires else nullcontext():
             getattr(strategy, hook)(model, "default", examples)
 
 

@@ -48,7 +48,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             )
         if self.is_deepspeed_enabled:
             for s, (hook, does) in itertools.product(self.strategies, _NEED_WHOLE.items()):
-                if getattr(type(s), hook) is not getattr(Strategy, hook):
+                if hook in s.hooks:
                     raise ValueError(
                         f"strategy {s!r} {does}, which are not whole under DeepSpeed: train it with the whole "
                         "model in each process (plain or DDP)"

@@ -77,7 +77,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         if adapter in self.folded:
             raise ValueError(
                 f"{adapter!r} is folded: layer {self.layer_name} keeps the sum of the earlier tasks, not their factors "
-                "and supports. They are in the stack's files; a strategy that reads them sets needs_past_factors = True"
+                "and supports. They are in the stack's files; a strategy that reads them requires 'past_factors'"
             )
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

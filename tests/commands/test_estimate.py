@@ -19,9 +19,7 @@ from hf_jumplora.memory import (
     ZERO_BUCKET,
     Plan,
     activations,
-    ella_memory,
     estimate,
-    kfac_memory,
     live_sum,
     model_config,
     share_after,
@@ -29,7 +27,7 @@ from hf_jumplora.memory import (
 )
 from hf_jumplora.memory import sizes as sizes_of
 from hf_jumplora.methods import get_method
-from hf_jumplora.strategies import Ella
+from hf_jumplora.strategies import Ella, LayerSize
 from hf_jumplora.tuner import named_layers
 
 
@@ -172,8 +170,9 @@ def test_what_a_run_remembers(four_bit, toy_base, tmp_path):
     assert row["factors"] == pytest.approx(2 * seen["factors"], abs=40)  # the newest finished task is there too
     assert seen["share"] == pytest.approx(share_after(2, 0.01, True), rel=0.05)
     rows = 4 * 4 * 33  # row pointers, which do not count in layers that are not this small
-    ella = ella_memory(entries, seen["share"], factors) - 4 * factors
-    assert seen["ella"] == pytest.approx(ella, abs=4 * rows)
+    shapes = [(32, 32), (16, 32), (32, 32), (16, 32)]  # of q_proj and v_proj in both blocks
+    layers = [LayerSize(*shape, 2, changed=seen["share"]) for shape in shapes]
+    assert seen["ella"] == pytest.approx(Ella().memory_bytes(layers, 2) - 4 * factors, abs=4 * rows)
     assert seen["live"] == pytest.approx(live_sum(entries, seen["share"]) if four_bit else 0, abs=2 * rows)
     assert bool(seen["live"]) is four_bit
 
@@ -185,8 +184,9 @@ def test_what_kfac_remembers(method, toy_base, tmp_path):
     run.train()
     (kfac,) = run.plan.strategies
     kept = sum(t.nbytes for part in (kfac.G, kfac.C) for t in part.values())
+    kept += sum(stack.G.nbytes + stack.C.nbytes for stack in kfac.stacks)
     layers = [layer for _, layer in named_layers(run.model)]
-    assert kfac_memory(kfac.memory, layers, 2) == kept
+    assert kfac.memory_bytes(layers, 2) == kept
     pasts = []
     for name in (method, "jumplora"):
         config = get_method(name).adapter_config(JumpLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -249,7 +249,7 @@ def test_command(tmp_path, capsys):
         (["nowhere/"], "is none of llama-2-7b, llama-2-13b, llama-2-70b, and cannot be read"),
         (["llama-2-7b", "--processes", "0"], "--processes is at least 1, got 0"),
         (["llama-2-7b", "--density", "3"], "--density is a fraction"),
-        (["llama-2-7b", "--method", "ewc"], "what method 'ewc' remembers is not counted"),
+        (["llama-2-7b", "--method", "ewc"], "the memory of method 'ewc' is not known"),
         (["llama-2-7b", "--method", "nonsense"], "unknown method 'nonsense'"),
         (["llama-2-7b", "--target_modules", "q_pro"], "Near names: o_proj, q_proj"),
         (["llama-2-7b", "--method", "inclora", "--isolation", "hard"], "needs gate=True"),

@@ -102,9 +102,9 @@ def test_method_arguments():
     assert (gated.isolation, gated.target_density, gated.target_modules) == ("hard", 0.1, {"q"})
     assert MethodArguments("inclora", **options).adapter_config().isolation == "none"
     assert MethodArguments("ella").strategies() is None
-    assert MethodArguments("jumplora-ella", ella_weight=5.0).strategies() == [Ella(5.0)]
-    with pytest.raises(ValueError, match="ella_weight has no meaning for method 'jumplora'"):
-        MethodArguments("jumplora", ella_weight=5.0).strategies()
+    assert MethodArguments("jumplora-ella", strategy=["ella.weight=5"]).strategies() == [Ella(5)]
+    with pytest.raises(ValueError, match=r"'ella\.weight=5': method 'jumplora' has no strategies"):
+        MethodArguments("jumplora", strategy=["ella.weight=5"]).strategies()
     with pytest.raises(ValueError, match="unknown method 'lora'"):
         MethodArguments("lora").adapter_config()
 
@@ -353,7 +353,15 @@ def test_llama2_cl_with_own_model_and_stream(toy_base, tmp_path, monkeypatch, ca
     """In this process: the options that replace the embedded model and stream."""
     llama2_cl = recipe("llama2_cl")
     line = ["--stream", write_stream(tmp_path / "data"), "--model_name_or_path", toy_base, "--eval_mode", "score"]
-    line += ["--output_dir", str(tmp_path / "out"), "--method", "jumplora-ella", "--ella_weight", "100", *COMMON]
+    line += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--method",
+        "jumplora-ella",
+        "--strategy",
+        "ella.weight=100",
+        *COMMON,
+    ]
     monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
     llama2_cl.main()
     assert "jumplora-ella: accuracy in %" in capsys.readouterr().out
@@ -436,7 +444,7 @@ def test_llama2_cl_options_that_do_not_fit(line, message, tmp_path, monkeypatch)
 def test_plans_are_checked_before_anything_is_built():
     from hf_jumplora.options import MethodArguments
 
-    plans = MethodArguments(method="jumplora-ella", ella_weight=5.0).plans(["inclora", "ella"])
+    plans = MethodArguments(method="jumplora-ella", strategy=["ella.weight=5"]).plans(["inclora", "ella"])
     assert list(plans) == ["jumplora-ella", "inclora", "ella"]
     assert [plans[name][1] and plans[name][1][0].weight for name in plans] == [5.0, None, 5.0]
     assert [plans[name][0].gate for name in plans] == [True, False, False]  # the method's own prescription

@@ -284,42 +284,6 @@ def test_replay_of_any_data_set():
         Replay().training_data(["a"], 2, [["b"], None])
 
 
-class _Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("method", ["olora", "nlora", "l2", "ewc", "lwf", "replay", "ilora", "osf", "drift", "kfac"])
-def test_restart_is_exact(method, toy_base, tmp_path):
-    """A run killed in its second task and continued gives the files of one that was not."""
-    whole = toy.make_run(toy_base, tmp_path / "whole", method, stream=toy.tasks(2), save_strategy="steps", save_steps=3)
-    whole.train()
-    killed = toy.make_run(
-        toy_base, tmp_path / "killed", method, stream=toy.tasks(2), save_strategy="steps", save_steps=3
-    )
-
-    inner = killed.strategies[0].on_step_end
-
-    def step(model, adapter):
-        inner(model, adapter)
-        step.count += 1
-        if step.count == 13:
-            raise _Killed
-
-    step.count = 0
-    killed.strategies[0].on_step_end = step
-    with pytest.raises(_Killed):
-        killed.train()
-    again = toy.make_run(
-        toy_base, tmp_path / "killed", method, stream=toy.tasks(2), save_strategy="steps", save_steps=3
-    )
-    again.train()
-    for name in ("adapter_model.safetensors", "strategies.safetensors"):
-        files = [tmp_path / run / "task_001" / name for run in ("whole", "killed")]
-        stateless = method in ("nlora", "lwf", "replay", "osf")
-        assert files[0].exists() == files[1].exists() == (name[0] == "a" or not stateless)
-        assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -6,10 +6,8 @@ import pytest
 import torch
 import toy
 from peft import get_peft_model
-from transformers import TrainerCallback
 
 from hf_jumplora import ContinualRun, ContinualTrainer, JumpLoraConfig, finish_adapter
-from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies import Gorp, Migu, NullSpace, Slao, Strategy
 from hf_jumplora.strategies.nullspace import output_directions
 from hf_jumplora.tuner import named_layers
@@ -315,27 +313,7 @@ def test_hard_isolation_by_name(toy_base, tmp_path):
     assert made.record.trained[1]["density"] > 0
 
 
-# ---- restarts and refusals ----------------------------------------------------------------------------------------
-
-
-class _Interrupt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.output_dir.endswith("task_001") and state.global_step == 5:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("method", ["migu", "gorp", "nullspace", "slao", "jumplora-hard", "perlora"])
-def test_a_restart_gives_the_same_bits(method, toy_base, tmp_path):
-    """Stopped inside of the second task, after a checkpoint; the third one needs what both have left."""
-    options = {"tasks": 3, "save_strategy": "steps", "save_steps": 2}
-    run(toy_base, tmp_path / "straight", method, **options).train()
-    broken = run(toy_base, tmp_path / "broken", method, callbacks=[_Interrupt()], **options)
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    run(toy_base, tmp_path / "broken", method, **options).train()
-    straight, again = (read_manifest(tmp_path / name).tasks for name in ("straight", "broken"))
-    for one, two in zip(straight, again, strict=True):
-        assert one["files"]["adapter_model.safetensors"] == two["files"]["adapter_model.safetensors"]
+# ---- refusals ----------------------------------------------------------------------------------------------------
 
 
 def test_options_that_cannot_be():

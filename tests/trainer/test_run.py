@@ -86,7 +86,7 @@ def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkey
     monkeypatch.setattr(RunFolder, "finish", recorded)
     folded = toy.make_run(toy_base, tmp_path / "folded", method)
     folded.train()
-    monkeypatch.setattr(Strategy, "needs_past_factors", True)
+    monkeypatch.setattr(Strategy, "requires", frozenset({"past_factors"}))
     live = toy.make_run(toy_base, tmp_path / "live", method)
     live.plan.strategies[:] = live.plan.strategies or [Strategy()]
     live.train()

@@ -512,7 +512,7 @@ def test_what_a_strategy_needs_of_folded_tasks(stack, add_task):
         assert torch.equal(layer.occupied(["task_002"]), mask)
         with pytest.raises(ValueError, match=r"folded into one sum"):
             layer.total_update(names[:1])
-        with pytest.raises(ValueError, match=r"'task_001' is folded.*needs_past_factors"):
+        with pytest.raises(ValueError, match=r"'task_001' is folded.*past_factors"):
             layer.factors("task_001")
 
 

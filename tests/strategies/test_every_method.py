@@ -1,0 +1,81 @@
+"""What every method of the table has to do; a new one is tested here without a line of its own."""
+
+import dataclasses
+
+import pytest
+import torch
+import toy
+from safetensors.torch import load, save
+from transformers import TrainerCallback
+
+from hf_jumplora.methods import METHODS
+from hf_jumplora.stack import read_manifest
+from hf_jumplora.strategies.base import join_states, state_of
+from hf_jumplora.tuner import named_layers
+
+
+RESTART = {"save_strategy": "steps", "save_steps": 2}
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in a task, after a checkpoint and a step that is in none."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.folder) and state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def stream():
+    """Three tasks of five steps: the threshold starts after 1, the ramp is closed after 4."""
+    return toy.tasks(3, train=20, evaluate=4)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request, toy_base, tmp_path_factory):
+    """(method, run over three tasks, files of each task) of every method."""
+    run = toy.make_run(toy_base, tmp_path_factory.mktemp("trained"), request.param, stream=stream(), **RESTART)
+    run.train()
+    return request.param, run, [task["files"] for task in read_manifest(run.output_dir).tasks]
+
+
+def test_learns_in_every_task(trained):
+    """The update of each task is there, and finite."""
+    _, run, tasks = trained
+    assert len(run.info) == len(tasks)
+    for adapter in run.model.peft_config:
+        updates = [layer.update(adapter) for _, layer in named_layers(run.model, adapter)]
+        assert all(torch.isfinite(update).all() for update in updates)
+        assert any(update.any() for update in updates)
+
+
+def test_a_restart_in_mid_task_gives_the_same_bits(trained, toy_base, tmp_path):
+    """Stopped in the second of three tasks: the third one needs what both have left."""
+    method, _, expected = trained
+    interrupt = Interrupt("task_001" if len(expected) > 1 else "task_000")
+    broken = toy.make_run(toy_base, tmp_path, method, stream=stream(), callbacks=[interrupt], **RESTART)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert list(tmp_path.glob("checkpoints/*/checkpoint-*"))
+    toy.make_run(toy_base, tmp_path, method, stream=stream(), **RESTART).train()
+    found = [task["files"] for task in read_manifest(tmp_path).tasks]
+    for name in ("adapter_model.safetensors", "strategies.safetensors"):
+        assert [files.get(name) for files in found] == [files.get(name) for files in expected]
+
+
+def test_state_survives_a_file_and_is_forgotten(trained):
+    """state_dict -> safetensors -> load_state_dict is the same state; after `reset` nothing is left of it."""
+    method, run, _ = trained
+    saved = load(save(join_states(strategy.state_dict() for strategy in run.strategies)))
+    fresh = METHODS[method].make_strategies()
+    for number, (old, new) in enumerate(zip(run.strategies, fresh, strict=True)):
+        new.load_state_dict(state_of(number, saved))
+        before, after = old.state_dict(), new.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key].to(before[key].device)) for key in before)
+        new.reset()
+        fields = dataclasses.fields(new)
+        untouched = type(new)(**{f.name: getattr(new, f.name) for f in fields if f.init})
+        assert all(getattr(new, f.name) == getattr(untouched, f.name) for f in fields)
