@@ -1,4 +1,4 @@
-"""What training needs of memory, in bytes a process: the formulas behind `hf-jumplora estimate`.
+"""What training needs of memory, in bytes per process: the formulas behind `hf-jumplora estimate`.
 
 Weights and activations are counted, not guessed: the model's own code runs once on the meta device, where tensors have
 shapes and no content, and what autograd keeps for the backward pass is added up. Everything else is arithmetic on the
@@ -178,7 +178,7 @@ class _Adapted(torch.autograd.Function):
 def activations(model: Any, batch: int, length: int, checkpointing: bool, zero3: bool = False) -> tuple[int, int]:
     """(bytes kept from the forward pass for the backward pass, bytes that one block's backward pass needs on top).
 
-    With gradient checkpointing every block keeps its input alone, and the block at work is computed again: its own
+    With gradient checkpointing every block keeps its input alone, and the current block is recomputed: its own
     activations are in the second number. That also holds the gradients of the block's widest activations, three of
     them (in a gated feed-forward layer those of gate, up and their product are there at once).
     """
@@ -265,7 +265,7 @@ def trained(under: str, factors: int, processes: int) -> dict[str, int]:
 
 
 def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> dict[str, dict[str, int]]:
-    """{way to train: {part: bytes a process}}; the ways are those of `UNDER`, the parts add up to `total`.
+    """{way to train: {part: bytes per process}}; the ways are those of `UNDER`, the parts add up to `total`.
 
     Parts: `weights` of the base (this process's share); `gathered` (ZeRO-3, FSDP2: whole weights that are there at a
     time, and ZeRO-3's buffer); `factors`, `gradients`, `optimizer` and `buckets` (see [`trained`]); `past` (masks of
@@ -316,7 +316,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     for under in UNDER:
         four_bit, part = under == "ddp_4bit", n if under in SHARDED else 1
         kept, block = needs[under.startswith("zero3")]
-        if under == "fsdp2":  # what is outside of blocks, the block at work and the next one
+        if under == "fsdp2":  # what is outside of blocks, the current block and the next one
             gathered = width * min(size.parameters, size.root + 2 * size.block)
         else:  # what is fetched ahead arrives in a buffer, and is copied out of it
             gathered = width * (min(size.parameters, ZERO3_LIVE) + min(size.parameters, ZERO3_PREFETCH))

@@ -122,7 +122,7 @@ def strategy_name(make: Callable[..., Strategy]) -> str:
 _TABLE: dict[str, Method] = {
     "seqlora": Method("sequential", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
     "inclora": Method("incremental", {"gate": False}, paper="baseline (arXiv 2310.14152, table 1)"),
-    "perlora": Method("separate", {"gate": False}, paper="one LoRA a task, task id given: the oracle"),
+    "perlora": Method("separate", {"gate": False}, paper="one LoRA per task, task id given: the oracle"),
     "jumplora": Method("incremental", {"gate": True}, paper="JumpLoRA (arXiv 2604.16171)"),
     "ella": Method("incremental", {"gate": False}, (Ella,), paper="ELLA (arXiv 2601.02232)"),
     "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),

@@ -25,8 +25,8 @@ class StreamArguments:
         default=None, metadata={"help": "A stream file, or the name of a shipped one (order1 to order6, ...)."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the data; None: as the stream says."})
-    max_train: int | None = field(default=None, metadata={"help": "At most so many training rows a task."})
-    max_eval: int | None = field(default=None, metadata={"help": "At most so many eval rows a task."})
+    max_train: int | None = field(default=None, metadata={"help": "At most this many training rows per task."})
+    max_eval: int | None = field(default=None, metadata={"help": "At most this many eval rows per task."})
     prompt_style: str | None = field(
         default=None, metadata={"help": "'jumplora' (no data-set name) or 'olora' (task and data set named)."}
     )

@@ -259,7 +259,7 @@ def merge_finished(model: PeftModel, adapters: list[str]) -> None:
     """Fold finished tasks into a float base, where they cost nothing; over a quantised base they stay live."""
     for _, layer in named_layers(model):
         if layer.quantization_backend is None:
-            layer.merge(adapter_names=adapters)
+            layer.finished.merge(adapters)
 
 
 def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -> list[dict[str, Any]]:

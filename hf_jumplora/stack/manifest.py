@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..tuner import named_layers
+from ..tuner.peft_compat import in_out_features
 from ..tuner.sharded_parameters import full_shape, whole
 
 
@@ -277,9 +278,7 @@ def check_shapes(manifest: Manifest, base: nn.Module, where: str) -> None:
 
 
 def _features(module: nn.Module) -> list[int | None]:
-    from peft.tuners.tuners_utils import _get_in_out_features
-
-    in_features, out_features = _get_in_out_features(module)
+    in_features, out_features = in_out_features(module)
     return [out_features, in_features]
 
 

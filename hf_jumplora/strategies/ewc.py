@@ -14,7 +14,7 @@ class Ewc(L2):
 
     F is the diagonal of the Fisher matrix, summed online over the tasks: F = decay * F_before + the mean over
     `examples` training examples of (d log p(label) / d theta)^2, with the label drawn from the model. theta_before
-    are the latest parameters. State: F, one float a parameter, whatever the number of tasks.
+    are the latest parameters. State: F, one float per parameter, whatever the number of tasks.
     """
 
     requires = frozenset({"whole_model"})

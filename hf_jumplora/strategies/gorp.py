@@ -26,7 +26,7 @@ class Gorp(Strategy):
     weights (T5: the cross-attention, LLaMA: the MLP's gate). Their adapter is dW [out, in] itself, started at 0, and an
     identity, with scaling 1; G [out, in] is projected on its smaller side.
 
-    Memory grows by at most r * (in + out) values a layer and task, for a layer in full up to min(out, in)^2 in all.
+    Memory grows by at most r * (in + out) values per layer and task, for a layer in full up to min(out, in)^2 in all.
     """
 
     tuning = ("energy", (0.95, 0.8, 0.99, 0.5, 0.999))
@@ -43,7 +43,7 @@ class Gorp(Strategy):
 
     def check(self, mode, config):
         if self.full and (config.gate or mode != "incremental"):
-            raise ValueError("GORP trains layers in full (gorp.full) as dense updates, one a task: use method='gorp'")
+            raise ValueError("GORP trains layers in full (gorp.full) as dense updates, one per task: use method='gorp'")
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):

@@ -27,8 +27,8 @@ class ILora(Replay):
 
         theta_slow = decay * theta_slow + (1 - decay) * theta.
 
-    The slow adapter is the model: it is what is evaluated and stored after a task; the fast one goes on where it was.
-    In the first task there is nothing to replay. For a run that trains one adapter on and on (method `ilora`).
+    The slow adapter is the model: it is what is evaluated and stored after a task; the fast one continues where it was.
+    In the first task there is nothing to replay. For a run that trains one adapter sequentially (method `ilora`).
 
     decay, weight, reservoir: of the released code. At decay 0.25 the slow adapter is hardly a step behind the fast one.
     State: theta, the same size whatever the number of tasks; in a checkpoint theta_slow.
@@ -57,7 +57,7 @@ class ILora(Replay):
     def check(self, mode, config):
         if config.gate or mode != "sequential":
             raise ValueError(
-                "I-LoRA averages the factors of one LoRA that is trained on and on, without a gate: use it through "
+                "I-LoRA averages the factors of one LoRA that is trained sequentially, without a gate: use it through "
                 "method='ilora', or seqlora with this strategy"
             )
 

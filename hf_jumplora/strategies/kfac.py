@@ -59,10 +59,10 @@ class KFac(Strategy):
     sum over their tokens of g g^T, g the gradient of log p(label) at the layer's output, with a label drawn from the
     model.
 
-    memory: "per_task" keeps both for every task (exact; grows by in^2 + out^2 floats a layer and task). "sum" keeps the
-    sum of G and the mean of C (the same where the tasks' C are alike; does not grow). A number k keeps the k largest
-    eigenvectors of that sum and mean, nearly: k * (in + out) floats a layer, and nothing larger than 4 k + 8 columns is
-    ever built.
+    memory: "per_task" keeps both for every task (exact; grows by in^2 + out^2 floats per layer and task). "sum" keeps
+    the sum of G and the mean of C (the same where the tasks' C are alike; does not grow). A number k keeps the k
+    largest eigenvectors of that sum and mean, nearly: k * (in + out) floats per layer, and nothing larger than 4 k + 8
+    columns is ever built.
     general: texts (causal models), or rows as the trainer takes them, of no task: the zeroth task, which keeps what the
     base model knows. True: the run's own general text. Give the same ones when a run is restarted.
     """

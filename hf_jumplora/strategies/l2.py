@@ -11,7 +11,7 @@ from .base import Strategy
 @dataclass
 class L2(Strategy):
     """weight / 2 * || theta - theta_before ||^2, theta = A [r, in] and B [out, r] of all layers of the one adapter that
-    is trained on and on, theta_before their values at the start of the task. Nothing in the first task.
+    is trained sequentially, theta_before their values at the start of the task. Nothing in the first task.
 
     State: none (the values are those of the adapter in the stack), but for the number of tasks.
     """

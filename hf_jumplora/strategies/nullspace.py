@@ -50,7 +50,7 @@ class NullSpace(Strategy):
         if config.gate or mode != "incremental":
             raise ValueError(
                 "the null-space projection is exact for dense updates on top of earlier ones only: use it with methods "
-                "that train one adapter a task without a gate ('nullspace', 'inclora')"
+                "that train one adapter per task without a gate ('nullspace', 'inclora')"
             )
 
     @torch.no_grad()

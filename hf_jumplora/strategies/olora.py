@@ -15,7 +15,7 @@ class OLora(Strategy):
     A_past [earlier ranks, in] holds the A of all earlier tasks, A [r, in] and B [out, r] are the new ones. As in the
     released code: absolute values (the paper squares them), norms that are not squared. Defaults are those of orders
     1 to 3. With a gate the factors are kept apart as without; the gated updates need not be. State: A_past of each
-    layer, r * in floats more a task.
+    layer, r * in floats more per task.
     """
 
     tuning = ("lambda1", (0.5, 5.0, 0.05, 50.0, 0.005))

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from peft import OSFConfig
-from peft.tuners.osf.layer import Linear as OSFLinear
 from torch import nn
 
 from ..tuner import named_layers
 from ..tuner.lookup import adapter_config
+from ..tuner.peft_compat import OSFLinear, osf_factors
 from .base import Strategy
 
 
@@ -26,7 +26,7 @@ class Osf(Strategy):
 
     becomes the adapter, exactly, with scaling 1 and rank 2 t (where that is above min(out, in): dW itself and an
     identity). Task number i trains t = (1 - preserved) * shrink^i * min(out, in) directions, so that the preserved rank
-    rises; r, lora_alpha and lora_dropout of the adapter say nothing. No state: PEFT saves the trained factors with a
+    rises; r, lora_alpha and lora_dropout of the adapter have no effect. No state: PEFT saves the trained factors with a
     checkpoint's adapter, and a restart decomposes the same weights again.
 
     The values are ours: PEFT preserves half by default, the paper chooses ranks by the layers' importance.
@@ -46,8 +46,8 @@ class Osf(Strategy):
     def check(self, mode, config):
         if config.gate or mode != "incremental":
             raise ValueError(
-                "OSF trains the directions of the weights themselves, one update a task on top of the earlier ones and "
-                "without a gate: use it through method='osf'"
+                "OSF trains the directions of the weights themselves, one update per task on top of the earlier ones "
+                "and without a gate: use it through method='osf'"
             )
 
     def check_run(self, others, args, sharding):
@@ -93,7 +93,7 @@ class Osf(Strategy):
         config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
         for name, layer in named_layers(model, adapter):
             osf = self.layers[name]
-            now, start = osf.osf_svd_params[adapter], {k: getattr(osf, f"_osf_{k}_init")[adapter] for k in _FACTORS}
+            now, start = osf_factors(osf, adapter)
             A = torch.cat([now["V_low"], start["V_low"]])
             B = torch.cat([now["U_low"] * now["S_low"], -start["U_low"] * start["S_low"]], 1)
             if len(A) > min(len(B), A.shape[1]):
@@ -106,6 +106,3 @@ class Osf(Strategy):
             layer.jumplora_A[adapter].copy_(A)
             layer.jumplora_B[adapter].copy_(B)
         self.layers = {}
-
-
-_FACTORS = ("U_low", "S_low", "V_low")

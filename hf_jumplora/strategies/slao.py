@@ -15,7 +15,7 @@ class Slao(Strategy):
         A_merged = A_i,    B_merged += (B_i - B_merged) / sqrt(i),
 
     and the merged pair is the model. Q has the signs that make R's diagonal positive, so that the QR decomposition is
-    unique. For a run that trains one adapter on and on (method `slao`) without a gate: B of two gated updates is not
+    unique. For a run that trains one adapter sequentially (method `slao`) without a gate: B of two gated updates is not
     that of a third. State: B_i [out, r] of the last task for each layer, the same size whatever the number of tasks.
     """
 
@@ -25,7 +25,7 @@ class Slao(Strategy):
 
     def check(self, mode, config):
         if config.gate or mode != "sequential":
-            raise ValueError("SLAO trains one LoRA without a gate on and on; use it through method='slao'")
+            raise ValueError("SLAO trains one LoRA without a gate sequentially; use it through method='slao'")
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):

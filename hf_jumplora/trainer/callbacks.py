@@ -8,7 +8,7 @@ from ..strategies import Strategy
 from ..tuner import ramp, ramp_steps, set_mix, set_threshold
 from ..tuner.density_sample import DensitySample
 from ..tuner.lookup import adapter_config, adapter_parameters
-from ..tuner.schedule import density_at
+from ..tuner.schedule import check_thresholds, density_at
 from ..tuner.sharded_parameters import keep_whole_in_forward
 from .backend import sharding
 
@@ -50,6 +50,9 @@ class GateCallback(TrainerCallback):
         elif held and share is not None:
             self.sample(model).hold(config, share)
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        check_thresholds(model, self.adapter)
 
 
 class StrategyCallback(TrainerCallback):

@@ -121,6 +121,12 @@ class JumpLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT's habit: saved as lists, kept as sets
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str):  # the three checks of PEFT's LoraConfig
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .config import JumpLoraConfig
 from .layer import JumpLoraLayer
 from .lookup import adapter_config, gate_groups, named_layers
 from .model import check_adapter_name
+from .peft_compat import rename_active, rename_adapter
+from .schedule import check_thresholds
 
 
 @torch.no_grad()
@@ -21,8 +23,8 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     An adapter without a gate is only renamed.
 
     Raises:
-        FloatingPointError: a weight is not finite.
-        ValueError: the ramp of the gate has not arrived at 1, or the name is taken or not a possible one.
+        FloatingPointError: a weight or a threshold is not finite.
+        ValueError: the ramp of the gate has not reached 1, or the name is taken or invalid.
     """
     config = adapter_config(model, adapter)
     if name is not None and name != adapter:
@@ -32,8 +34,8 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     for gate, _ in gate_groups(model, adapter):
         if gate.f != 1:
             raise ValueError(
-                f"the gate of adapter {adapter!r} stands at f = {gate.f:g}; a task is finished when its ramp "
-                "has arrived at 1 (train on to gate_end)"
+                f"the gate of adapter {adapter!r} is at f = {gate.f:g}; a task is finished when its ramp has "
+                "reached 1 (keep training up to gate_end)"
             )
     layers = dict(named_layers(model, adapter))
     sums = [layer.jumplora_A[adapter].sum() + layer.jumplora_B[adapter].sum() for layer in layers.values()]
@@ -43,6 +45,7 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
                 f"adapter {adapter!r}, layer {layer_name} holds weights that are not finite: training has diverged in "
                 "its last step. Lower the learning rate; finished tasks are safe"
             )
+    check_thresholds(model, adapter)
     if config.gate:
         config.support = {layer_name: layer.finish(adapter) for layer_name, layer in layers.items()}
     config.inference_mode = True
@@ -62,7 +65,7 @@ def fold_finished(model: Any, adapters: list[str]) -> None:
     """
     model.unmerge_adapter()
     for _, layer in named_layers(model):
-        layer.fold(adapters)
+        layer.finished.fold(adapters)
     for adapter in adapters:
         model.delete_adapter(adapter)
 
@@ -73,27 +76,9 @@ def _rename(model: Any, old: str, new: str) -> None:
     for config in configs.values():
         if isinstance(config, JumpLoraConfig):
             config.parent_adapters = [new if n == old else n for n in config.parent_adapters]
-    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for layer in layers:  # ours, and those of `modules_to_save` and `trainable_token_indices`
-        if isinstance(layer, BaseTunerLayer):
-            attributes = (*layer.adapter_layer_names, *layer.other_param_names, "frozen_peft_weight_names")
-        else:
-            attributes = ("modules_to_save",) if isinstance(layer, ModulesToSaveWrapper) else ()
-        for attribute in attributes:
-            container = getattr(layer, attribute)
-            if old in container:
-                container[new] = container[old]
-                del container[old]
-        if isinstance(layer, JumpLoraLayer):
-            layer.set_adapter([new if n == old else n for n in layer.active_adapters], inference_mode=True)
-            layer.merged_adapters = [new if n == old else n for n in layer.merged_adapters]
-            continue
-        if isinstance(layer, AuxiliaryTrainingWrapper) and old in layer._adapters:
-            layer._adapters = layer._adapters - {old} | {new}
-        if old in layer.active_adapters:
-            layer._active_adapter = [new]
-            layer.set_adapter([new], inference_mode=True)
-    for module in model.modules():  # the PeftModel and the tuner inside it; the latter holds a name or a list
-        active = getattr(module, "active_adapter", None)
-        if active in (old, [old]) and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            module.active_adapter = new
+    for module in model.modules():
+        if isinstance(module, JumpLoraLayer):
+            module.finished.rename(old, new)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            rename_adapter(module, old, new)
+    rename_active(model, old, new)

@@ -8,7 +8,7 @@ PUBLISHED_LOG_TAU = -4.7  # before the threshold is set from the updates' own qu
 
 
 class _Float32(nn.Module):
-    """Follows `.to(device)` but never a change of dtype: in bf16 the support of an update would be another one."""
+    """Follows `.to(device)` but never a change of dtype: in bf16 the support of an update would change."""
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):

@@ -4,16 +4,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import gated_linear
-from ..ops.sparse import encode_support, pack_bits, sparse_linear, support_sha256, to_csr
+from ..ops.sparse import encode_support, pack_bits, sparse_linear, support_sha256
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
+from .peft_compat import BufferDict, freeze, in_out_features, start_inactive
 from .updates import AdapterUpdates
 
 
@@ -38,7 +37,7 @@ class JumpLoraLayer(AdapterUpdates):
                 f"target module {name} is a {type(base_layer).__name__}; only linear layers (nn.Linear, Conv1D, "
                 "quantised linear) can be adapted: narrow `target_modules` or use `exclude_modules`"
             )
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = in_out_features(self.get_base_layer())
         assert in_features is not None  # true of every linear layer
         assert out_features is not None
         self.in_features, self.out_features = in_features, out_features
@@ -52,8 +51,7 @@ class JumpLoraLayer(AdapterUpdates):
         self.scaling = {}
         self.jumplora_free = BufferDict(persistent=False)  # adapter under hard isolation -> packed bits
         self.frozen_peft_weight_names = {}
-        self._disable_adapters = False
-        self._active_adapter = []
+        start_inactive(self)
 
     def update_layer(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float, gate: JumpGate | None) -> None:
         """Add an adapter. Raises ValueError when `r` does not fit, or it does not stand on all folded adapters."""
@@ -70,7 +68,7 @@ class JumpLoraLayer(AdapterUpdates):
                 self.frozen_peft_weight_names[adapter] = ("jumplora_gate",)
         if config.support is not None:
             self.jumplora_support[adapter] = torch.zeros(config.support[self.layer_name][0], dtype=torch.uint8)
-            self._freeze(adapter)
+            freeze(self, adapter, self.adapter_layer_names)
         elif config.isolation == "hard":
             self.jumplora_free[adapter] = pack_bits(~self.occupied(config.parent_adapters))
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -92,7 +90,7 @@ class JumpLoraLayer(AdapterUpdates):
         A stack has tasks x layers of them: each is put in place once, frozen, on the base's device.
         """
         self._register(adapter, config, len(A), alpha)
-        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        device = self.base_device()
         if device is None or device.type == "meta":  # an offloaded base: its adapters stay where they are
             device = A.device
         for factors, values in ((self.jumplora_A, A), (self.jumplora_B, B)):
@@ -106,7 +104,7 @@ class JumpLoraLayer(AdapterUpdates):
 
     def _register(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float) -> None:
         """What an adapter is but its tensors. Raises ValueError as `update_layer`."""
-        if missing := self.folded.keys() - set(config.parent_adapters):
+        if missing := self.finished.folded.keys() - set(config.parent_adapters):
             raise ValueError(f"adapter {adapter!r} must name {sorted(missing)} in parent_adapters: they are folded")
         if r < 1:
             raise ValueError(f"r = {r} of layer {self.layer_name} must be a positive integer (see `rank_pattern`)")
@@ -118,34 +116,30 @@ class JumpLoraLayer(AdapterUpdates):
         self.jumplora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.configs[adapter] = config
         self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        self._past_sum = None
+        self.finished.forget_past()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's. Raises ValueError when another adapter stands on this one."""
         self.check_no_children(adapter_name)
         super().delete_adapter(adapter_name)
-        self._past_sum = None
+        self.finished.forget_past()
 
     def check_no_children(self, adapter: str) -> None:
         """Raise ValueError when another adapter names this one as its parent: without it, that is another update."""
-        if adapter in self.folded:
+        if adapter in self.finished.folded:
             return
         children = [name for name, config in self.configs.items() if adapter in config.parent_adapters]
         if children:
             raise ValueError(f"adapter {adapter!r} is a parent of {children}: delete those first")
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._past_sum = None  # it was summed from other values
+        self.finished.forget_past()  # it was summed from other values
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _freeze(self, adapter: str) -> None:
-        self.frozen_peft_weight_names[adapter] = self.adapter_layer_names
-        self._freeze_non_trainable_peft_weights(adapter)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
-        """Device only. PEFT would also cast to the base's dtype, and in bf16 the support is another one."""
+        """Device only. PEFT would also cast to the base's dtype, and in bf16 the support would change."""
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            device = self.base_device()
         meta = torch.device("meta")
         if device is None or device == meta:
             return
@@ -156,21 +150,6 @@ class JumpLoraLayer(AdapterUpdates):
             self.jumplora_gate[adapter_name].to(device)
 
     # ---- forward --------------------------------------------------------------------------------------------------
-
-    def _past(self, names: tuple[str, ...], device: torch.device) -> tuple:
-        """The sum of finished updates [out, in], made once, whatever their number: (crow, col, values), or (dense,).
-
-        On a CPU the sparse product is slower than the dense one from about 4 % of the entries on (1024 x 1024 and
-        4096 x 4096, float32). Elsewhere memory decides: 8 bytes a non-zero entry against 4 bytes an entry.
-        """
-        key = (names, device)
-        if self._past_sum is None or self._past_sum[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # the sum serves training passes too
-                total = self.total_update(names).to(device)
-                at_most = 1 / 25 if device.type == "cpu" else 1 / 2
-                sparse = int(total.count_nonzero()) < at_most * total.numel() < 2**31
-                self._past_sum = (key, _narrow(to_csr(total)) if sparse else (total,))
-        return self._past_sum[1]
 
     def _add_past(self, y: torch.Tensor, x: torch.Tensor, past: tuple) -> torch.Tensor:
         if len(past) == 1:
@@ -206,7 +185,7 @@ class JumpLoraLayer(AdapterUpdates):
         if self.disable_adapters:
             return base(x, *args, **kwargs)
         live = self.closure(self.active_adapters, without=self.merged_adapters)
-        finished = tuple(n for n in live if n in self.folded or n in self.jumplora_support)
+        finished = tuple(n for n in live if n in self.finished.folded or n in self.jumplora_support)
         y = None
         for name in live:
             if name in finished:
@@ -222,7 +201,7 @@ class JumpLoraLayer(AdapterUpdates):
         if y is None:
             y = self._base_output(x, *args, **kwargs)
         if finished:
-            y = self._add_past(y, x, self._past(finished, x.device))
+            y = self._add_past(y, x, self.finished.beside(finished, x.device))
         return y
 
     def _base_output(self, x, *args, **kwargs):
@@ -235,17 +214,12 @@ class JumpLoraLayer(AdapterUpdates):
         self.jumplora_support[adapter] = code.to(self.jumplora_A[adapter].device)
         if adapter in self.jumplora_free:
             del self.jumplora_free[adapter]
-        self._past_sum = None
-        self._freeze(adapter)
+        self.finished.forget_past()
+        freeze(self, adapter, self.adapter_layer_names)
         return [code.numel(), support_sha256(code)]
 
     def __repr__(self) -> str:
         return "jumplora." + super().__repr__()
-
-
-def _narrow(csr: tuple) -> tuple:
-    """(crow, col, values) with 32-bit indices: less memory, and the product is faster on a CPU."""
-    return csr[0].int(), csr[1].int(), csr[2]
 
 
 class Linear(JumpLoraLayer):

@@ -11,6 +11,7 @@ from torch import nn
 from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer
+from .peft_compat import set_active
 
 
 def named_layers(model: nn.Module, adapter: str | None = None):
@@ -45,9 +46,9 @@ def without_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
     Merged parents stay merged, so this costs nothing but the forward pass it is for.
     """
     layers = [layer for _, layer in named_layers(model, adapter)]
-    active, training = [layer._active_adapter for layer in layers], model.training
+    active, training = [layer.active_adapters for layer in layers], model.training
     for layer in layers:
-        layer._active_adapter = list(layer.configs[adapter].parent_adapters)
+        set_active(layer, layer.configs[adapter].parent_adapters)
     model.eval()
     try:
         with torch.no_grad():
@@ -55,7 +56,7 @@ def without_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
     finally:
         model.train(training)
         for layer, names in zip(layers, active, strict=True):
-            layer._active_adapter = names
+            set_active(layer, names)
 
 
 def can_continue(model: Any) -> bool:

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import warnings
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer, Linear
 from .lookup import named_layers
+from .peft_compat import real_parameters, set_active
 
 
 ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
@@ -45,21 +47,6 @@ def gate_key(layer_name: str, scope: str) -> str:
         return ""
     block = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", layer_name)
     return block.group(1) if scope == "block" and block else layer_name
-
-
-_register_parameter = nn.Module.register_parameter
-
-
-@contextmanager
-def _real_parameters():
-    """Undo accelerate's `init_empty_weights`, under which PEFT builds the adapter it loads with `low_cpu_mem_usage`:
-    every parameter goes to the meta device there, and so would the weights of the parents that are read meanwhile."""
-    outer = nn.Module.register_parameter
-    nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = outer  # type: ignore[method-assign]
 
 
 class JumpLoraModel(BaseTuner):
@@ -94,12 +81,12 @@ class JumpLoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            raise ValueError(f"{error} {_near_names(model, config.target_modules)}") from error
+            raise NoMatchingPeftModuleError(f"{error} {_near_names(model, config.target_modules)}") from error
         _check_tied(model)
 
     def _load_parents(self, model: nn.Module, config: JumpLoraConfig) -> None:
         """Parents that are not in the model yet are loaded from the folders beside the adapter's own."""
-        folded = {name for _, layer in named_layers(model) for name in layer.folded}
+        folded = {name for _, layer in named_layers(model) for name in layer.finished.folded}
         for parent in [p for p in config.parent_adapters if p not in self.peft_config and p not in folded]:
             if config.origin is None:
                 raise ValueError(
@@ -128,7 +115,7 @@ class JumpLoraModel(BaseTuner):
                 ) from error
             parent_config.inference_mode = True
             self.peft_config[parent] = parent_config
-            with _real_parameters():
+            with real_parameters():
                 self.inject_adapter(model, parent)
                 model.peft_config = self.peft_config  # type: ignore[assignment]  # BaseTuner does the same once it is complete
                 set_peft_model_state_dict(model, weights, parent)
@@ -150,7 +137,7 @@ class JumpLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, r, alpha, gate)
             return
         layer = Linear(target, name, **get_quantization_kwargs(self))
-        layer._active_adapter = list(self.active_adapters)
+        set_active(layer, self.active_adapters)
         layer.update_layer(adapter_name, peft_config, r, alpha, gate)
         self._replace_module(parent, target_name, layer, target)
 
@@ -185,8 +172,20 @@ class JumpLoraModel(BaseTuner):
         self.peft_config[adapter] = config
         return True
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(new_module, JumpLoraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # a module that is unloaded has its own weight; PEFT would set one, which not every module can take
+            setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: adapters are float32 from the start and stay so (docs/decisions.md)."""
+        if not autocast_adapter_dtype:
+            warnings.warn(
+                "autocast_adapter_dtype=False is ignored: JumpLoRA adapters are float32 whatever the base's dtype; in "
+                "bf16 their supports would change",
+                stacklevel=2,
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
@@ -219,7 +218,7 @@ class JumpLoraModel(BaseTuner):
         """Before any weight is changed. Raises ValueError when a layer is quantised."""
         super()._check_merge_allowed()
         for _, layer in named_layers(self.model):
-            layer.check_mergeable()
+            layer.finished.check_mergeable()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a masked product has no exact low rank."""
@@ -228,7 +227,7 @@ class JumpLoraModel(BaseTuner):
 
 def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first forward pass in evaluation mode. From
-    then on a layer gives no gradient to what is before it, and rounds its scales to bf16: switch that off.
+    then on a layer passes no gradient to its input and rounds its scales to bf16: switch that off.
 
     Raises:
         ValueError: it has happened already, and the adapter is to be trained.
@@ -247,17 +246,30 @@ def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
 
 def _check_tied(model: nn.Module) -> None:
     """Raise ValueError when an adapted weight is also another module's: merging would change that one too."""
-    names: dict[int, list[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(weight), []).append(name)
-    for name, layer in named_layers(model):
-        shared = names.get(id(getattr(layer.get_base_layer(), "weight", None)), [])  # some quantised layers have none
-        others = [other for other in shared if not other.startswith(f"{name}.")]
-        if others:
+    layers: list[tuple[str, JumpLoraLayer]] = []
+    owners: dict[int, str] = {}  # id of a weight -> a module that holds it and is no part of an adapted layer
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        if module in seen:  # one module under two names is no tie
+            return
+        seen.add(module)
+        if isinstance(module, JumpLoraLayer):
+            layers.append((name, module))
+            return
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), name)
+        for part, child in module.named_children():
+            walk(f"{name}.{part}" if name else part, child)
+
+    walk("", model)
+    for name, layer in layers:
+        weight = getattr(layer.get_base_layer(), "weight", None)  # some quantised layers have none
+        if weight is not None and (other := owners.setdefault(id(weight), name)) != name:
             raise ValueError(
-                f"the weight of target module {name} is that of {others[0].rpartition('.')[0]} too (tied), and merging "
-                "a task would change both: leave it out of target_modules, or untie them in the base model first "
-                "(a copy of the weight, and tie_word_embeddings=False in its config)"
+                f"the weight of target module {name} is that of {other} too (tied), and merging a task would change "
+                "both: leave it out of target_modules, or untie them in the base model first (a copy of the weight, "
+                "and tie_word_embeddings=False in its config)"
             )
 
 
@@ -268,7 +280,8 @@ def rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:
 
 
 def _near_names(model: nn.Module, targets) -> str:
-    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n})
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    linear = sorted({name.removesuffix(".base_layer").split(".")[-1] for name in names})
     wanted = [targets] if isinstance(targets, str) else list(targets or [])
     near = sorted({hit for w in wanted for hit in difflib.get_close_matches(w, linear, cutoff=0.4)})
     return f"Near names: {', '.join(near)}." if near else f"Linear layers of this model: {', '.join(linear)}."

@@ -11,7 +11,7 @@ from .config import JumpLoraConfig
 from .density_sample import share_to_keep
 from .layer import JumpLoraLayer
 from .lookup import adapter_config, adapter_parameters, gate_groups, named_layers
-from .sharded_parameters import assign, gathered
+from .sharded_parameters import assign, gathered, whole
 
 
 def ramp(step: int, total_steps: int, config: JumpLoraConfig) -> float:
@@ -107,6 +107,18 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
             taus.append((gate, log_tau.item()))
     for gate, value in taus:
         assign(gate.log_tau, value)
+
+
+def check_thresholds(model: nn.Module, adapter: str) -> None:
+    """Raise FloatingPointError when a threshold of this adapter is no finite number. Every process must call it."""
+    for gate, layers in gate_groups(model, adapter):
+        log_tau = whole(gate.log_tau)
+        if not torch.isfinite(log_tau.exp()).all():
+            raise FloatingPointError(
+                f"the threshold of adapter {adapter!r} (layer {layers[0].layer_name}) has diverged: log_tau is "
+                f"{log_tau.item():g}, and no entry would be kept. Lower gate_learning_rate or the learning rate; "
+                "finished tasks are safe"
+            )
 
 
 def density(model: nn.Module, adapter: str) -> float:

@@ -122,10 +122,10 @@ def held(run, adapter):
     layers = [layer for _, layer in named_layers(run.model)]
     return {
         "factors": sum(layer.jumplora_A[adapter].nbytes + layer.jumplora_B[adapter].nbytes for layer in layers),
-        "originals": sum(layer._original.nbytes for layer in layers if layer._original is not None),
-        "summed": sum(layer._folded_sum.nbytes + layer._folded_bits.nbytes for layer in layers),
+        "originals": sum(layer.finished.original.nbytes for layer in layers if layer.finished.original is not None),
+        "summed": sum(layer.finished.sum.nbytes + layer.finished.bits.nbytes for layer in layers),
         "masks": sum(layer.jumplora_free[adapter].nbytes for layer in layers if adapter in layer.jumplora_free),
-        "live": sum(t.nbytes for layer in layers if layer._past_sum is not None for t in layer._past_sum[1]),
+        "live": sum(t.nbytes for layer in layers if layer.finished.past is not None for t in layer.finished.past[1]),
     }  # fmt: skip
 
 

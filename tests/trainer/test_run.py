@@ -499,7 +499,7 @@ def test_callbacks_reach_the_trainers(toy_base, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    with pytest.raises(ValueError, match="a task is finished when its ramp has arrived at 1"):
+    with pytest.raises(ValueError, match="a task is finished when its ramp has reached 1"):
         toy.make_run(toy_base, tmp_path, callbacks=[Stop()]).train()
 
 

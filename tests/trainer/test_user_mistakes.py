@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausa
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
 from hf_jumplora.data import Encoder
-from hf_jumplora.options import make_strategies
+from hf_jumplora.methods import METHODS
 from hf_jumplora.stack import merge_stack
 from hf_jumplora.strategies import KFac
 from hf_jumplora.trainer.record import in_use, newest_checkpoint
@@ -74,8 +74,8 @@ def test_empty_texts_and_strange_options(toy_base, tmp_path):
     task = LanguageModelTask("news", [{"text": " "}])
     with pytest.raises(ValueError, match="'news': all its training texts are empty"):
         toy.make_run(toy_base, tmp_path, stream=[task]).train()
-    with pytest.raises(ValueError, match="a value is of the wrong kind"):
-        make_strategies("kfac", ["kfac.weight=abc"])
+    with pytest.raises(ValueError, match="a value has the wrong type"):
+        METHODS["kfac"].make_strategies(["kfac.weight=abc"])
     with pytest.raises(ValueError, match=r"r must be a positive integer, got 2\.5"):
         JumpLoraConfig(r=2.5)
 

@@ -132,7 +132,7 @@ def test_layer(kind, tolerance, past, relative_error):
     y = model.train()(leaves[0])
     found = [y, *torch.autograd.grad(y, leaves, grad_y)]
     if parents:
-        assert len(tuned._past_sum[1]) == (3 if past == "sparse" else 1)  # one sum, whatever the number of tasks
+        assert len(tuned.finished.past[1]) == (3 if past == "sparse" else 1)  # one sum, whatever the number of tasks
 
     free = tuned.mask_free("default", torch.ones(40, 192, dtype=torch.bool))
     assert bool(free.all()) is not bool(parents)

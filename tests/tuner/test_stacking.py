@@ -259,7 +259,7 @@ def test_hard_isolation_needs_finished_parents(gated):
 @pytest.mark.parametrize("mix", [0.0, 0.5, 0.99])
 def test_not_finished_before_the_ramp_is(gated, mix):
     model = gated(mix=mix)
-    with pytest.raises(ValueError, match=rf"'default' stands at f = {mix:g}"):
+    with pytest.raises(ValueError, match=rf"'default' is at f = {mix:g}"):
         finish_adapter(model, "default", "task_000")
     assert list(model.peft_config) == ["default"]
     assert model.peft_config["default"].support is None
