@@ -44,7 +44,7 @@ def trained(request, toy_base, tmp_path_factory):
 def test_learns_in_every_task(trained):
     """The update of each task is there, and finite."""
     _, run, tasks = trained
-    assert len(run.info) == len(tasks)
+    assert len(run.record.trained) == len(tasks)
     for adapter in run.model.peft_config:
         updates = [layer.update(adapter) for _, layer in named_layers(run.model, adapter)]
         assert all(torch.isfinite(update).all() for update in updates)
@@ -68,9 +68,9 @@ def test_a_restart_in_mid_task_gives_the_same_bits(trained, toy_base, tmp_path):
 def test_state_survives_a_file_and_is_forgotten(trained):
     """state_dict -> safetensors -> load_state_dict is the same state; after `reset` nothing is left of it."""
     method, run, _ = trained
-    saved = load(save(join_states(strategy.state_dict() for strategy in run.strategies)))
+    saved = load(save(join_states(strategy.state_dict() for strategy in run.plan.strategies)))
     fresh = METHODS[method].make_strategies()
-    for number, (old, new) in enumerate(zip(run.strategies, fresh, strict=True)):
+    for number, (old, new) in enumerate(zip(run.plan.strategies, fresh, strict=True)):
         new.load_state_dict(state_of(number, saved))
         before, after = old.state_dict(), new.state_dict()
         assert before.keys() == after.keys()

@@ -23,7 +23,7 @@ def test_the_same_spelling_in_python(toy_base, tmp_path):
     run = ContinualRun(
         toy.load_base(toy_base), toy.tasks(1), "kfac", toy.arguments(tmp_path), toy.tokenizer(), strategies=options
     )
-    assert run.strategies == [KFac(50.0, "sum")]
+    assert run.plan.strategies == [KFac(50.0, "sum")]
     assert METHODS["kfac"].make_strategies([]) == []
 
 

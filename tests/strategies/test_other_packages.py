@@ -82,7 +82,7 @@ def test_run_and_from_stack(package, toy_base, tmp_path):
         "import toy\nfrom hf_jumplora import ContinualRun\n"
         f"run = ContinualRun.from_stack({str(tmp_path / 'two')!r}, toy.tasks(3)[2:], {str(tmp_path / 'three')!r}, "
         f"base_model={toy_base!r}, report_to=[], disable_tqdm=True, use_cpu=True)\n"
-        "run.train()\nprint('STATE', run.strategies[0].tasks, run.strategies[0])\n"
+        "run.train()\nprint('STATE', run.plan.strategies[0].tasks, run.plan.strategies[0])\n"
     )
     assert "STATE 3 Shrink(weight=0.1)" in process(goes_on, package)
     assert read_manifest(tmp_path / "three").task_names == ["size", "light", "mood"]
