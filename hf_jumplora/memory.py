@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
 from .strategies import LayerSize
-from .strategies.moments import TOKENS
+from .strategies.moments import tokens_at_once
 from .tuner import JumpLoraConfig, named_layers
 
 
@@ -299,7 +299,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     # Of the loss: log-probabilities, their gradient and the logits' are there at once, in float32.
     loss = 12 * tokens * size.vocabulary
     if any("forward" in s.requires for s in strategies):  # its own pass over examples, without checkpointing
-        at_once = max(1, TOKENS // plan.length)
+        at_once = max(1, tokens_at_once(torch.device("cuda")) // plan.length)
         for z, (kept, block) in needs.items():
             needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
         # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.

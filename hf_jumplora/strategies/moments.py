@@ -66,15 +66,15 @@ def batches(examples: Iterable[dict[str, Any]], tokens: int, seq2seq: bool = Fal
         shapes = tuple((key, tuple(value.shape)) for key, value in example.items() if isinstance(value, torch.Tensor))
         rows = len(shapes) == len(example) and all(shape and shape[0] == 1 for _, shape in shapes)
         padded = rows and all(len(shape) == 1 or (key in PADDING and len(shape) == 2) for key, shape in shapes)
-        group = tuple(example) if padded else shapes if rows else (number,)
+        group: Any = tuple(example) if padded else shapes if rows else (number,)
         length = max(
             (value.shape[-1] for value in example.values() if torch.is_tensor(value) and value.ndim), default=1
         )
         waiting[group].append((length, number, example))
-    for group in waiting.values():
-        group.sort(key=lambda entry: entry[0])
+    for entries in waiting.values():
+        entries.sort(key=lambda entry: entry[0])
         some: list[tuple[int, int, dict[str, Any]]] = []
-        for entry in group:  # in ascending length: the next is the longest
+        for entry in entries:  # in ascending length: the next is the longest
             if some and (len(some) + 1) * entry[0] > tokens:
                 yield _join(some, seq2seq)
                 some = []
@@ -233,7 +233,8 @@ def _moments(model, adapter, examples, tokens, seed, rank):
     rows_seen: dict[str, torch.Tensor] = {}
     shares: dict[str, str] = {}  # layer -> the first one that has the same input
     outputs: list[tuple[str, Any]] = []  # of the batch at work: layer, place in the graph
-    count, first, masks = 0, True, []
+    masks: list[torch.Tensor] = []
+    count, first = 0, True
     last: tuple[Any, str] = (None, "")  # input, and the first layer that had it
 
     def add(sums, name, rows):
