@@ -19,7 +19,7 @@ PREDICTIONS = "predictions"
 
 
 @dataclass
-class RunFolder:
+class StoredRun:
     """path, the content of metrics.json and run.json (empty without one), of history.jsonl in order, and the versions
     that stack.json names."""
 
@@ -54,7 +54,7 @@ class RunFolder:
         return lost, won
 
 
-def read_run(path: str | Path) -> RunFolder:
+def read_run(path: str | Path) -> StoredRun:
     """Read what a run left behind.
 
     Raises:
@@ -74,7 +74,7 @@ def read_run(path: str | Path) -> RunFolder:
     order = {info["name"]: k for k, info in enumerate(metrics["trained"])}
     history = [latest[key] for key in sorted(latest, key=lambda key: (order.get(key[0], len(order)), key[1]))]
     versions = _json(path / "stack.json").get("versions", {}) if (path / "stack.json").is_file() else {}
-    return RunFolder(path, metrics, settings, history, versions)
+    return StoredRun(path, metrics, settings, history, versions)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..metrics import FORMULAS
 from ..stack.manifest import write_atomic
-from .folder import RunFolder
+from .folder import StoredRun
 from .report import general_rows
 from .verdict import judge
 
@@ -25,7 +25,7 @@ FIGURES = {
 }
 
 
-def write_page(path: Path, runs: list[RunFolder]) -> None:
+def write_page(path: Path, runs: list[StoredRun]) -> None:
     """Write one page of these runs. Without matplotlib (extra `report`) it has the tables alone and says so."""
     drawn = importlib.util.find_spec("matplotlib") is not None
     environment = Environment(
@@ -45,23 +45,23 @@ def write_page(path: Path, runs: list[RunFolder]) -> None:
     write_atomic(path, page)
 
 
-def _sections(run: RunFolder, drawn: bool) -> dict[str, Any]:
+def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
     """What the template shows of a run."""
-    metrics, names = run.metrics, [info["name"] for info in run.metrics["trained"]]
+    metrics, names = stored.metrics, [info["name"] for info in stored.metrics["trained"]]
     content = {
-        "name": run.name,
+        "name": stored.name,
         "metrics": metrics,
         "rows": list(zip(["before training", *names], metrics["matrix"], strict=True)),
-        "verdict": judge(run),
+        "verdict": judge(stored),
         "general": general_rows(metrics) if len(metrics["matrix"]) > 1 else [],
         "overlap": [[names[i], info["overlap"]] for i, info in enumerate(metrics["trained"]) if info.get("overlap")],
         "collision": [
             [names[i], info["collision"]] for i, info in enumerate(metrics["trained"]) if info.get("collision")
         ],
         "names": names,
-        "flipped": _flipped(run),
-        "settings": sorted(_flat(run.settings).items()),
-        "versions": sorted(run.versions.items()),
+        "flipped": _flipped(stored),
+        "settings": sorted(_flat(stored.settings).items()),
+        "versions": sorted(stored.versions.items()),
         "accuracy": None,
         "steps": None,
         "layers": None,
@@ -70,19 +70,19 @@ def _sections(run: RunFolder, drawn: bool) -> dict[str, Any]:
         from .plots import accuracy_over_time, layers, over_steps
 
         content["accuracy"] = accuracy_over_time(metrics)
-        content["steps"], content["layers"] = over_steps(run.history), layers(metrics["trained"])
+        content["steps"], content["layers"] = over_steps(stored.history), layers(metrics["trained"])
     return content
 
 
-def _flipped(run: RunFolder) -> list[dict[str, Any]]:
+def _flipped(stored: StoredRun) -> list[dict[str, Any]]:
     """Of each task, some rows that were right when it was learned and are wrong now."""
-    matrix, rows, found = run.metrics["matrix"], run.rows(), []
-    for stage, task in enumerate(run.metrics["tasks"][: len(matrix) - 1], 1):
-        lost, won = run.flips(task, stage)
+    matrix, rows, found = stored.metrics["matrix"], stored.rows(), []
+    for stage, task in enumerate(stored.metrics["tasks"][: len(matrix) - 1], 1):
+        lost, won = stored.flips(task, stage)
         examples = []
         for row in lost[:EXAMPLES]:
             known = rows.get((task, row), {})
-            before, now = run.answers(stage)[task, row], run.answers(len(matrix) - 1)[task, row]
+            before, now = stored.answers(stage)[task, row], stored.answers(len(matrix) - 1)[task, row]
             words = [known.get("text"), known.get("expected"), before["predicted"], now["predicted"]]
             examples.append(["–" if word is None else str(word)[:LETTERS] for word in words])
         if lost:

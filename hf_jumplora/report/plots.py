@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .folder import RunFolder
+from .folder import StoredRun
 
 
 SHORT = 22  # letters of a name in a picture
@@ -31,7 +31,7 @@ def accuracy_over_time(metrics: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def average_over_time(runs: list[RunFolder]) -> str:
+def average_over_time(runs: list[StoredRun]) -> str:
     """Of several runs, the mean score over the tasks trained so far."""
     figure, axes = _figure(8, 3.6)
     for number, run in enumerate(runs):

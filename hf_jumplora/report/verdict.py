@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .folder import RunFolder
+from .folder import StoredRun
 
 
 @dataclass
@@ -42,7 +42,7 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * sum(map(math.exp, log_tail)))
 
 
-def judge(run: RunFolder, other: RunFolder | None = None, limits: Limits | None = None) -> dict[str, Any]:
+def judge(stored: StoredRun, other: StoredRun | None = None, limits: Limits | None = None) -> dict[str, Any]:
     """The verdict on a run.
 
     Returns {"ship": bool, "checks": [{"check", "ok": True, False or None where it was not measured, "says"}], "flips":
@@ -53,7 +53,7 @@ def judge(run: RunFolder, other: RunFolder | None = None, limits: Limits | None 
         ValueError: `other` was run on other tasks.
     """
     limits = limits or Limits()
-    metrics, checks = run.metrics, []
+    metrics, checks = stored.metrics, []
 
     def check(name: str, ok: bool | None, says: str) -> None:
         checks.append({"check": name, "ok": ok, "says": says})
@@ -61,7 +61,7 @@ def judge(run: RunFolder, other: RunFolder | None = None, limits: Limits | None 
     joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
-    flips = [] if joint else _flips(run)
+    flips = [] if joint else _flips(stored)
     if not joint and done > 1:
         value = metrics.get("forgetting")
         if value is None:
@@ -74,7 +74,7 @@ def judge(run: RunFolder, other: RunFolder | None = None, limits: Limits | None 
         _check_tasks(check, metrics, limits, {flip["task"]: flip for flip in flips})
     _check_general(check, metrics, limits)
     if other is not None:
-        _check_against(check, run, other, limits)
+        _check_against(check, stored, other, limits)
     return {"ship": all(c["ok"] is not False for c in checks), "checks": checks, "flips": flips}
 
 
@@ -82,11 +82,11 @@ def _at_most(value: float, limit: float) -> bool:
     return value <= limit + 1e-9  # False for nan
 
 
-def _flips(run: RunFolder) -> list[dict[str, Any]]:
+def _flips(stored: StoredRun) -> list[dict[str, Any]]:
     found = []
-    for stage, task in enumerate(run.metrics["tasks"][: len(run.metrics["matrix"]) - 1], 1):
-        lost, won = run.flips(task, stage)
-        if run.answers(stage):
+    for stage, task in enumerate(stored.metrics["tasks"][: len(stored.metrics["matrix"]) - 1], 1):
+        lost, won = stored.flips(task, stage)
+        if stored.answers(stage):
             found.append(
                 {
                     "task": task,
@@ -133,17 +133,17 @@ def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
             check(f"general ability, {key}", _at_most(-100 * change, limits.max_general_drop), says)
 
 
-def _check_against(check: Any, run: RunFolder, other: RunFolder, limits: Limits) -> None:
-    if set(run.metrics["tasks"]) != set(other.metrics["tasks"]):
-        raise ValueError(f"{other.path} has other tasks than {run.path}: nothing to compare")
-    ours, theirs = run.metrics.get("average_accuracy"), other.metrics.get("average_accuracy")
+def _check_against(check: Any, stored: StoredRun, other: StoredRun, limits: Limits) -> None:
+    if set(stored.metrics["tasks"]) != set(other.metrics["tasks"]):
+        raise ValueError(f"{other.path} has other tasks than {stored.path}: nothing to compare")
+    ours, theirs = stored.metrics.get("average_accuracy"), other.metrics.get("average_accuracy")
     if ours is None or theirs is None:
         check(f"against {other.name}", None, "not measured: a run without an average accuracy")
         return
     drop = 100 * (theirs - ours)
     says = f"average accuracy {100 * ours:.1f} against {100 * theirs:.1f} (at most {limits.max_drop:g} points lower)"
     ok = _at_most(drop, limits.max_drop)
-    mine, its = run.answers(len(run.metrics["matrix"]) - 1), other.answers(len(other.metrics["matrix"]) - 1)
+    mine, its = stored.answers(len(stored.metrics["matrix"]) - 1), other.answers(len(other.metrics["matrix"]) - 1)
     both = [key for key in mine if key in its]
     if both:
         lost = sum(its[key]["correct"] and not mine[key]["correct"] for key in both)
