@@ -6,6 +6,8 @@ import sys
 
 import hf_jumplora
 
+from .escape import terminal
+
 
 # command -> its line in --help; the module of the chosen one alone is imported
 COMMANDS = {
@@ -46,5 +48,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return module.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"hf-jumplora: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hf-jumplora: {terminal(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

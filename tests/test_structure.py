@@ -17,13 +17,25 @@ PACKAGE = ROOT / "hf_jumplora"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # part -> the parts of ours it may import. Later ones build on earlier ones; `metrics` stands alone.
-ORDER = ["_compat", "kernels", "ops", "tuner", "stack", "strategies", "methods", "trainer", "options"]
+ORDER = [
+    "_compat",
+    "escape",
+    "schema",
+    "kernels",
+    "ops",
+    "tuner",
+    "stack",
+    "strategies",
+    "methods",
+    "trainer",
+    "options",
+]
 ORDER += ["memory", "bench", "commands", "cli", "__main__"]
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["metrics"] = {"metrics"}
-ALLOWED["data"] = {"data", "metrics"}
-ALLOWED["report"] = {"report", "stack", "metrics"}
-ALLOWED["hub"] = {"hub", "report", "stack", "metrics"}
+ALLOWED["data"] = {"data", "metrics", "schema"}
+ALLOWED["report"] = {"report", "stack", "metrics", "schema", "escape"}
+ALLOWED["hub"] = {"hub", "report", "stack", "metrics", "schema", "escape"}
 ALLOWED["trainer"] |= {"data", "metrics", "report", "hub"}
 for part in ("options", "bench", "commands", "cli"):
     ALLOWED[part] |= {"data", "metrics", "report", "hub"}

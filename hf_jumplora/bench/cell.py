@@ -23,7 +23,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCol
 from .. import metrics as formulas
 from ..data import Task
 from ..methods import get_method
-from ..stack.manifest import library_versions, write_json
+from ..stack.disk import write_json
+from ..stack.manifest import library_versions
 from ..strategies import Strategy
 from ..trainer import ContinualRun, ContinualTrainingArguments
 from ..tuner import JumpLoraConfig

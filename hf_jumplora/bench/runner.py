@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..data.streams import stream_path
-from ..stack.manifest import write_json
+from ..stack.disk import write_json
 from .cell import base_method, next_file, points, portable
 from .data import bench_tasks, tokens_around_text
 from .encoder import default_encoder

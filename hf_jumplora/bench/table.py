@@ -9,7 +9,7 @@ from typing import Any
 
 from ..metrics import FORMULAS
 from ..report.report import general_name, in_nats, markdown
-from ..stack.manifest import write_atomic, write_json
+from ..stack.disk import write_atomic, write_json
 
 
 _SCORES = {

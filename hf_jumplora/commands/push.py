@@ -4,10 +4,9 @@ The token is taken from HF_TOKEN or from `hf auth login`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from ..hub.push import RECORD, push_stack
+from ..hub.push import RECORD, push_stack, read_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises what [`push_stack`] raises, and ValueError when nobody said where to."""
     record = Path(args.stack) / RECORD
-    before = json.loads(record.read_text()) if record.is_file() else {}
+    before = read_record(record) if record.is_file() else {}
     repo = args.repo or before.get("repo_id")
     if repo is None:
         raise ValueError(f"{args.stack} was never pushed: say where to with --repo owner/name")

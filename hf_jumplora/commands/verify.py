@@ -3,7 +3,8 @@
 import argparse
 import os
 
-from ..stack.load import open_stack, verify_stack
+from ..stack.load import open_stack
+from ..stack.verify import verify_stack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,11 +47,17 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, first_line: int = 1, text: str | None = None) -> Any:
+    text = read_text(path) if text is None else text
     try:
-        return json.loads(read_text(path) if text is None else text)
+        data = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no character, and no tokenizer takes it
+            json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; lists in lists in lists
+        raise ValueError(f"{path}, line {first_line} and on: not valid JSON for rows ({error})") from error
+    return data
 
 
 def _read_json_lines(path: Path) -> list[Any]:

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..schema import read_yaml, short
 from .readers import READERS, hub_rows, read_json, read_rows, read_text
 from .tasks import PROMPT_STYLES, LanguageModelTask, TextTask
 
@@ -153,11 +152,7 @@ def read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], list
     """The content of a stream file, and (file and line, entry) of each of its tasks and of those held out."""
     if not path.is_file():
         raise FileNotFoundError(f"stream file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data, root = yaml.safe_load(text), yaml.compose(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    data, root = read_yaml(path)
     _check_keys(data, _STREAM_KEYS, {"tasks"}, f"{path}")
     if "prompt" in data and "prompt_style" in data:
         raise ValueError(f"{path}: prompt and prompt_style both say what the prompt is; leave one out")
@@ -172,10 +167,10 @@ def read_stream(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]], list
 
 def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected keys and values, found {type(entry).__name__} {entry!r}")
+        raise ValueError(f"{where}: expected keys and values, found {type(entry).__name__} {short(entry)}")
     for key, value in entry.items():
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+            raise ValueError(f"{where}: unknown key {short(key)}; known: {', '.join(sorted(known))}")
         if key in ("tasks", "held_out"):
             fits, wanted = isinstance(value, list) and bool(value), "a list of tasks"
         elif key == "language_model":
@@ -188,7 +183,7 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
         else:
             fits, wanted = isinstance(value, str), "a string"
         if not fits:
-            raise ValueError(f"{where}: {key!r} must be {wanted}, found {value!r}")
+            raise ValueError(f"{where}: {key!r} must be {wanted}, found {short(value)}")
     for key in required - set(entry):
         raise ValueError(f"{where}: key {key!r} is missing")
 

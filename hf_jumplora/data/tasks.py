@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..metrics.text import TEXT_METRICS, fold
+from ..schema import MAX_NAME, short
 
 
 # JumpLoRA's names no data set. O-LoRA's (N-LoRA uses it too) does, at training and at test.
@@ -42,9 +43,10 @@ class Task:
     held_out: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or len(self.name) > MAX_NAME or not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"task name {self.name!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit"
+                f"task name {short(self.name)}: use letters, digits, '-', '_' and '.', starting with a letter or "
+                f"digit, {MAX_NAME} at most"
             )
         if self.held_out:
             if self.eval_dataset is None:

@@ -1,11 +1,13 @@
 """Model cards, made from the manifest, metrics.json and run.json alone."""
 
+import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..escape import cell
 from ..report.report import (
     GENERAL,
     METRIC_NAMES,
@@ -33,7 +35,7 @@ def template_path() -> Path:
 
 def _dataset(info: dict[str, Any]) -> str | None:
     source = info.get("source") or ""
-    return source.removeprefix(_HUB) if source.startswith(_HUB) else None
+    return source.removeprefix(_HUB) if re.fullmatch(rf"{_HUB}[\w.-]+(/[\w.-]+)?", source) else None
 
 
 def _base_id(manifest: Manifest) -> str | None:
@@ -110,7 +112,7 @@ def stack_card(
     result: the content of metrics.json; settings: of run.json. where: its id on the Hub, or "." for a folder.
     template: a file of your own in place of model_card_template.md (Jinja; the packaged one shows the variables).
     """
-    trained = result["trained"]
+    trained, quantization = result["trained"], (settings or {}).get("quantization") or {}
     hyper = [[key, str(value)] for key, value in (settings or {}).items() if key.startswith(_SETTINGS)]
     card = ModelCard.from_template(
         _data(manifest, result, where.split("/")[-1] if where != "." else f"{_base_name(manifest)} stack"),
@@ -121,13 +123,13 @@ def stack_card(
         base_revision=manifest.base_model["revision"],
         architecture=manifest.base_model["architecture"],
         method=manifest.method,
-        quantization=(settings or {}).get("quantization"),
-        strategies=(settings or {}).get("strategies") or [],
+        quantization={k: cell(v) if isinstance(v, str) else v for k, v in quantization.items()},
+        strategies=list(map(cell, (settings or {}).get("strategies") or [])),
         additive=manifest.additive,
         separate=manifest.separate,
         tasks=manifest.task_names,
         last_folder=manifest.tasks[-1]["folder"] if manifest.tasks else "task_000",
-        trained=[{**info, "dataset": _dataset(info)} for info in trained],
+        trained=[{**info, "dataset": _dataset(info), "source": cell(info["source"] or "")} for info in trained],
         seconds=f"{sum(info['seconds'] for info in trained):.0f}",
         settings=markdown([["option", "value"], *hyper]) if hyper else "",
         measured=measured_as(result),
@@ -154,7 +156,7 @@ def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any], 
     rows = [["what", "value"]]
     for key, value in info.items():
         if key not in ("name", "index") and value not in (None, "", []):
-            rows.append([key.replace("_", " "), str(value).replace("|", "\\|").replace("\n", " ")])
+            rows.append([key.replace("_", " "), str(value)])
     if manifest.additive:
         kind, how = (
             f"The update of one task of an adapter stack (`{manifest.method}`)",

@@ -6,13 +6,11 @@ matter when it is made, and training can go on meanwhile.
 """
 
 import contextlib
-import json
 import logging
-import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,21 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ..metrics.derived import derive
 from ..report.report import PICTURES, write_report
-from ..stack.load import state_file, verify
-from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json, write_manifest
+from ..schema import HubFile, MetricsFile, RunFile, check, read_json
+from ..stack.disk import (
+    MANIFEST,
+    bytes_sha256,
+    check_seal,
+    copy_atomic,
+    file_sha256,
+    read_sealed,
+    sealed_text,
+    write_atomic,
+    write_json,
+)
+from ..stack.manifest import portable, read_manifest, write_manifest
 from ..stack.save import STRATEGIES
+from ..stack.verify import state_file, verify
 from .card import eval_results, stack_card
 
 
@@ -43,6 +53,7 @@ def push_stack(
     template: str | Path | None = None,
     attempts: int = 5,
     wait: float = 1.0,
+    sleep: Callable[[float], Any] | None = None,
 ) -> dict[str, str]:
     """Push every task of a stack that the repository lacks: a commit and a tag `task-00k` each, in order.
 
@@ -52,6 +63,9 @@ def push_stack(
         private: of a repository that is made now. revision: a branch; tags of another than main are "branch-task-00k".
         template: of the model card (see card.py).
         attempts, wait: a failure is tried again after wait, 2 wait, 4 wait, ... seconds, or as the Hub says.
+        sleep: how to wait; an error that it raises ends the attempts.
+
+    A README.md that was edited on the Hub is left as it is.
 
     Returns:
         {tag: commit} of all tasks, also written to hub.json.
@@ -78,7 +92,7 @@ def push_stack(
                 ) from error
             delay = _retry_after(error) or wait * 2**attempt
             logger.warning("pushing to %s failed (%s); again in %.1f s", repo_id, error, delay)
-            time.sleep(delay)
+            (sleep or time.sleep)(delay)
     raise ValueError(f"attempts must be positive, got {attempts}")
 
 
@@ -108,8 +122,10 @@ def _tasks(folder: Path) -> list[dict[str, Any]]:
     return portable(folder, read_manifest(folder))[0].tasks if (folder / MANIFEST).is_file() else []
 
 
-def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]) -> tuple[str | None, int, set[str]]:
-    """(newest commit, how many of our tasks it holds, its files).
+def _remote(
+    api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
+) -> tuple[str | None, int, set[str], dict[str, str]]:
+    """(newest commit, how many of our tasks it holds, its files, the sha256 of those that its stack.json lists).
 
     Raises:
         ValueError: the repository is not ours to go on.
@@ -122,10 +138,11 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
                 f"{repo_id} ({revision}) is not empty and holds no stack, but {', '.join(other[:3])}: use another "
                 "repository (hub_model_id) or branch (hub_revision)"
             )
-        return info.sha, 0, files
+        return info.sha, 0, files, {}
     with tempfile.TemporaryDirectory() as temporary:
         api.hf_hub_download(repo_id, MANIFEST, revision=info.sha, local_dir=temporary)
-        theirs = read_manifest(temporary).tasks
+        manifest = read_manifest(temporary)
+    theirs = manifest.tasks
     if theirs != tasks[: len(theirs)]:
         there, here = ([task["name"] for task in stack] for stack in (theirs, tasks))
         raise ValueError(
@@ -133,14 +150,24 @@ def _remote(api: HfApi, repo_id: str, revision: str, tasks: list[dict[str, Any]]
             "It is not overwritten: use another repository (hub_model_id) or branch (hub_revision), or continue the "
             "one that is there with ContinualRun.from_stack"
         )
-    return info.sha, len(theirs), files
+    return info.sha, len(theirs), files, manifest.files
+
+
+def _edited(api: HfApi, repo_id: str, commit: str | None, listed: dict[str, str]) -> bool:
+    """Whether the card of a commit is another one than its stack.json lists: somebody's work."""
+    with tempfile.TemporaryDirectory() as temporary:
+        card = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=temporary)
+        return file_sha256(Path(card)) != listed.get("README.md")
 
 
 def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, template) -> dict[str, str]:
     manifest = read_manifest(folder)
     tasks = portable(folder, manifest)[0].tasks
     repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)
-    head, done, there = _remote(api, repo_id, revision, tasks)
+    head, done, there, listed = _remote(api, repo_id, revision, tasks)
+    edited = done < len(tasks) and bool(listed) and "README.md" in there and _edited(api, repo_id, head, listed)
+    if edited:
+        logger.warning("%s: README.md was edited there and is left as it is", repo_id)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     pushed: dict[str, str] = {}
     for index, task in enumerate(tasks):
@@ -152,7 +179,7 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
                     f"{repo_id} has a tag {tag} but not this task on {revision}; remove the tag, or use another branch"
                 )
             verify(folder, manifest.tasks[index])
-            with snapshot(folder, index, repo_id, template) as files:
+            with snapshot(folder, index, repo_id, template, card=not edited) as files:
                 operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
                 # What the method remembers is kept after the newest task alone, as in the folder.
                 old = {f"{task['folder']}/{STRATEGIES}" for task in tasks[:index] if "state" in task} & there
@@ -174,23 +201,42 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
             api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
         pushed[tag] = commit
         if index >= done or index + 1 == len(tasks):
-            write_json(folder / RECORD, {"repo_id": repo_id, "revision": revision, "pushed": pushed})
+            record = {"repo_id": repo_id, "revision": revision, "pushed": pushed}
+            write_atomic(folder / RECORD, sealed_text(record))
     return pushed
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of hub.json; it has a seal of its own, because it is written while training goes on.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = path.read_bytes()
+    data = check(HubFile, path, read_json(path, content))
+    if "sha256" in data:  # older ones have none
+        check_seal(path, content, data)
+    return data
+
+
 @contextlib.contextmanager
-def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None = None) -> Iterator[dict[str, Path]]:
+def snapshot(
+    folder: Path, index: int, repo_id: str, template: str | Path | None = None, card: bool = True
+) -> Iterator[dict[str, Path]]:
     """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
 
     The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but
     for the pictures, which belong to the newest task's commit. No path of this machine is in it (`portable`).
     """
     manifest, changed = portable(folder, read_manifest(folder))
-    settings = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    settings = {}
+    if (folder / "run.json").is_file():
+        settings = check(RunFile, folder / "run.json", read_sealed(folder, "run.json"))
     pictures = {name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()}
-    whole = json.loads(
-        (folder / "metrics.json").read_text()
-    )  # a run writes it before the pictures, so it is read after
+    # Those that stack.json lists: a run draws the next ones before it writes stack.json and metrics.json.
+    listed = read_manifest(folder).files
+    pictures = {name: image for name, image in pictures.items() if bytes_sha256(image) == listed.get(name)}
+    whole = check(MetricsFile, folder / "metrics.json", read_sealed(folder, "metrics.json"))
     task, newest = manifest.tasks[index], len(whole["trained"]) == index + 1
     manifest.tasks = manifest.tasks[: index + 1]
     trained = whole["trained"][: index + 1]
@@ -205,8 +251,9 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         write_json(temporary / "metrics.json", result)
         write_report(temporary, result, draw=False)  # drawing takes a second of the processor that trains
         shown = [name for name in PICTURES if (temporary / name).is_file()]
-        card = stack_card(manifest, result, settings, where=repo_id, pictures=shown, template=template)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if card:
+            text = stack_card(manifest, result, settings, where=repo_id, pictures=shown, template=template)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
         if settings:
             write_json(temporary / "run.json", {**settings, "base_model": manifest.base_model["name_or_path"]})
         if entries := eval_results(result):
@@ -219,7 +266,7 @@ def snapshot(folder: Path, index: int, repo_id: str, template: str | Path | None
         if "state" in task:
             (temporary / task["folder"]).mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # training deletes it when the next task is finished
-                shutil.copyfile(folder / task["folder"] / STRATEGIES, temporary / task["folder"] / STRATEGIES)
+                copy_atomic(folder / task["folder"] / STRATEGIES, temporary / task["folder"] / STRATEGIES)
                 state_file(temporary, [task])
             if not (temporary / task["folder"] / STRATEGIES).is_file():
                 now = read_manifest(folder).tasks
@@ -244,8 +291,8 @@ class Pusher(threading.Thread):
 
     def __init__(self, folder: Path, repo_id: str, **options: Any):
         super().__init__(name="push to the Hub", daemon=True)
-        self.folder, self.repo_id, self.options = folder, repo_id, {"attempts": 3, **options}
-        self._work, self._closing = threading.Event(), False
+        self.folder, self.repo_id, self.options = folder, repo_id, {"attempts": 3, "sleep": self._sleep, **options}
+        self._work, self._stopped, self._closing = threading.Event(), threading.Event(), False
 
     def push(self) -> None:
         """There is a task more; returns at once."""
@@ -256,6 +303,20 @@ class Pusher(threading.Thread):
         self._closing = True
         self._work.set()
         self.join()
+
+    def end(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """As the end of a `with` block: [`finish`], but after Ctrl-C wait for nobody. Another push makes up for it."""
+        if kind is None or issubclass(kind, Exception):
+            self.finish()
+            return
+        self._closing = True
+        self._stopped.set()
+        self._work.set()
+        self.join(timeout=5)  # for a request at work; the thread does not keep the process alive
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise ConnectionError("pushing was stopped")
 
     def run(self) -> None:
         last = False

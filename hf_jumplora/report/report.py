@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..stack.manifest import write_atomic
+from ..escape import cell, code, plot
+from ..stack.disk import write_atomic
 
 
 PICTURES = ("matrix.png", "overlap.png")  # drawn where matplotlib is installed (extra `report`)
@@ -144,7 +145,7 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """A table; the first row is its head."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
@@ -193,7 +194,7 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
     if len(data := data_rows(result)) > 1:
         parts += ["## Data", markdown(data)]
         prompts = dict.fromkeys(info["prompt"] for info in result["data"] if info["prompt"])
-        parts += [f"Prompt: `{json.dumps(prompt, ensure_ascii=False)}`" for prompt in prompts]
+        parts += [f"Prompt: {code(json.dumps(prompt, ensure_ascii=False))}" for prompt in prompts]
     if draw is not False and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
         draw_matrix(result, folder / "matrix.png")
         if len(pairs(result)) > 1:
@@ -232,11 +233,11 @@ def _heat_map(path: Path, rows: list[list[float]], down: list[str], across: list
     figure = Figure(figsize=(1.6 + 1.1 * len(rows[0]), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(rows, vmin=0, vmax=100, cmap="YlGn", aspect="auto")
-    axes.set_xticks(range(len(across)), across)
-    axes.set_yticks(range(len(down)), down)
+    axes.set_xticks(range(len(across)), list(map(plot, across)))
+    axes.set_yticks(range(len(down)), list(map(plot, down)))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_title(title)
+    axes.set_title(plot(title))
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
             if value == value:

@@ -1,12 +1,13 @@
 """Finished tasks on disk: the manifest, one folder a task, loading them, and operating on whole stacks."""
 
 from .export import export_lora, export_sparse, read_sparse
-from .load import load_stack, verify_stack
+from .load import load_stack
 from .manifest import Manifest, read_manifest, write_manifest
 from .merge import merge_stack
 from .operations import diff, remove, reorder, subset
 from .save import save_task
 from .switch import switch_tasks
+from .verify import verify_stack
 
 
 __all__ = [

@@ -10,8 +10,10 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..schema import read_json
 from .files import TaskFile, only_updates, total_update
 from .operations import free_folder, new_folder, open_tasks
+from .verify import not_a_task
 
 
 _EXACT = 512  # up to this size a full SVD is quick
@@ -176,13 +178,15 @@ def read_sparse(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the file's tensors do not fit together.
     """
-    file = safe_open(Path(path) / "sparse.safetensors", "pt")
-    updates = {}
-    for layer, (out_features, in_features) in json.loads(file.metadata()["shapes"]).items():
-        values, columns, counts = (file.get_tensor(f"{layer}.{n}") for n in ("values", "columns", "row_counts"))
-        columns, pointers = columns.int(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.long().cumsum(0)])
-        whole = len(counts) == out_features and len(columns) == len(values) == int(pointers[-1])
-        if not whole or (len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < in_features):
-            raise ValueError(f"{path}/sparse.safetensors: the tensors of {layer} do not fit together")
-        updates[layer] = torch.sparse_csr_tensor(pointers.int(), columns, values.float(), (out_features, in_features))
+    name, updates = Path(path) / "sparse.safetensors", {}
+    with not_a_task(name), safe_open(name, "pt") as file:
+        shapes = read_json(name, (file.metadata() or {}).get("shapes", "{}").encode())
+        for layer, (out_features, in_features) in shapes.items():
+            values, columns, counts = (file.get_tensor(f"{layer}.{n}") for n in ("values", "columns", "row_counts"))
+            columns, pointers = columns.int(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.long().cumsum(0)])
+            whole = len(counts) == out_features and len(columns) == len(values) == int(pointers[-1])
+            if not whole or (len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < in_features):
+                raise ValueError(f"the tensors of {layer} do not fit together")
+            shape = (out_features, in_features)
+            updates[layer] = torch.sparse_csr_tensor(pointers.int(), columns, values.float(), shape)
     return updates

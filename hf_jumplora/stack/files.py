@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from ..ops.sparse import add_at, decode_index, decode_support, support_sha256
 from ..tuner.model import rank_and_alpha
-from .load import not_a_task, task_config
 from .manifest import Manifest
+from .verify import check_task, not_a_task
 
 
 _PREFIX = "base_model.model."
@@ -26,33 +26,12 @@ class TaskFile:
     def __init__(self, folder: Path, entry: dict[str, Any], manifest: Manifest):
         self.name, self.folder = entry["name"], entry["folder"]
         self.path = folder / self.folder / "adapter_model.safetensors"
-        self.config = task_config(folder, entry)
+        self.config = check_task(folder, entry, manifest)
         with not_a_task(self.path):
             self._file = safe_open(self.path, "pt")
-        keys = set(self._file.keys())
-        held = {key.removeprefix(_PREFIX).rpartition(".jumplora_")[0] for key in keys}
-        self.shapes = {name: shape for name, shape in manifest.base_model["layers"].items() if name in held}
-        if not self.shapes:
-            raise ValueError(f"{self.path} holds none of the layers that stack.json names")
+        self.shapes = {name: (rows, columns) for name, (rows, columns) in manifest.base_model["layers"].items()}
         # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
-        self.others = sorted(key for key in keys if ".jumplora_" not in key)
-        for layer in self.shapes:  # hashes tell damage; a stack that somebody made may have right ones
-            with not_a_task(self.path):
-                self._check(layer)
-
-    def _check(self, layer: str) -> None:
-        (out_features, in_features), (A, B) = self.shapes[layer], (self._shape(layer, name) for name in "AB")
-        r, _ = rank_and_alpha(self.config, layer)
-        if [[r, in_features], [out_features, r]] != [A, B] or r < 1:
-            raise ValueError(
-                f"the factors of {layer}, {A} and {B}, are not those of rank {r} of a layer {self.shapes[layer]}"
-            )
-        support = self.config.support or {}
-        if self.config.gate and self._shape(layer, "support") != [support[layer][0]]:
-            raise ValueError(f"the support of {layer} is not of the size that its config says")
-
-    def _shape(self, layer: str, name: str) -> list[int]:
-        return self._file.get_slice(f"{_PREFIX}{layer}.jumplora_{name}").get_shape()
+        self.others = sorted(key for key in self._file.keys() if ".jumplora_" not in key)  # noqa: SIM118
 
     def _tensor(self, layer: str, name: str) -> torch.Tensor:
         return self._file.get_tensor(f"{_PREFIX}{layer}.jumplora_{name}")
@@ -71,12 +50,12 @@ class TaskFile:
     def support(self, layer: str) -> torch.Tensor:
         """Which entries the update keeps: bool [out, in]."""
         code = self.code(layer)
-        shape = tuple(self.shapes[layer])
+        shape = self.shapes[layer]
         return torch.ones(shape, dtype=torch.bool) if code is None else decode_support(code, shape)
 
     def update(self, layer: str) -> torch.Tensor:
         """scaling * B A on the support: float32 [out, in], the same bits as the layer in memory adds."""
-        total = torch.zeros(tuple(self.shapes[layer]))
+        total = torch.zeros(self.shapes[layer])
         self.add_update(total, layer)
         return total
 
@@ -88,7 +67,7 @@ class TaskFile:
         if code is None:
             total += (B @ A).mul_(scaling)
         else:
-            add_at(total, B @ A, decode_index(code, tuple(self.shapes[layer])), scaling)
+            add_at(total, B @ A, decode_index(code, self.shapes[layer]), scaling)
 
     def sizes(self) -> dict[str, float]:
         """Bytes: `file` on disk, `factors` A and B in float32, `support` as coded, `entropy` that a code needs at least

@@ -21,21 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from ..tuner import JumpLoraConfig, fold_finished, named_layers
+from ..tuner import fold_finished, named_layers
 from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
+from .disk import MANIFEST
 from .manifest import (
-    MANIFEST,
     MERGED,
     Manifest,
     check_base,
-    file_sha256,
     is_folder,
     merged_before,
     read_manifest,
-    stack_support_sha256,
 )
 from .save import STRATEGIES
+from .verify import check_task, not_a_task, task_config, verify
 
 
 _REASONS = {
@@ -108,19 +107,19 @@ def load_base(
     dtype = manifest.base_model.get("dtype")
     if dtype in ("float32", "bfloat16", "float16") and not {"dtype", "torch_dtype"} & model_kwargs.keys():
         model_kwargs["dtype"] = dtype
+    model_kwargs.setdefault("trust_remote_code", False)  # the default asks on the terminal, and `y` runs the code
     if isinstance(base_model, (str, os.PathLike)):
-        architecture = getattr(transformers, manifest.base_model["architecture"], None)
-        known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
-        if not known or not base_model:
+        architecture = architecture_class(manifest.base_model["architecture"])
+        if architecture is None or not str(base_model):
             raise ValueError(
-                f"{where}: the base {manifest.base_model['architecture']} is no class of transformers or has no name; "
-                "pass the model itself as base_model="
+                f"{where}/{MANIFEST}: the base {manifest.base_model['architecture']} is no model class of transformers "
+                "or has no name; pass the model itself as base_model="
             )
         lookup = {key: value for key, value in model_kwargs.items() if key in _LOOKUP}
         try:
             config = transformers.AutoConfig.from_pretrained(base_model, **lookup)
             # Loaded under this class, another kind of model would be filled up with defaults: seven billion weights.
-            if isinstance(config, architecture.config_class):  # type: ignore[arg-type]
+            if isinstance(config, architecture.config_class):
                 base_model = architecture.from_pretrained(base_model, **model_kwargs)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
@@ -132,6 +131,13 @@ def load_base(
     assert isinstance(base_model, nn.Module)
     check_base(manifest, base_model, where)
     return as_plain_floats(base_model)
+
+
+def architecture_class(name: str) -> Any:
+    """The model class of transformers of this name, or None."""
+    found = getattr(transformers, name, None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known and isinstance(getattr(found, "config_class", None), type) else None
 
 
 def base_is_here(name: str, where: str) -> None:
@@ -153,26 +159,47 @@ def open_stack(
     Raises:
         FileNotFoundError: no stack there. ValueError: as [`load_stack`].
     """
+    folder, manifest = find_manifest(path, revision)
+    chosen = _choose(manifest, tasks, folder)
+    on_hub = not os.path.isdir(path)
+    if on_hub:
+        needed = [f"{task['folder']}/{name}" for task in chosen for name in task["files"] if name != STRATEGIES]
+        download(path, folder, needed)
+    for task in chosen:
+        verify(folder, task, skip=(STRATEGIES,) if on_hub else ())  # older stacks list it among the files
+        check_task(folder, task, manifest)
+    return folder, manifest, chosen
+
+
+def find_manifest(
+    path: str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> tuple[Path, Manifest]:
+    """The folder with a stack's stack.json, alone so far of a repository on the Hub, and its content.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`open_stack`].
+    """
     if os.path.isdir(path):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
         folder = Path(path)
     else:
         with looked_up(path, revision):
-            folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision)).parent
-    manifest = read_manifest(folder)
-    chosen = _choose(manifest, tasks, folder)
-    on_hub = not os.path.isdir(path)
-    if on_hub:  # the folder's name in the cache is the commit: the tag may move meanwhile
-        needed = [f"{task['folder']}/{name}" for task in chosen for name in task["files"] if name != STRATEGIES]
-        try:
-            snapshot_download(str(path), revision=folder.name, allow_patterns=needed)
-        except LocalEntryNotFoundError as error:
-            names = ", ".join(task["folder"] for task in chosen)
-            raise FileNotFoundError(f"{path}: {names} cannot be downloaded and not all is cached ({error})") from error
-    for task in chosen:
-        verify(folder, task, skip=(STRATEGIES,) if on_hub else ())  # older stacks list it among the files
-    return folder, manifest, chosen
+            folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision, token=token)).parent
+    return folder, read_manifest(folder)
+
+
+def download(path: str | os.PathLike, folder: Path, names: list[str], token: str | None = None) -> None:
+    """Bring files that stack.json lists into the cache beside it.
+
+    Raises:
+        FileNotFoundError: the Hub cannot be reached and not all of them are there.
+    """
+    try:  # the folder's name in the cache is the commit: the tag may move meanwhile
+        snapshot_download(str(path), revision=folder.name, allow_patterns=names, token=token)
+    except LocalEntryNotFoundError as error:
+        parts = ", ".join(dict.fromkeys(name.split("/")[0] for name in names))
+        raise FileNotFoundError(f"{path}: {parts} cannot be downloaded and not all is cached ({error})") from error
 
 
 @contextmanager
@@ -188,30 +215,6 @@ def looked_up(path: str | os.PathLike, revision: str | None) -> Iterator[None]:
 def why_not(error: Exception) -> str:
     """Why the Hub did not give something, in words that say what to do."""
     return next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
-
-
-@contextmanager
-def not_a_task(path: Path) -> Iterator[None]:
-    """Errors about what a task's file holds become a ValueError that names it: hashes may be right, tensors missing."""
-    try:
-        yield
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the stack: {error}") from error
-
-
-def task_config(folder: Path, task: dict[str, Any]) -> JumpLoraConfig:
-    """The adapter config of a verified task. Raises ValueError that names the file if it is not the stack's."""
-    path = folder / task["folder"] / "adapter_config.json"
-    with not_a_task(path):
-        config = JumpLoraConfig.from_pretrained(str(path.parent))
-        if not isinstance(config, JumpLoraConfig):
-            raise ValueError(f"it is a {type(config).__name__}")
-        sizes = (config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values())
-        if not all(isinstance(size, (int, float)) for size in sizes):
-            raise ValueError("ranks and alphas are numbers")
-    if stack_support_sha256(config.support) != task["support_sha256"]:
-        raise ValueError(f"{path}: its supports are not those of stack.json")
-    return config
 
 
 def attach(
@@ -289,58 +292,3 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
     if not chosen:
         raise ValueError(f"tasks={tasks!r} chooses none of {', '.join(manifest.task_names)}")
     return chosen
-
-
-def verify(folder: Path, task: dict[str, Any], skip: tuple[str, ...] = ()) -> None:
-    """Raise ValueError, naming the file, unless every file of a task is there and has the sha256 of the manifest."""
-    for name, expected in task["files"].items():
-        if name not in skip:
-            path = folder / task["folder"] / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; stack.json lists it")
-            _check_sha256(path, expected)
-
-
-def state_file(folder: Path, tasks: list[dict[str, Any]]) -> Path | None:
-    """What the strategies remembered after the last of these tasks, verified; None if they remembered nothing.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    last = tasks[-1]
-    path = folder / last["folder"] / STRATEGIES
-    if "state" not in last:  # older stacks list it among the files
-        return path if STRATEGIES in last["files"] else None
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: it is what the method remembered of its tasks. A stack keeps it after its newest "
-            "task only; if this is an earlier state of a repository (a tag whose push was late), take a newer one"
-        )
-    _check_sha256(path, last["state"])
-    return path
-
-
-def verify_stack(folder: str | os.PathLike) -> Manifest:
-    """Check every file of a stack in a folder: stack.json, the tasks', and those beside stack.json that are there.
-
-    Raises:
-        FileNotFoundError: no stack there. ValueError: a file is missing or damaged; the message names it.
-    """
-    manifest = read_manifest(folder)
-    for task in manifest.tasks:
-        verify(Path(folder), task)
-    if manifest.tasks:
-        state_file(Path(folder), manifest.tasks)
-    for name, expected in manifest.files.items():
-        if (Path(folder) / name).is_file() and file_sha256(Path(folder) / name) != expected:
-            raise ValueError(
-                f"{Path(folder) / name} is damaged, or was changed since stack.json was written (by hand, or by a run "
-                "that was killed meanwhile: start it again)"
-            )
-    return manifest
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    found = file_sha256(path)
-    if found != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, stack.json says {expected}")

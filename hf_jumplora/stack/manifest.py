@@ -2,27 +2,27 @@
 
 import hashlib
 import json
+import logging
 import os
-import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..schema import StackFile, check, read_json, short
 from ..tuner import named_layers
 from ..tuner.peft_compat import in_out_features
 from ..tuner.sharded_parameters import full_shape, whole
+from .disk import MANIFEST, check_seal, file_sha256, finish_sealed, sealed_text, waiting, write_atomic
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
-MANIFEST = "stack.json"
-FOLDER = re.compile(r"task_\d{3,}")
 MERGED = "hf_jumplora_merged"  # key of a merged model's config
 TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json")
-_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
-_NEEDED = {"adapter_config.json", "adapter_model.safetensors", "task.json"}
 
 
 @dataclass
@@ -68,93 +68,37 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             f"{path} does not exist: {folder} holds no adapter stack (it is another folder, or that of a run which has "
             "not finished a task yet)"
         )
-    try:
-        content = path.read_bytes()
-        data = json.loads(content)
-        if data["format_version"] not in (1, FORMAT_VERSION):
-            raise ValueError(
-                f"{path} has format version {data['format_version']}, this hf_jumplora reads up to {FORMAT_VERSION}"
-            )
-        if data["format_version"] > 1:
-            found, expected = _seal(content), data.pop("sha256")
-            if found != expected:
-                raise ValueError(f"{path} is damaged: its sha256 is {found}, it says itself {expected}")
-        manifest = Manifest(**data)
-        if any("/" in name or "\\" in name or ".." in name for name in manifest.files):
-            raise ValueError(f"{path} names files that are not of this folder: {sorted(manifest.files)}")
-        base = manifest.base_model
-        if not {"name_or_path", "revision", "architecture"} <= set(base) or not isinstance(base["layers"], dict):
-            raise ValueError(f"{path}: the description of the base model is not complete")
-        for task in manifest.tasks:
-            # Content from the Hub is data: no file outside of the task's own folder can be named.
-            if not FOLDER.fullmatch(task["folder"]) or any("/" in f or "\\" in f or ".." in f for f in task["files"]):
-                raise ValueError(f"{path} names a folder or file that is not a task's: {task['folder']!r}")
-            if (
-                not all(isinstance(task[key], str) for key in ("name", "support_sha256"))
-                or not set(task["files"]) >= _NEEDED
-            ):
-                raise ValueError(f"{path}: the entry of {task['folder']} is not complete")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    return manifest
-
-
-def _seal(content: bytes) -> str | None:
-    """The sha256 that stack.json of these bytes must end with; None when it does not end as it should."""
-    end = _SEAL.search(content)
-    return hashlib.sha256(content[: end.start(1)]).hexdigest() if end else None
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that killed runs leave no heap of them
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:  # a full disk: the file that was there stays
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path, files: bool = False) -> None:
-    """Have the names in a folder, and with `files` the content of its files, on the disk before what comes next."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    for path in [*(sorted(folder.iterdir()) if files else ()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that it appears whole or not at all."""
-    write_atomic(path, json.dumps(data, indent=2) + "\n")
+    content = path.read_bytes()
+    data = read_json(path, content)
+    if not isinstance(data, dict) or data.get("format_version") not in (1, FORMAT_VERSION):
+        version = data.get("format_version") if isinstance(data, dict) else None
+        raise ValueError(
+            f"{path} is damaged, or of format version {short(version)}: this hf_jumplora reads up to {FORMAT_VERSION}"
+        )
+    if data["format_version"] > 1:
+        check_seal(path, content, data)
+    check(StackFile, path, data)
+    if unknown := sorted(data.keys() - {field.name for field in fields(Manifest)}):
+        raise ValueError(f"{path} has keys that this version of hf_jumplora does not know: {short(unknown)}")
+    return Manifest(**data)
 
 
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
-    """Write stack.json: the moment at which a task belongs to the stack. The files beside it are hashed as they are."""
+    """Write stack.json: the moment at which a task belongs to the stack. The files beside it are hashed as they are;
+    those of [`write_beside`] take their place at the same moment."""
     folder = Path(folder)
     manifest.format_version = FORMAT_VERSION
-    manifest.files = {name: file_sha256(folder / name) for name in TOP_FILES if (folder / name).is_file()}
-    text = json.dumps({**asdict(manifest), "sha256": "0" * 64}, indent=2)
-    head, tail = text[: -64 - 3], text[-3:] + "\n"  # the zeros' place
-    write_atomic(folder / MANIFEST, f"{head}{hashlib.sha256(head.encode()).hexdigest()}{tail}")
+    files = {name: folder / name for name in TOP_FILES} | waiting(folder, TOP_FILES)
+    manifest.files = {name: file_sha256(files[name]) for name in TOP_FILES if files[name].is_file()}
+    try:
+        write_atomic(folder / MANIFEST, sealed_text(asdict(manifest)))
+    except OSError:
+        finish_sealed(folder, TOP_FILES)  # those that would have been valid with it are not
+        raise
+    try:
+        finish_sealed(folder, TOP_FILES)
+    except OSError as error:  # all of it is valid already: readers find the files where they wait
+        logger.warning("%s: files get their names at the next start (%s)", folder, error)
 
 
 def is_folder(name: str) -> bool:
@@ -177,7 +121,7 @@ def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, d
         path = f"{task['folder']}/adapter_config.json"
         if not (Path(folder) / path).is_file():
             raise ValueError(f"{Path(folder) / path} is missing; stack.json lists it")
-        config = json.loads((Path(folder) / path).read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / path)
         if (config.get("base_model_name_or_path") or "") != name:
             changed[path] = json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True)
             digest = hashlib.sha256(changed[path].encode()).hexdigest()

@@ -1,20 +1,20 @@
 """Merging a stack into a plain model folder: the base's files are copied, each adapted weight is rewritten in place."""
 
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..schema import read_json, short
+from .disk import MANIFEST, copy_atomic, write_json
 from .files import only_updates, total_update
-from .load import base_is_here, why_not
+from .load import architecture_class, base_is_here, why_not
 from .manifest import (
     MERGED,
     Manifest,
@@ -24,7 +24,6 @@ from .manifest import (
     probe_differs,
     probe_values,
     untouched_weight,
-    write_json,
 )
 from .operations import free_folder, new_folder, open_tasks
 
@@ -38,14 +37,15 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = path
+        try:
+            with safe_open(path, "pt"):  # checks the header: its length, and that the tensors lie in the file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file ({error})") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-        try:
-            self.tensors = json.loads(header)
-            self.tensors.pop("__metadata__", None)
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file ({error})") from error
+            self.tensors = read_json(path, file.read(length))
+        self.tensors.pop("__metadata__", None)
         self.start = 8 + length
 
     def read(self, name: str) -> torch.Tensor:
@@ -99,18 +99,17 @@ def merge_stack(
     only_updates(chosen, "a merge on disk")
     source = _base_folder(manifest, base_model, str(path))
     skeleton = _skeleton(manifest, source, str(path))
-    shards = [Shard(file) for file in sorted(source.glob("*.safetensors"))]
-    if not shards:
-        raise ValueError(f"{source} has no .safetensors files; save the base with save_pretrained() first")
+    shards = [Shard(file) for file in _weight_files(source)]
     modules, folders = dict(skeleton.named_modules()), {task.folder for task in chosen}
     where = {layer: _find(shards, f"{layer}.weight", source) for task in chosen for layer in task.shapes}
     _check_probe(manifest, skeleton, shards, source, str(path))
     with new_folder(out) as temporary:
-        for file in source.iterdir():  # not copied: files in folders, and weights in other formats
-            if file.is_file() and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS[:-1]):
-                shutil.copyfile(file, temporary / file.name)
+        for file in source.iterdir():  # not copied: files in folders, and weights that transformers does not load
+            other = file.suffix == ".safetensors" and file not in [shard.path for shard in shards]
+            if file.is_file() and not other and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS[:-1]):
+                copy_atomic(file, temporary / file.name)
         merged = merged_before(skeleton.config, [entry for entry in manifest.tasks if entry["folder"] in folders])
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_json(source / "config.json")
         write_json(temporary / "config.json", {**config, MERGED: merged})
         copies = {shard.path: Shard(temporary / shard.path.name) for shard in shards}
         for layer, (shard, name) in where.items():
@@ -122,6 +121,29 @@ def merge_stack(
             weight[touched] = (weight[touched].to(wide) + delta[touched]).to(weight.dtype)
             copies[shard.path].write(name, weight)
     return len(where)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The files that transformers loads a model's weights from: other .safetensors files beside them are none of it.
+
+    Raises:
+        ValueError: there is none, or the index names one that is not there.
+    """
+    index = source / "model.safetensors.index.json"
+    if (source / "model.safetensors").is_file():
+        return [source / "model.safetensors"]
+    if not index.is_file():
+        raise ValueError(f"{source} has no model.safetensors; save the base with save_pretrained() first")
+    data = read_json(index)
+    weights = data.get("weight_map") if isinstance(data, dict) else None
+    names = (
+        sorted(set(weights.values()))
+        if isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+        else []
+    )
+    if wrong := [name for name in names or [""] if Path(name).name != name or not (source / name).is_file()]:
+        raise ValueError(f"{index} names {short(wrong[0])}, which is no file beside it")
+    return [source / name for name in names]
 
 
 def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where: str) -> Path:
@@ -142,11 +164,11 @@ def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where
 def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
     """The base without memory, after its architecture and shapes have been compared with the manifest's."""
     expected = manifest.base_model["architecture"]
-    architecture: Any = getattr(transformers, expected, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise ValueError(f"{where}: the base {expected} is no class of transformers; use load_stack(merge=True)")
+    architecture = architecture_class(expected)
+    if architecture is None:
+        raise ValueError(f"{where}/{MANIFEST}: the base {expected} is no model class of transformers; use load_stack()")
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: its base model {source} cannot be loaded; pass base_model= ({error})") from error
     if expected not in (config.architectures or []):

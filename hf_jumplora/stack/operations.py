@@ -1,6 +1,5 @@
 """Operations on stacks in folders: overlaps, parts of a stack, another order, differences between two."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,10 +11,13 @@ from typing import Any
 import torch
 
 from ..ops.sparse import pack_bits, unpack_bits
+from ..schema import read_json
+from .disk import copy_atomic, explained, file_sha256, sync_folder, write_atomic, write_json
 from .files import TaskFile
 from .load import open_stack
-from .manifest import Manifest, file_sha256, library_versions, write_atomic, write_json, write_manifest
+from .manifest import Manifest, library_versions, write_manifest
 from .save import STRATEGIES
+from .verify import task_description
 
 
 _CHUNK = 1 << 20  # counts of so many entries are exact in float32
@@ -55,9 +57,13 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{target} cannot be made; nothing was written ({error})") from error
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        os.replace(temporary, target)
+        with explained(target):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for folder in [*(path for path in temporary.iterdir() if path.is_dir()), temporary]:
+                sync_folder(folder, files=True)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -141,9 +147,7 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
     result = Manifest(
         manifest.base_model, manifest.method, manifest.additive, versions=library_versions(), separate=manifest.separate
     )
-    infos = {name: json.loads((source / name / "task.json").read_text()) for name in folders}
-    if wrong := [name for name, info in infos.items() if not isinstance(info, dict)]:
-        raise ValueError(f"{source / wrong[0] / 'task.json'} does not describe a task")
+    infos = {name: task_description(source, entries[name]) for name in folders}
 
     def pair(name: str, other: str, key: str) -> float:
         later, earlier = sorted((name, other), key=old.index, reverse=True)
@@ -157,14 +161,16 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
             info = {**infos[name], "folder": new, "index": number}
             for key in {"collision", "overlap"} & set(info):
                 info[key] = [pair(name, other, key) for other in folders[:number]]
-            config = json.loads((source / name / "adapter_config.json").read_text())
+            config = read_json(source / name / "adapter_config.json")
             config["parent_adapters"] = [f"task_{k:03d}" for k in range(number)]
             for file in entries[name]["files"]:
                 if file not in ("adapter_config.json", "task.json", "README.md", STRATEGIES):
-                    shutil.copyfile(source / name / file, target / file)
+                    copy_atomic(source / name / file, target / file)
             write_json(target / "adapter_config.json", config)
             write_json(target / "task.json", info)
-            write_atomic(target / "README.md", (source / name / "README.md").read_text().replace(name, new))
+            write_atomic(
+                target / "README.md", (source / name / "README.md").read_text("utf-8", "replace").replace(name, new)
+            )
             files = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
             kept = {key: value for key, value in entries[name].items() if key != "state"}
             result.tasks.append({**kept, "folder": new, "files": files})

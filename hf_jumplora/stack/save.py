@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from ..tuner.lookup import adapter_config
-from .manifest import file_sha256, stack_support_sha256, sync_folder, write_atomic, write_json
+from .disk import file_sha256, sync_folder, write_atomic, write_json
+from .manifest import stack_support_sha256
 
 
 STRATEGIES = "strategies.safetensors"

@@ -16,7 +16,7 @@ _CHOICES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`]; the Trainer's own work too.
 
@@ -56,6 +56,8 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     model_card_template: str | None = field(
         default=None, metadata={"help": "A Jinja file in place of model_card_template.md for the stack's README.md."}
     )
+
+    __repr__ = Seq2SeqTrainingArguments.__str__  # hides tokens, where a dataclass shows them
 
     def __post_init__(self):
         check_compiler(self)

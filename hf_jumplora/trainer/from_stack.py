@@ -1,25 +1,27 @@
 """From a stack to the plan of a run that adds tasks to it, on any machine."""
 
-import json
-import shutil
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..data import LanguageModelTask, Task, TextTask
 from ..data.tasks import PastTask
 from ..methods import get_method
-from ..stack.load import load_base, looked_up, state_file, verify
-from ..stack.manifest import MANIFEST, portable, read_manifest, write_atomic, write_json
+from ..schema import RunFile, check, check_adapter_config, short, stored_arguments
+from ..stack.disk import MANIFEST, copy_atomic, file_sha256, read_sealed, sealed_path
+from ..stack.load import download, find_manifest, load_base
+from ..stack.manifest import TOP_FILES, portable, read_manifest
+from ..stack.save import STRATEGIES
+from ..stack.verify import check_task, state_file, task_description, verify
 from ..tuner import JumpLoraConfig
 from .plan import RunPlan, check_tasks, make_plan
-from .record import METRICS, RUN, task_settings
+from .record import METRICS, RUN, in_use, read_metrics, rewrite, task_settings
 
 
 def find_stack(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -28,19 +30,16 @@ def find_stack(path: str | Path, revision: str | None = None, token: str | None 
     Raises:
         FileNotFoundError: no stack there. ValueError: it is no stack of a run.
     """
+    source, manifest = find_manifest(path, revision, token)
     if not Path(path).is_dir():
-        wanted = [MANIFEST, METRICS, RUN, "task_*/*"]
-        with looked_up(path, revision):
-            source = Path(HfApi(token=token).snapshot_download(str(path), revision=revision, allow_patterns=wanted))
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
-    else:
-        source = Path(path)
-    method = read_manifest(source).method
+        listed = [f"{task['folder']}/{name}" for task in manifest.tasks for name in task["files"]]
+        last = manifest.tasks[-1:]
+        download(path, source, [METRICS, RUN, *listed, *(f"{task['folder']}/{STRATEGIES}" for task in last)], token)
+    method = manifest.method
     if get_method(method).mode == "joint":
         raise ValueError(f"{path} was trained on all tasks at once ({method}); no task can be added to that")
     for name in (METRICS, RUN):
-        if not (source / name).is_file():
+        if not (source / name).is_file() and name not in manifest.files:
             raise ValueError(f"{path} has no {name}, without which it cannot be continued")
     return source
 
@@ -59,16 +58,41 @@ def copy_stack(source: Path, folder: Path) -> None:
         if ours.tasks[: len(same.tasks)] != same.tasks:
             raise ValueError(f"{folder} holds another stack: use another output_dir")
         return
-    for task in theirs.tasks:  # all of them first: nothing is left behind of a damaged stack
-        verify(source, task)
-    files = [f"{task['folder']}/{name}" for task in theirs.tasks for name in task["files"]]
+    files = {f"{task['folder']}/{name}": None for task in theirs.tasks for name in task["files"]}
     if (state := state_file(source, theirs.tasks)) is not None:
-        files.append(str(state.relative_to(source)))
-    for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
-    for name in (METRICS, RUN, MANIFEST):
-        write_atomic(folder / name, (source / name).read_text(encoding="utf-8"))
+        files[str(state.relative_to(source))] = None
+    copies = {name: source / name for name in files} | {name: sealed_path(source, name) for name in (METRICS, RUN)}
+    there = [*folder.glob("task_*"), *(folder / name for name in TOP_FILES)]
+    for path in sorted(path for place in there for path in ([place] if place.is_file() else place.glob("*"))):
+        name = path.relative_to(folder).as_posix()
+        if not path.name.startswith(".") and (name not in copies or file_sha256(path) != file_sha256(copies[name])):
+            raise ValueError(f"{folder} holds {name}, which would be replaced: use another output_dir")
+    for name, path in copies.items():
+        copy_atomic(path, folder / name)
+    copy_atomic(source / MANIFEST, folder / MANIFEST)
+
+
+def check_stack(source: Path) -> dict[str, Any]:
+    """Check all of a stack that a run goes on from; returns its settings, the content of run.json.
+
+    Raises:
+        ValueError: a file is damaged, or is not what it should be; the message names it.
+    """
+    manifest = read_manifest(source)
+    for task in manifest.tasks:
+        verify(source, task)
+        check_task(source, task, manifest)
+        task_description(source, task)
+    state_file(source, manifest.tasks)
+    read_metrics(source)
+    path = source / RUN
+    settings = check(RunFile, path, read_sealed(source, RUN))
+    names = [value.split()[0] for value in task_settings(settings)]
+    if names[: len(manifest.tasks)] != manifest.task_names:
+        raise ValueError(f"{path} is of the tasks {short(names)}, stack.json of {short(manifest.task_names)}")
+    config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
+    check_adapter_config(path, config, JumpLoraConfig)
+    return settings
 
 
 def plan_from_stack(
@@ -90,8 +114,8 @@ def plan_from_stack(
     folder = Path(output_dir)
     with PartialState().main_process_first():  # the others find it in the cache
         source = find_stack(path, revision, options.get("hub_token"))
-    manifest, settings = read_manifest(source), json.loads((source / RUN).read_text())
-    stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
+        settings = check_stack(source)  # nothing is left behind of a damaged stack
+    manifest, stored = read_manifest(source), stored_arguments(source / RUN, settings, args_cls)
     known_args = {f.name for f in fields(args_cls) if f.init}
     differ = [
         f"args.{key}: {stored[key]!r} there, {value!r} now"
@@ -115,37 +139,37 @@ def plan_from_stack(
         if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
             how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
     base_model = load_base(manifest, base_model, str(path), **how)
-    with PartialState().main_process_first():  # the others find it there
-        copy_stack(source, folder)
+    with PartialState().main_process_first(), in_use(folder) if PartialState().is_main_process else nullcontext():
+        copy_stack(source, folder)  # the others find it there
+        manifest, settings = read_manifest(folder), read_sealed(folder, RUN)
+        if PartialState().is_main_process:
+            _forget_other_plans(folder, settings, tasks, manifest.task_names)
 
-    manifest, settings = read_manifest(folder), json.loads((folder / RUN).read_text())
     known = task_settings(settings)
     names, given = manifest.task_names, {task.name: task for task in tasks}
     everything: list[Any] = [
         given.get(name, PastTask(name, digest=known[n].split()[-1])) for n, name in enumerate(names)
     ]
     everything += [task for task in tasks if task.name not in names]
-    if PartialState().is_main_process:
-        planned = [task for task in everything if not task.held_out]
-        _forget_other_plans(folder, settings, planned, len(names))
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}
     settable = {f.name for f in fields(JumpLoraConfig) if f.init} - {"peft_type", "parent_adapters", "support"}
     if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
-        processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path)
+        processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path, trust_remote_code=False)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
     return make_plan(base_model, everything, manifest.method, args, processing_class, adapter_config=adapter, **own)
 
 
-def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any], finished: int) -> None:
+def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any], finished: list[str]) -> None:
     """Take tasks that were planned, but neither trained nor given now, out of run.json and metrics.json."""
     known = task_settings(settings)
-    keep = finished
-    while keep < min(len(known), len(tasks)) and known[keep] == f"{tasks[keep].name} {tasks[keep].fingerprint()}":
+    planned = [task for task in tasks if not getattr(task, "held_out", False) and task.name not in finished]
+    now = [f"{task.name} {task.fingerprint()}" for task in planned]
+    keep = len(finished)
+    while keep < min(len(known), len(finished) + len(now)) and known[keep] == now[keep - len(finished)]:
         keep += 1
     if keep == len(known) or any(folder.glob("checkpoints/*/checkpoint-*")):
         return
-    result = json.loads((folder / METRICS).read_text())
+    result = read_sealed(folder, METRICS)
     result |= {"tasks": result["tasks"][:keep], "matrix": [row[:keep] for row in result["matrix"]]}
-    write_json(folder / METRICS, result)
     dropped = {f"task {number}" for number in range(keep, len(known))}
-    write_json(folder / RUN, {key: value for key, value in settings.items() if key not in dropped})
+    rewrite(folder, {METRICS: result, RUN: {key: value for key, value in settings.items() if key not in dropped}})

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -21,20 +22,27 @@ from ..methods import get_method
 from ..metrics.derived import derive
 from ..report import write_report
 from ..report.report import PICTURES
-from ..stack.load import state_file, verify
-from ..stack.manifest import (
+from ..schema import MetricsFile, RunFile, check, read_json
+from ..stack.disk import (
     MANIFEST,
+    finish_sealed,
+    read_sealed,
+    sealed_path,
+    write_atomic,
+    write_beside,
+    write_json,
+)
+from ..stack.manifest import (
     TOP_FILES,
     Manifest,
     check_base,
     describe_base,
     library_versions,
     read_manifest,
-    write_atomic,
-    write_json,
     write_manifest,
 )
 from ..stack.save import drop_states, save_task
+from ..stack.verify import check_task, state_file, task_description, verify
 from ..strategies.base import join_states
 from .arguments import argument
 from .plan import RunPlan
@@ -109,15 +117,15 @@ class RunFolder:
             )
         for task in tasks:
             verify(self.path, task)
-            info = json.loads((self.path / task["folder"] / "task.json").read_text())
+            check_task(self.path, task, self.manifest)
+            info = task_description(self.path, task)
             self.trained.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
         state = state_file(self.path, tasks)
         return tasks, {} if state is None else load_file(state)
 
     def _read_general(self) -> list[dict[str, float]]:
         """Without the scores of held-out tasks that are other ones now."""
-        path = self.path / METRICS
-        result = json.loads(path.read_text()) if path.is_file() else {}
+        result = read_metrics(self.path) or {}
         before, now = result.get("held_out", {}), self._held_out()
         changed = {name for name in now if before.get(name) != now[name]}
         return [
@@ -168,7 +176,7 @@ class RunFolder:
         result |= {"trained": self.trained, "data": plan.describe(), "general": self.general}
         result["held_out"] = self._held_out()
         if PartialState().is_main_process:
-            write_json(self.path / METRICS, result)
+            write_beside(self.path, METRICS, result)
             write_report(self.path, result)
             if self.manifest is not None:
                 self._write_card(result)
@@ -178,7 +186,7 @@ class RunFolder:
     def _write_card(self, result: dict[str, Any]) -> None:
         assert self.manifest is not None
         path = self.path / RUN
-        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings = read_json(path) if path.is_file() else {}
         pictures = [name for name in PICTURES if (self.path / name).is_file()]
         template = argument(self.plan.args, "model_card_template")
         card = stack_card(self.manifest, result, settings, self.repo_id or ".", pictures, template)
@@ -200,6 +208,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / RUN
     settings = json.loads(json.dumps(settings, default=str))
+    finish_sealed(folder, TOP_FILES)
     if not (folder / MANIFEST).is_file():
         _check_free(folder)
     if not (folder / MANIFEST).is_file() and not any(folder.glob("checkpoints/*/checkpoint-*")):
@@ -209,10 +218,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     if not path.is_file():
         raise ValueError(f"{folder} holds a stack but no {RUN}: it cannot be continued; use another output_dir")
-    try:
-        before = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+    before = check(RunFile, path, read_sealed(folder, RUN))
     added = {key for key in settings if key.startswith("task ") and key not in before}
     finished = len(read_manifest(folder).tasks) if (folder / MANIFEST).is_file() else 0
     inside = sorted(folder.glob(f"checkpoints/task_{finished:03d}/checkpoint-*"))
@@ -240,7 +246,33 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if added and get_method(settings["method"]).mode == "joint":
         raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
     if added or moved:
-        write_json(path, {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}})
+        rewrite(folder, {RUN: {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}}})
+
+
+def rewrite(folder: Path, files: dict[str, Any]) -> None:
+    """Change JSON files beside stack.json, {name: content}, under its seal: all of them or none.
+
+    Raises:
+        ValueError: one of the others is damaged; it would be sealed as it is.
+    """
+    for name in {RUN, METRICS} - files.keys():
+        sealed_path(folder, name)
+    for name, data in files.items():
+        write_beside(folder, name, data)
+    if (folder / MANIFEST).is_file():
+        write_manifest(folder, read_manifest(folder))
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """The content of metrics.json, checked; None for a new run.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / METRICS
+    if not path.is_file() and not (folder / MANIFEST).is_file():
+        return None
+    return check(MetricsFile, path, read_sealed(folder, METRICS))
 
 
 def _check_free(folder: Path) -> None:
@@ -284,27 +316,53 @@ def in_use(folder: Path) -> Iterator[None]:
 
 def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
     """The accuracy matrix so far, row 0 before any training; empty for a new run. None for `tasks` that were added."""
-    path = folder / METRICS
-    if not path.is_file():
-        return []
-    try:
-        return [row + [None] * (tasks - len(row)) for row in json.loads(path.read_text())["matrix"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); use another output_dir") from error
+    result = read_metrics(folder)
+    return [row + [None] * (tasks - len(row)) for row in result["matrix"]] if result else []
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a task. Its trainer_state.json is written last, and not at once: a process that
-    is killed meanwhile leaves an empty one."""
+    """The newest complete checkpoint of a task. A process that is killed while it writes one, or a power cut soon
+    after, leaves files missing, empty or cut: such a checkpoint does not count, and the one before it does."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if (problem := _incomplete(path)) is None:
+            return path
+        logger.warning("%s is not complete (%s): it is not used", path, problem)
+    return None
 
-    def complete(path: Path) -> bool:
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to go on exactly where it was written; None if nothing."""
+    try:
+        if not read_json(checkpoint / TRAINER_STATE_NAME):  # written last
+            return f"{TRAINER_STATE_NAME} is empty"
+    except (ValueError, OSError) as error:
+        return str(error)
+    engine = any(checkpoint.glob("global_step*"))  # DeepSpeed keeps the optimizer's state there
+    for needed in (
+        *(() if engine else ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors")),
+        "rng_state*.pth",
+    ):
+        if not any(checkpoint.glob(needed)):
+            return f"{needed} is missing"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
         try:
-            return bool(json.loads(path.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return False
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{path.name}: {error}"
+    for path in sorted(checkpoint.rglob("*.pt*")):
+        if path.is_file() and not _whole_zip(path):
+            return f"{path.name} is damaged, cut or empty"
+    return None
 
-    saved = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if complete(path)]
-    return max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+def _whole_zip(path: Path) -> bool:
+    """Whether a file of torch.save is whole: it is a zip archive with a check sum of each part."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+        return False
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ class ContinualRun:
         if self.args.push_to_hub:
             self.pusher = start_push(self.output_dir, self.args)
             self.record.repo_id = self.pusher.repo_id
-            held.callback(self.pusher.finish)
+            held.push(self.pusher.end)
 
     def _train(self) -> dict[str, Any]:
         plan, record, stages = self.plan, self.record, self.plan.stages()

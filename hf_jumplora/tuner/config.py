@@ -7,6 +7,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from ..ops.dispatch import BACKENDS
+from ..schema import check_adapter_config, read_json
 
 
 class JumpLoraPeftType(str, enum.Enum):
@@ -160,6 +161,10 @@ class JumpLoraConfig(PeftConfig):
             )
         # Where the config was loaded from, so that parents standing beside it can be found. Not a field: never saved.
         self.origin: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json_file(cls, path_json_file, **kwargs):
+        return check_adapter_config(path_json_file, read_json(path_json_file), cls)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

@@ -118,7 +118,13 @@ class JumpLoraModel(BaseTuner):
             with real_parameters():
                 self.inject_adapter(model, parent)
                 model.peft_config = self.peft_config  # type: ignore[assignment]  # BaseTuner does the same once it is complete
-                set_peft_model_state_dict(model, weights, parent)
+                result: Any = set_peft_model_state_dict(model, weights, parent)
+            missing = [key for key in result.missing_keys if f".{parent}" in key]
+            if missing or result.unexpected_keys:
+                raise ValueError(
+                    f"{os.path.join(path, beside or '', 'adapter_model.safetensors')} does not fit: missing "
+                    f"{missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+                )
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

@@ -17,8 +17,8 @@ from hf_jumplora.cli import main
 from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import Pusher
 from hf_jumplora.stack import load_stack, merge_stack, read_manifest
-from hf_jumplora.stack.load import verify
 from hf_jumplora.stack.manifest import portable
+from hf_jumplora.stack.verify import verify
 
 
 TAGS = ["task-000", "task-001", "task-002"]

@@ -28,8 +28,9 @@ from hf_jumplora.stack import (
     subset,
     verify_stack,
 )
+from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.export import low_rank
-from hf_jumplora.stack.manifest import file_sha256, stack_support_sha256, write_manifest
+from hf_jumplora.stack.manifest import stack_support_sha256, write_manifest
 from hf_jumplora.trainer.scoring import evaluate_task
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from hf_jumplora import ContinualRun, load_stack
 from hf_jumplora.cli import main
 from hf_jumplora.stack import merge_stack, read_manifest, write_manifest
-from hf_jumplora.stack.manifest import file_sha256
+from hf_jumplora.stack.disk import file_sha256
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_task_json_that_is_none(copied, tmp_path, capsys):
     manifest.tasks[0]["files"]["task.json"] = file_sha256(copied / "task_000" / "task.json")
     write_manifest(copied, manifest)
     error = refused(capsys, tmp_path, "subset", copied, "--tasks", "size", "--out", tmp_path / "out")
-    assert "task.json does not describe a task" in error
+    assert "task.json is damaged" in error
 
 
 def test_going_on_from_a_damaged_stack_leaves_nothing(copied, tmp_path):

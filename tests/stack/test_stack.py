@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from hf_jumplora import load_stack
 from hf_jumplora.stack import read_manifest
-from hf_jumplora.stack.manifest import file_sha256
+from hf_jumplora.stack.disk import file_sha256
 
 
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9]])
@@ -293,14 +293,14 @@ def test_base_without_a_name(stack):
 )
 def test_folder_outside_of_the_stack(folder, stack):
     edit(stack, lambda data: data["tasks"][0].update(folder=folder))
-    with pytest.raises(ValueError, match=r"stack\.json names a folder or file that is not a task's"):
+    with pytest.raises(ValueError, match=r"stack\.json is damaged, or made by somebody else \(tasks\.0\."):
         load_stack(stack)
 
 
 @pytest.mark.parametrize("file", ["../../secret", "/etc/passwd", "a/b", "a\\b", ".."])
 def test_file_outside_of_the_folder(file, stack):
     edit(stack, lambda data: data["tasks"][0]["files"].update({file: "0" * 64}))
-    with pytest.raises(ValueError, match=r"stack\.json names a folder or file that is not a task's"):
+    with pytest.raises(ValueError, match=r"stack\.json is damaged, or made by somebody else \(tasks\.0\."):
         load_stack(stack)
 
 
@@ -387,17 +387,17 @@ def test_full_disk_at_every_write(toy_base, tmp_path, monkeypatch):
 
     def run(folder):
         made = toy.make_run(toy_base, folder, stream=toy.tasks(2))
-        commit = made._commit
+        commit = made.record._commit
 
-        def counted(name, task_folder):  # only what is written at the second task's end
+        def counted(model, task_folder):  # only what is written at the second task's end
             disk.count, on = 0, task_folder == "task_001"
             disk.left = limit if on else None
             try:
-                commit(name, task_folder)
+                commit(model, task_folder)
             finally:
                 disk.left = None
 
-        made._commit = counted
+        made.record._commit = counted
         made.train()
 
     limit = 1

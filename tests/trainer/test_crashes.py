@@ -16,7 +16,7 @@ from test_run import RESTART, files
 
 import hf_jumplora.stack.manifest as manifest_module
 from hf_jumplora.stack import load_stack, read_manifest
-from hf_jumplora.stack.load import verify
+from hf_jumplora.stack.verify import verify
 
 
 def start(*arguments):
@@ -99,7 +99,7 @@ def test_full_disk(file, straight, toy_base, monkeypatch, tmp_path):
 
             def fsync(handle):
                 path = os.readlink(f"/proc/self/fd/{handle}")
-                if path.endswith(f".{file}.tmp") and (tmp_path / "task_001").exists():
+                if file in path and path.endswith(".tmp") and (tmp_path / "task_001").exists():
                     raise full
                 return sync(handle)
 
