@@ -102,7 +102,8 @@ def gated_linear(
         if mix == 0 and free is None:
             return low_rank_linear(x, weight, bias, A, B, log_tau, scaling)
         mix = torch.full((1,), mix, device=x.device)  # filled there: nothing is copied, nothing waits
-    mix = mix.to(x.device, torch.float32, non_blocking=True).reshape(1)
+    if mix.device != x.device or mix.dtype != torch.float32 or mix.dim() != 1:
+        mix = mix.to(x.device, torch.float32, non_blocking=True).reshape(1)
     fold = backend == "triton-fold"
     return gated_linear_fused(x, weight, bias, A, B, log_tau, mix=mix, free=free, fold=fold, **options)
 

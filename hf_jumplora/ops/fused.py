@@ -14,6 +14,7 @@ While f = 0 the update is B A: LoRA's way, nothing of size [out, in] (`low_rank_
 the GPU: no wait for it, and no recompilation when they change.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -28,7 +29,7 @@ def _compute(
     from jumplora_kernels import forward
 
     base = None
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         if weight is not None and not fold:
             base = F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
             weight = bias = None
@@ -42,7 +43,7 @@ def _compute_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     from jumplora_kernels import backward
 
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         grad_x, grad_A, grad_B, grad_log_tau = backward(
             grad_y, x, weight, A, B, _tau(log_tau), mix, scaling=scaling, bandwidth=bandwidth,
             threshold_grad="mean" if mean else "sum", free=free, needs_x=needs_x, needs_tau=needs_tau,
@@ -52,9 +53,14 @@ def _compute_gradients(
     return nothing if grad_x is None else grad_x, grad_A, grad_B, grad_log_tau
 
 
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _tau(log_tau: torch.Tensor) -> torch.Tensor:
     """Of float32 [1]. torch.exp and not the kernel's: Triton's is approximate, and one ulp of tau moves entries."""
-    return log_tau.detach().float().exp().reshape(1)
+    return log_tau.float().exp().view(1)
 
 
 # Opaque to torch.compile. Without it, the functions themselves: a custom operator costs as much as several launches.
@@ -73,29 +79,36 @@ def _(grad_y, x, weight, A, B, log_tau, mix, scaling, bandwidth, mean, free, fol
     return grad_x, torch.empty_like(A), torch.empty_like(B), grad_log_tau
 
 
-def _setup(ctx, inputs, output):
-    x, weight, _, A, B, log_tau, mix, *ctx.options, free, ctx.fold = inputs
+def _save(ctx, x, weight, bias, A, B, log_tau, mix, scaling, bandwidth, mean, free, fold):
     ctx.save_for_backward(x, weight, A, B, log_tau, mix, free)
+    ctx.options, ctx.fold = (scaling, bandwidth, mean), fold
+
+
+def _setup(ctx, inputs, output):
+    _save(ctx, *inputs)
 
 
 def _backward(gradients, ctx, grad_y):
     x, weight, A, B, log_tau, mix, free = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    needs = needs_x, ctx.needs_input_grad[5]
-    grad_x, *grads, grad_log_tau = gradients(
-        grad_y, x, weight, A, B, log_tau, mix, *ctx.options, free, ctx.fold, *needs
+    needs_x, needs_weight, needs_bias, _, _, needs_tau = ctx.needs_input_grad[:6]
+    grad_x, grad_A, grad_B, grad_log_tau = gradients(
+        grad_y, x, weight, A, B, log_tau, mix, *ctx.options, free, ctx.fold, needs_x, needs_tau
     )
     grad_weight = grad_y.T @ x if needs_weight else None
     grad_bias = grad_y.sum(0) if needs_bias else None
-    return grad_x if needs[0] else None, grad_weight, grad_bias, *grads, grad_log_tau if needs[1] else None, *[None] * 6
+    grads = grad_x if needs_x else None, grad_weight, grad_bias, grad_A, grad_B, grad_log_tau if needs_tau else None
+    return *grads, *[None] * 6
 
 
 _forward.register_autograd(partial(_backward, _gradients), setup_context=_setup)
 
 
 class _GatedLinear(torch.autograd.Function):
-    forward = staticmethod(_compute)
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def forward(ctx, *args):  # with a `setup_context`, `apply` looks at signatures for as long as a launch takes
+        _save(ctx, *args)
+        return _compute(*args)
+
     backward = staticmethod(partial(_backward, _compute_gradients))
 
 
@@ -104,7 +117,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, log_tau, scaling):
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             inner = x @ A.to(x.dtype).T
             scaled = (B * scaling).to(x.dtype)
             if weight is None:
@@ -124,7 +137,7 @@ class _LowRankLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_y = grad_y.contiguous()
         grad_x = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             grad_inner = grad_y @ (B * ctx.scaling).to(x.dtype)
             if needs_x and weight is None:
                 grad_x = grad_inner @ A.to(x.dtype)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 # First byte of a code: this value means "plain bitmap", any other is the Rice parameter, plus _UNSET where the code
@@ -113,6 +114,25 @@ def decode_index(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     kept = np.ones(numel, dtype=bool)
     kept[index] = False
     return torch.from_numpy(np.flatnonzero(kept))
+
+
+# Code on a GPU -> (its version, the packed bits). A task that has just ended is decoded several times, for its density,
+# to be merged and to be folded, and on the host a layer of 4096 x 4096 takes a tenth of a second.
+_known_bits = WeakTensorKeyDictionary()
+
+
+def remember_support(code: torch.Tensor, mask: torch.Tensor) -> None:
+    """Keep the bits of `mask` beside the code that was just made of it, as long as there is the code, on a GPU."""
+    if code.device.type != "cpu":
+        _known_bits[code] = code._version, pack_bits(mask)
+
+
+def support_index(code: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """As [`decode_index`]; of a code that [`remember_support`] knows, on its device."""
+    version, bits = _known_bits.get(code, (None, None))
+    if bits is None or version != code._version:
+        return decode_index(code, shape)
+    return unpack_bits(bits, 0, math.prod(shape)).nonzero().view(-1)
 
 
 def _set_bits(packed: np.ndarray, count: int | None = None) -> np.ndarray:

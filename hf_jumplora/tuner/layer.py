@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import gated_linear
-from ..ops.sparse import encode_support, pack_bits, sparse_linear, support_sha256
+from ..ops.sparse import encode_support, pack_bits, remember_support, sparse_linear, support_sha256
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 from .peft_compat import BufferDict, freeze, in_out_features, start_inactive
@@ -210,8 +210,10 @@ class JumpLoraLayer(AdapterUpdates):
 
     def finish(self, adapter: str) -> list:
         """Record the support of a trained adapter and freeze it; returns [bytes, sha256] for its config."""
-        code = encode_support(self.support(adapter))
+        mask = self.support(adapter)
+        code = encode_support(mask)
         self.jumplora_support[adapter] = code.to(self.jumplora_A[adapter].device)
+        remember_support(self.jumplora_support[adapter], mask)
         if adapter in self.jumplora_free:
             del self.jumplora_free[adapter]
         self.finished.forget_past()

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..ops.sparse import add_at, decode_index, support_sha256, unpack_bits
+from ..ops.sparse import add_at, support_index, support_sha256, unpack_bits
 from .config import JumpLoraConfig
 from .finished import FinishedUpdates
 from .gate import Float32ParameterDict, JumpGate
@@ -119,7 +119,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         return self.mask_free(adapter, D.abs() > self.gate(adapter).log_tau.detach().exp())
 
     def _saved_index(self, adapter: str) -> torch.Tensor:
-        """Flat indices of the entries that a finished adapter keeps, int64 [kept] on the CPU; errors as [`support`]."""
+        """Flat indices of the entries that a finished adapter keeps, int64 [kept]; errors as [`support`]."""
         code, entry = self.jumplora_support[adapter], self.configs[adapter].support
         expected = entry[self.layer_name][1] if entry else None
         found = support_sha256(code)
@@ -128,7 +128,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
                 f"adapter {adapter!r}, layer {self.layer_name}: the saved support has sha256 {found}, its config "
                 f"says {expected}; the file is damaged or belongs to another adapter"
             )
-        return decode_index(code, (self.out_features, self.in_features))
+        return support_index(code, (self.out_features, self.in_features))
 
     def mask_free(self, adapter: str, mask: torch.Tensor) -> torch.Tensor:
         """`mask` [out, in] without the entries that hard isolation closes to this adapter."""

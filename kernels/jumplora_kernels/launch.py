@@ -25,6 +25,8 @@ RANK_CHUNK = 16  # ranks of one product in the gate; up to here gradients are re
 BLOCK_ENTRIES = 1 << 26  # of a layer's rows that are in memory at a time: 128 MiB in half precision, 256 in float32
 PARTS_BYTES = 64 << 20  # of partial sums of a penalty that are in memory at a time
 
+_FLOAT32_RESULT = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+
 # Triton decides at decoration, so this and not the environment says how the kernels of this module run.
 INTERPRETED = isinstance(kernels.gate_grad_kernel, InterpretedFunction)
 
@@ -76,7 +78,7 @@ def forward(
     _check_added(y, (x.shape[0], B.shape[0]))
     x = x.contiguous()
     for start, stop, rows in _update_rows(x, weight, A, B, tau, mix, free, scaling):
-        target = y[:, start:stop]
+        target = y if len(rows) == y.shape[1] else y[:, start:stop]
         if add_to is not None:
             target.addmm_(x, rows.T)
         elif bias is not None:
@@ -127,7 +129,7 @@ def backward(
         if add_to is not None:
             _check_added(add_to, tuple(x.shape))
         for start, stop, rows in _update_rows(x, weight, A, B, tau, mix, free, scaling):
-            part = grad_y[:, start:stop]
+            part = grad_y if len(rows) == grad_y.shape[1] else grad_y[:, start:stop]
             grad_x = part @ rows if grad_x is None else grad_x.addmm_(part, rows)
     numel = B.shape[0] * A.shape[1]
     tau_factor = -1 / bandwidth / (numel if threshold_grad == "mean" else 1) if needs_tau else 0.0
@@ -147,7 +149,7 @@ def penalty(A: Tensor, B: Tensor, tau: Tensor, mix: Tensor, G: Tensor, C: Tensor
     A, B, G, C = (t.contiguous() for t in (A, B, G, C))
     (count, rank, width), out_features, k = A.shape, B.shape[1], G.shape[2]
     tile_o, tile_i = (TILES["gate_grad"][side] for side in ("BO", "BI"))
-    tiles_o, tiles_i = triton.cdiv(out_features, tile_o), triton.cdiv(width, tile_i)
+    tiles_o, tiles_i = _cdiv(out_features, tile_o), _cdiv(width, tile_i)
     a_layer = 4 * rank * (tiles_o * width + tiles_i * out_features)
     grad_A, grad_B, values = torch.empty_like(A), torch.empty_like(B), []
     at_once = max(1, PARTS_BYTES // a_layer)
@@ -155,7 +157,7 @@ def penalty(A: Tensor, B: Tensor, tau: Tensor, mix: Tensor, G: Tensor, C: Tensor
         at = slice(start, min(start + at_once, count))
         factors = G[at], C[at], A[at], B[at], tau[at], mix[at]
         layers = at.stop - start
-        parts = A.new_empty(layers, triton.cdiv(out_features, TILES["penalty"]["BO"]), k, k)
+        parts = A.new_empty(layers, _cdiv(out_features, TILES["penalty"]["BO"]), k, k)
         power = max(16, triton.next_power_of_2(k))
         _launch("penalty", (parts.shape[1], layers), A, *factors, parts, out_features, width, R=rank, K=k, KP=power)
         product = parts.sum(1)
@@ -177,11 +179,11 @@ def _update_rows(x, weight, A, B, tau, mix, free, scaling) -> Iterator[tuple[int
     rank, width = A.shape
     blocks = _row_blocks(B.shape[0], width)
     buffer = x.new_empty(blocks[0][1], width)
-    tile_o, tile_i = (TILES["update_rows"][side] for side in ("BO", "BI"))
+    tile_o, tile_i = TILES["update_rows"]["BO"], TILES["update_rows"]["BI"]
     strides = (0, 0) if weight is None else weight.stride()
     for start, stop in blocks:
-        rows = buffer[: stop - start]
-        grid = triton.cdiv(stop - start, tile_o), triton.cdiv(width, tile_i)
+        rows = buffer if len(blocks) == 1 else buffer[: stop - start]
+        grid = _cdiv(stop - start, tile_o), _cdiv(width, tile_i)
         arguments = (weight, A.contiguous(), B.contiguous(), tau, mix, free, rows)
         _launch("update_rows", grid, x, *arguments, start, stop, width, *strides, scaling, R=rank)
         yield start, stop, rows
@@ -191,13 +193,14 @@ def _gate_grads(grad_y, x, A, B, tau, mix, free, scaling, half_bandwidth, tau_fa
     """(dL/dA, dL/dB, dL/dlog_tau or None where tau_factor is 0), by blocks of rows of dL/dE = grad_y^T x."""
     a, b = A.contiguous(), B.contiguous()
     (rank, width), out_features = A.shape, B.shape[0]
-    tile_o, tile_i = (TILES["gate_grad"][side] for side in ("BO", "BI"))
-    small, tiles_i = rank <= RANK_CHUNK, triton.cdiv(width, tile_i)
+    tile_o, tile_i = TILES["gate_grad"]["BO"], TILES["gate_grad"]["BI"]
+    small, tiles_i = rank <= RANK_CHUNK, _cdiv(width, tile_i)
     grad_A, grad_B = (torch.empty_like(t, dtype=torch.float32) for t in (a, b))
     grad_log_tau = tau.new_empty(1) if tau_factor else None
     for start, stop in _row_blocks(out_features, width):
-        tiles_o = triton.cdiv(stop - start, tile_o)
-        grad_E = product(grad_y[:, start:stop].T, x)
+        tiles_o = _cdiv(stop - start, tile_o)
+        whole = stop - start == out_features
+        grad_E = product((grad_y if whole else grad_y[:, start:stop]).T, x)
         parts_A = grad_E.new_empty(tiles_o, rank, width) if small else None
         parts_B = grad_E.new_empty(tiles_i, stop - start, rank) if small else None
         parts_tau = grad_E.new_empty(tiles_o, tiles_i) if tau_factor else None
@@ -217,8 +220,8 @@ def _gate_grads(grad_y, x, A, B, tau, mix, free, scaling, half_bandwidth, tau_fa
             continue
         block = TILES["sum_parts"]["BLOCK"]
         _launch(
-            "sum_parts", (triton.cdiv(sizes[0], block) + triton.cdiv(sizes[1], block) + 1,), x,
-            parts_A, parts_B, parts_tau, tau, grad_A, grad_B[start:stop], grad_log_tau,
+            "sum_parts", (_cdiv(sizes[0], block) + _cdiv(sizes[1], block) + 1,), x,
+            parts_A, parts_B, parts_tau, tau, grad_A, grad_B if whole else grad_B[start:stop], grad_log_tau,
             tiles_o, tiles_i, *sizes, tau_factor, ADD=start > 0,
         )  # fmt: skip
     return grad_A.to(A.dtype), grad_B.to(B.dtype), grad_log_tau
@@ -228,7 +231,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, summed and returned in float32."""
     if left.dtype == torch.float32:
         return left @ right
-    if left.is_cuda and "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None:
+    if left.is_cuda and _FLOAT32_RESULT:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()  # exact, and slow on a GPU: torch below 2.8, or ROCm
 
@@ -252,6 +255,11 @@ def _launch(name: str, grid: tuple[int, ...], x: Tensor, *arguments, **constants
         return
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[grid](*arguments, **constants, **TILES[name])
+
+
+def _cdiv(size: int, tile: int) -> int:
+    """Tiles that cover a size. Triton's own function of this name costs as much as a launch."""
+    return -(-size // tile)
 
 
 def _row_blocks(rows: int, width: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 SIZES = [(37, 45, 70), (5, 130, 33), (1, 8, 8)]  # tokens, out, in
+RESULTS = ("y", "grad_x", "grad_A", "grad_B", "grad_log_tau")
 SCALING = 2.0
 LOG_TAU = -0.4
 BANDWIDTH = 0.2
@@ -86,8 +87,13 @@ def reference(case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_grad
         y = y + x @ case["weight"].double().T
     if case["bias"] is not None:
         y = y + case["bias"].double()
+    # Entries that rounding may put on either side of an edge of the windows: what they may change.
+    half, grad_E = bandwidth / 2, torch.autograd.grad(y, effective, case["grad_y"].double(), retain_graph=True)[0]
+    near = ((delta.abs() - tau).abs() - half).abs() < 3e-6
+    doubt = (tau / bandwidth * mix * grad_E * near * tau).abs().sum() / (delta.numel() if mean else 1)
     grad_x, grad_A, grad_B, grad_tau = torch.autograd.grad(y, (x, A, B, tau), case["grad_y"].double())
     return {
+        "doubt": doubt.detach(),
         "y": y.detach(),
         "grad_x": grad_x,
         "grad_A": grad_A,
@@ -108,7 +114,7 @@ def run(package, case: dict[str, Any], bandwidth: float = BANDWIDTH, threshold_g
         case["grad_y"], case["x"], case["weight"], *gate,
         bandwidth=bandwidth, threshold_grad=threshold_grad, **shared,
     )  # fmt: skip
-    return dict(zip(("y", "grad_x", "grad_A", "grad_B", "grad_log_tau"), (y, *grads), strict=True))
+    return dict(zip(RESULTS, (y, *grads), strict=True))
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, activations: float = 1e-6) -> None:
@@ -116,14 +122,18 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, acti
 
     On a GPU D is a tf32x3 product, a few times less exact, and an entry within its error of tau may change sides.
     """
-    errors = {}
+    errors, doubt = {}, float(expected.get("doubt", 0.0)) if DEVICE != "cpu" else 0.0
+    expected = {name: value for name, value in expected.items() if name != "doubt"}
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
         norm = value.norm()
         errors[name] = float((actual[name].double() - value).norm() / (norm if norm > 0 else 1.0))
     limits = {"y": activations, "grad_x": activations, "grad_A": 1e-6, "grad_B": 1e-6, "grad_log_tau": 1e-5}
     slack = 1 if DEVICE == "cpu" else 10
-    assert all(error <= slack * limits[name] for name, error in errors.items()), errors
+    allowed = {name: slack * limits[name] for name in errors}
+    if doubt:
+        allowed["grad_log_tau"] += doubt / float(expected["grad_log_tau"].abs().sum())
+    assert all(error <= allowed[name] for name, error in errors.items()), (errors, doubt)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 16, 70])
@@ -174,7 +184,7 @@ def test_the_additive_form(package):
     )  # fmt: skip
     assert actual is y
     assert grads[0] is grad_x
-    assert_close(dict(zip(expected, (y, *grads), strict=True)), expected)
+    assert_close(dict(zip(RESULTS, (y, *grads), strict=True)), expected)
     with pytest.raises(ValueError, match="add_to is not contiguous"):
         package.forward(case["x"], None, None, *gate, **options, add_to=y[:, 1:])
 
@@ -299,7 +309,7 @@ def test_penalty(package, monkeypatch, rank, k, mix):
         monkeypatch.setattr(package.launch, "PARTS_BYTES", size)
         for name, found, right in zip(("value", "A", "B"), package.penalty(A, B, tau, f, G, C), expected, strict=True):
             error = (found.double() - right).norm() / right.norm().clamp_min(1e-30)
-            assert error <= (1e-6 if DEVICE == "cpu" else 2e-3), (name, size, error)  # tf32 on a GPU
+            assert error <= (1e-6 if DEVICE == "cpu" else 5e-3), (name, size, error)  # tf32 on a GPU: 3e-3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_jumplora.ops import sparse
 from hf_jumplora.ops.sparse import (
     add_at,
     decode_index,
@@ -253,3 +254,15 @@ def test_operators_obey_their_schema(which):
         arguments = (x, W, None, A, B, log_tau, mix, 4.0, 1e-3, True, None)
     results = torch.library.opcheck(op, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_known_bits_are_used_as_long_as_the_code_is_the_same(monkeypatch):
+    """On a GPU (here the check of the device is taken out) a code just made is not decoded on the host."""
+    mask = torch.rand(30, 40, generator=torch.Generator().manual_seed(0)) < 0.2
+    code = sparse.encode_support(mask)
+    monkeypatch.setattr(sparse, "_known_bits", {code: (code._version, sparse.pack_bits(mask))})
+    monkeypatch.setattr(sparse, "decode_index", lambda code, shape: "decoded")
+    assert torch.equal(sparse.support_index(code, (30, 40)), mask.flatten().nonzero().view(-1))
+    assert sparse.support_index(code.clone(), (30, 40)) == "decoded"
+    code[-1] ^= 1
+    assert sparse.support_index(code, (30, 40)) == "decoded"
