@@ -25,11 +25,13 @@ test-all: $(VENV)/.installed
 	$(RUN) -m pytest tests/kernels tests/convergence -m "slow or not slow"
 	$(RUN) -m pytest --ignore tests/kernels --ignore tests/convergence -m "slow or not slow"
 
-# On a GPU, with a torch built for it (TORCH=...): the kernels as they are, not interpreted, and the timing table.
+# On a GPU, with a torch built for it (TORCH=...): the kernels as they are, not interpreted, then what a layer, a step of
+# 7B shapes and the end of a task cost (docs/performance.md).
 test-gpu: $(VENV)/.installed
 	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'no GPU, or a torch without CUDA or ROCm'"
-	$(RUN) -m pytest tests/kernels tests/convergence/test_backends.py
-	$(RUN) benchmarks/layer.py
+	$(RUN) -m pip install --quiet pytest-xdist
+	$(RUN) -m pytest -n auto tests/kernels tests/convergence/test_backends.py
+	$(RUN) benchmarks/gpu.py
 
 # The lowest and the newest versions that pyproject.toml lets in, each in an environment of its own, which is made anew.
 LOWEST := transformers==5.10.1 peft==0.21.0 accelerate==1.10.0 trl==1.0.0 datasets==4.7.0

@@ -157,7 +157,7 @@ def models(rounds: int, num_layers: int) -> None:
     note(f"once a task, s: { ({name: round(value, 4) for name, value in once.items()}) }")
     append("7B once", setting, **{name: round(value, 5) for name, value in once.items()})
     from hf_jumplora.stack.load import merge_finished
-    from hf_jumplora.tuner import finish_adapter, fold_finished
+    from hf_jumplora.tuner import finish_adapter
 
     set_mix(jump, "default", 1.0)
     ends = {"finish": seconds(lambda: finish_adapter(jump, "default", "task_000"))}
@@ -166,7 +166,6 @@ def models(rounds: int, num_layers: int) -> None:
     ends["unmerge"] = seconds(jump.unmerge_adapter)
     note(f"end of a task, s: { ({name: round(value, 3) for name, value in ends.items()}) }")
     append("7B task end", setting, **{name: round(value, 3) for name, value in ends.items()})
-    del fold_finished
 
 
 def curvature(folder: str | None) -> None:
@@ -195,7 +194,8 @@ def curvature(folder: str | None) -> None:
         ids = torch.randint(0, 40000, (1, length), generator=generator)
         labels = ids.clone()
         labels[:, :-3] = -100
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        rows.append({key: value.to(DEVICE) for key, value in row.items()})
     kfac = KFac(memory=64)
 
     def examples(count, rows_=None, batch=1, **options):
@@ -203,7 +203,7 @@ def curvature(folder: str | None) -> None:
 
     for task in range(2):
         took = seconds(lambda: kfac.on_task_end(peft, "default", examples))
-        note(f"curvature after task {task}, 512 examples, {30} layers: {took:.2f} s")
+        note(f"curvature after task {task}, 512 examples: {took:.2f} s")
         append("curvature", {"examples": 512, "rank": 64, "task": task}, seconds=round(took, 3))
 
 
