@@ -159,6 +159,7 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
             target = temporary / new
             target.mkdir()
             info = {**infos[name], "folder": new, "index": number}
+            info.pop("layers", None)  # its collisions are with the tasks of the whole stack
             for key in {"collision", "overlap"} & set(info):
                 info[key] = [pair(name, other, key) for other in folders[:number]]
             config = read_json(source / name / "adapter_config.json")

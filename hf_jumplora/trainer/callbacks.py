@@ -1,5 +1,8 @@
 """What happens between the steps of a task: the gate's schedule, and the strategies' hooks."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -70,3 +73,16 @@ class StrategyCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.strategies:
             strategy.on_step_end(model, self.adapter)
+
+
+class HistoryCallback(TrainerCallback):
+    """Appends what a task's trainer logs of its steps to the run's history.jsonl (see `report/folder.py`)."""
+
+    def __init__(self, path: Path, task: str):
+        self.path, self.task = path, task
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"task": self.task, "step": state.global_step, **numbers}) + "\n")

@@ -19,6 +19,8 @@ from ..data.encoder import encode_tasks
 from ..hub import Pusher, push_options, push_stack, start_push
 from ..methods import Method
 from ..report import table
+from ..report.folder import read_run
+from ..report.page import write_page
 from ..stack.load import attach
 from ..strategies import Strategy
 from ..strategies.base import state_of
@@ -121,6 +123,11 @@ class ContinualRun:
         self.pusher: Pusher | None = None
         self.truncated: dict[str, int] = {}  # texts that were cut, by task
 
+    # What a run was told, by the names it had before there was a plan; the plan is what counts, so none can be set.
+    tasks = property(lambda self: self.plan.tasks)
+    config = property(lambda self: self.plan.config)
+    strategies = property(lambda self: self.plan.strategies)
+
     @classmethod
     def from_stack(
         cls,
@@ -208,6 +215,7 @@ class ContinualRun:
             # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
             self.model = attach(self.model.unload(), self.output_dir, record.stack_tasks)
         if PartialState().is_main_process:
+            write_page(self.output_dir / "report.html", [read_run(self.output_dir)])
             print(table(result, plan.method.name))
         return result
 

@@ -14,10 +14,12 @@ from transformers import Trainer, set_seed
 from .. import metrics as formulas
 from ..data import TextTask
 from ..ops.sparse import decode_support
+from ..report.folder import HISTORY
 from ..stack.load import merge_finished
 from ..strategies.base import Examples
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, runnable, sharding
+from .callbacks import HistoryCallback
 from .plan import RunPlan
 from .record import newest_checkpoint
 
@@ -37,6 +39,7 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
         mixed = strategy.training_data(mixed, index, train_sets[:index])
     before = set(model.peft_config)
     trainer: Any = task_trainer(plan, model, checkpoints, index, train_dataset=mixed)
+    trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, plan.stages()[index][0]))
     examples = functools.partial(trainer.examples, own=len(train_sets[index]))
     _call_strategies(plan, model, "on_task_start", examples)
     last = newest_checkpoint(checkpoints)
@@ -139,25 +142,32 @@ def describe_task(
     }
 
 
-def _overlaps(model: Any, stack: Path, index: int) -> dict[str, list[float]]:
-    """Collision rate and overlap of the support of finished task number `index` with each earlier one's.
+def _overlaps(model: Any, stack: Path, index: int) -> dict[str, Any]:
+    """Collision rate and overlap of the support of finished task number `index` with each earlier one's; `layers`:
+    {layer: its density and its collision rates}.
 
     The supports of the earlier tasks are read from the stack, one layer of one task at a time.
     """
     name = f"task_{index:03d}"
     shared, sizes, mine, entries = [0] * index, [0] * index, 0, 0
+    layers: dict[str, dict[str, Any]] = {}
     with ExitStack() as opened:
         paths = [stack / f"task_{k:03d}" / "adapter_model.safetensors" for k in range(index)]
         files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
         for layer_name, layer in named_layers(model, name):
-            support = layer.support(name).cpu()
-            mine, entries = mine + int(support.sum()), entries + support.numel()
+            support, both = layer.support(name).cpu(), []
+            kept, size = int(support.sum()), support.numel()
+            mine, entries = mine + kept, entries + size
             for k, file in enumerate(files):
                 code = file.get_tensor(f"base_model.model.{layer_name}.jumplora_support")
                 other = decode_support(code, (layer.out_features, layer.in_features))
                 sizes[k] += int(other.sum())
-                shared[k] += int((other & support).sum())
+                both.append(int((other & support).sum()))
+                shared[k] += both[k]
+            collision = [round(formulas.collision_rate(n, size), 6) for n in both]
+            layers[layer_name] = {"density": round(kept / size, 6), "collision": collision}
     return {
+        "layers": layers,
         "collision": [formulas.collision_rate(shared[k], entries) for k in range(index)],
         "overlap": [formulas.overlap(shared[k], sizes[k], mine) for k in range(index)],
     }
