@@ -207,11 +207,22 @@ def roots(sketches: torch.Tensor, rank: int) -> torch.Tensor:
     shift = torch.where(norm > 0, shift, torch.ones_like(shift))
     Y = Y + shift * T
     core = T.T @ Y
-    lower = torch.linalg.cholesky((core + core.mT) / 2 + shift * torch.eye(core.shape[-1], device=core.device))
+    lower = _cholesky((core + core.mT) / 2, shift)
     X = torch.linalg.solve_triangular(lower, Y.mT, upper=False).mT
     values, scaled = _largest(X, rank)
     kept = ((values - shift.flatten(1)).clamp_min(0) / values.clamp_min(1e-300)).sqrt()
     return torch.where(norm > 0, scaled * kept[:, None], 0.0).to(sketches.dtype)
+
+
+def _cholesky(core: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Of positive matrices [layers, n, n] but for rounding: with shift [layers, 1, 1] added to the diagonal, or ten
+    times as much where that is not enough."""
+    eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    for factor in (1, 10, 100):
+        lower, failed = torch.linalg.cholesky_ex(core + factor * shift * eye)
+        if not failed.any():  # one wait for all layers of a shape
+            return lower
+    return torch.linalg.cholesky(core + 1000 * shift * eye)
 
 
 def joined_roots(old: torch.Tensor, new: torch.Tensor, rank: int) -> torch.Tensor:

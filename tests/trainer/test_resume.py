@@ -204,7 +204,7 @@ def test_what_cannot_go_on(two, toy_run, toy_base, tmp_path):
         ContinualRun.from_stack(toy_run.output_dir, new, shutil.copytree(two, tmp_path / "b"), base_model=toy_base)
     damaged = shutil.copytree(two, tmp_path / "c")
     (damaged / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"has no run\.json"):
+    with pytest.raises(ValueError, match=r"run\.json is missing"):
         ContinualRun.from_stack(damaged, new, tmp_path / "d", base_model=toy_base)
     other = AutoModelForCausalLM.from_pretrained(toy_base)
     other.get_input_embeddings().weight.data.add_(1.0)

@@ -8,6 +8,7 @@ import torch
 import toy
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
@@ -113,8 +114,12 @@ def test_one_run_a_folder(toy_base, tmp_path):
 def test_half_written_checkpoint(tmp_path):
     """A process killed while it wrote trainer_state.json: the checkpoint before is the newest."""
     for step, text in ((2, '{"global_step": 2}'), (10, ""), (11, '{"global_st')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(text)
+        save_file({"A": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert newest_checkpoint(tmp_path / "checkpoint-2") is None
 
