@@ -38,7 +38,7 @@ def test_the_end_of_a_task_waits_for_layers_not_for_examples():
     """64 examples and 60 layers: a support is coded in three waits, everything else is asked for at once."""
     end = counted("jumplora-best")["end"]
     coding = sum(n for where, n in end.waits.items() if "ops/sparse.py" in where)
-    assert end.waits.total() - coding <= 5
+    assert end.waits.total() - coding <= 8
     assert coding <= 4 * 60
     assert end.by_name["_linalg_eigh"] <= 8
     assert end.by_name["_linalg_svd"] == 0

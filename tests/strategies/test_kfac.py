@@ -203,7 +203,7 @@ def test_curvature_costs_batches_and_shapes_not_examples_and_layers(toy_base):
         counts.append(count)
     padding = 8 * 64  # `cat`s take any number of tensors, but each row is padded by itself
     assert counts[1].operations - counts[0].operations <= padding
-    assert counts[0].waits.total() == counts[1].waits.total() <= 4
+    assert counts[0].waits.total() == counts[1].waits.total() <= 3 + 3  # of the batch; of three shapes of matrices
     assert counts[1].by_name["_linalg_eigh"] <= 4
     assert counts[1].by_name["_linalg_svd"] == 0
 
