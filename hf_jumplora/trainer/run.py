@@ -127,6 +127,9 @@ class ContinualRun:
     tasks = property(lambda self: self.plan.tasks)
     config = property(lambda self: self.plan.config)
     strategies = property(lambda self: self.plan.strategies)
+    encoder = property(lambda self: self.plan.encoder)
+    data_collator = property(lambda self: self.plan.data_collator)
+    manifest = property(lambda self: self.record.manifest)
 
     @classmethod
     def from_stack(

@@ -584,3 +584,18 @@ def test_evaluating_before_the_finished_tasks_are_loaded(toy_base, tmp_path):
         again.evaluate()
     again.train()
     assert again.evaluate() == {"size": matrix[-1][0]}
+
+
+def test_what_a_run_was_told_by_its_old_names(toy_run):
+    """For one version; they can be read, and none can be set without effect."""
+    with pytest.warns(FutureWarning, match="scoring now"):
+        from hf_jumplora.trainer import evaluation
+    with pytest.warns(FutureWarning, match=r"hf_jumplora\.data now"):
+        from hf_jumplora.trainer import tasks
+    assert evaluation.evaluate_task.__module__ == "hf_jumplora.trainer.scoring"
+    assert tasks.Encoder is type(toy_run.encoder)
+    for name in ("tasks", "config", "strategies", "encoder"):
+        assert getattr(toy_run, name) is getattr(toy_run.plan, name)
+        with pytest.raises(AttributeError):
+            setattr(toy_run, name, None)
+    assert toy_run.manifest.task_names == ["size", "light", "mood"]
