@@ -18,7 +18,7 @@ from .config import JumpLoraConfig
 from .gate import JumpGate
 from .layer import JumpLoraLayer
 from .lookup import gate_groups
-from .sharded_parameters import assign, full_shape, gathered
+from .sharded_parameters import assign, full_shape, gathered, whole
 
 
 ENTRIES = 1 << 18  # of all layers together
@@ -120,7 +120,7 @@ class DensitySample:
         """Fraction of all entries with |D| > tau, as the sample has it: a scalar on the device."""
         shares = []
         for (gate, _), magnitudes, size in zip(self.gates, self._magnitudes(), self._sizes, strict=True):
-            share = (magnitudes > gate.log_tau.exp()).float().mean()
+            share = (magnitudes > whole(gate.log_tau).exp()).float().mean()
             shares.append(share * (size / sum(self._sizes)))
         return torch.stack([share.to(shares[0].device) for share in shares]).sum()
 
