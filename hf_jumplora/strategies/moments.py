@@ -257,7 +257,9 @@ def _moments(model, adapter, examples, tokens, seed, rank):
         if seed is not None:
             outputs.append((name, get_gradient_edge(output)))
         x = args[0]
-        if x is last[0] and (first or shares.get(name) == last[1]):
+        # By its memory: DeepSpeed hands each module an object of its own.
+        same = last[0] is not None and x.data_ptr() == last[0].data_ptr() and x.shape == last[0].shape
+        if same and (first or shares.get(name) == last[1]):
             shares[name] = last[1]
             return
         if name in shares:
