@@ -55,34 +55,40 @@ class Batch(NamedTuple):
     numbers: list[int]
 
 
-def batches(examples: Iterable[dict[str, Any]], tokens: int, seq2seq: bool = False) -> Iterator[Batch]:
+def batches(
+    examples: Iterable[dict[str, Any]], tokens: int, seq2seq: bool = False, pad_token: int = 0
+) -> Iterator[Batch]:
     """Examples of similar length joined to batches of at most `tokens` tokens, padded on the right.
 
     Each is a batch of one row. A longer one passes alone; examples with other inputs than PADDING's are joined where
     their shapes are equal. Padding changes nothing but rounding: its rows are masked, in the model and in the moments.
+
+    pad_token: of the model's config: classifiers look for the last token that is another one.
     """
+    padding = PADDING | {"input_ids": pad_token}
     waiting: dict[Any, list[tuple[int, int, dict[str, Any]]]] = defaultdict(list)
     for number, example in enumerate(examples):
         shapes = tuple((key, tuple(value.shape)) for key, value in example.items() if isinstance(value, torch.Tensor))
         rows = len(shapes) == len(example) and all(shape and shape[0] == 1 for _, shape in shapes)
         padded = rows and all(len(shape) == 1 or (key in PADDING and len(shape) == 2) for key, shape in shapes)
-        group: Any = tuple(example) if padded else shapes if rows else (number,)
-        length = max(
-            (value.shape[-1] for value in example.values() if torch.is_tensor(value) and value.ndim), default=1
-        )
-        waiting[group].append((length, number, example))
+        if not rows:
+            mask = example.get("attention_mask")
+            yield Batch(example, [] if mask is None else [mask], [number])
+            continue
+        length = max(shape[-1] for _, shape in shapes)
+        waiting[tuple(example) if padded else shapes].append((length, number, example))
     for entries in waiting.values():
         entries.sort(key=lambda entry: entry[0])
         some: list[tuple[int, int, dict[str, Any]]] = []
         for entry in entries:  # in ascending length: the next is the longest
             if some and (len(some) + 1) * entry[0] > tokens:
-                yield _join(some, seq2seq)
+                yield _join(some, seq2seq, padding)
                 some = []
             some.append(entry)
-        yield _join(some, seq2seq)
+        yield _join(some, seq2seq, padding)
 
 
-def _join(some: list[tuple[int, int, dict[str, Any]]], seq2seq: bool) -> Batch:
+def _join(some: list[tuple[int, int, dict[str, Any]]], seq2seq: bool, padding: dict[str, int]) -> Batch:
     numbers, rows = [number for _, number, _ in some], [example for _, _, example in some]
     if len(rows) == 1 and not seq2seq:
         mask = rows[0].get("attention_mask")
@@ -91,9 +97,9 @@ def _join(some: list[tuple[int, int, dict[str, Any]]], seq2seq: bool) -> Batch:
     if seq2seq and widths.get("labels") == widths.get("input_ids"):
         widths["labels"] += 1  # by its length, a layer's input then says whether it is the decoder's
     inputs = {
-        key: torch.cat(
-            [_pad(row[key], widths[key], PADDING.get(key, 0)) if key in widths else row[key] for row in rows]
-        )
+        key: _pad([row[key] for row in rows], widths[key], padding.get(key, 0))
+        if key in widths
+        else torch.cat([row[key] for row in rows])
         for key in rows[0]
     }
     masks = []
@@ -111,8 +117,16 @@ def _join(some: list[tuple[int, int, dict[str, Any]]], seq2seq: bool) -> Batch:
     return Batch(inputs, masks, numbers)
 
 
-def _pad(row: torch.Tensor, width: int | None, value: int) -> torch.Tensor:
-    return row if width in (None, row.shape[-1]) else F.pad(row, (0, width - row.shape[-1]), value=value)
+def _pad(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:
+    """[rows, width] of rows [1, length], filled up with `value`; in as many operations for many rows as for few."""
+    lengths = [row.shape[-1] for row in rows]
+    if set(lengths) == {width}:
+        return torch.cat(rows)
+    ends = torch.tensor(lengths).cumsum(0)[:, None]
+    places, starts = torch.arange(width), ends - torch.tensor(lengths)[:, None]
+    places = torch.where(starts + places < ends, starts + places, ends[-1])  # the last one is the padding
+    flat = F.pad(torch.cat(rows, 1)[0], (0, 1), value=value)
+    return flat[places.to(flat.device, non_blocking=True)]
 
 
 def _ones(lengths: list[int], width: int, device: torch.device) -> torch.Tensor:
@@ -279,10 +293,11 @@ def _moments(model, adapter, examples, tokens, seed, rank):
         for name, layer in layers
     ]
     tokens = tokens or tokens_at_once(next(model.parameters()).device)
-    seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    config: Any = getattr(model, "config", None)
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     try:
         with evaluation(model), torch.set_grad_enabled(seed is not None):
-            for batch in batches(examples, tokens, seq2seq):
+            for batch in batches(examples, tokens, seq2seq, _pad_token(config)):
                 inputs, masks, last = batch.inputs, batch.masks, (None, "")
                 logits = model(**inputs)["logits"]
                 count += len(logits)
@@ -303,6 +318,13 @@ def _moments(model, adapter, examples, tokens, seed, rank):
         raise ValueError("there is no example to take moments from")
     C = {name: c / rows_seen[name].to(c.dtype) for name, c in C.items()}
     return {name: g / count for name, g in G.items()}, C | {name: C[owner] for name, owner in shares.items()}
+
+
+def _pad_token(config: Any) -> int:
+    """The pad token of a model's config, or 0 where it has none that can be embedded."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token = getattr(text, "pad_token_id", None)
+    return token if token is not None and 0 <= token < getattr(text, "vocab_size", 0) else 0
 
 
 def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, test: torch.Tensor | None) -> None:

@@ -5,10 +5,11 @@ import torch
 import toy
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_jumplora import JumpLoraConfig, finish_adapter
 from hf_jumplora.strategies import KFac
-from hf_jumplora.strategies.moments import batches, kronecker_factors
+from hf_jumplora.strategies.moments import _cholesky, _test_matrix, batches, joined_roots, kronecker_factors, roots
 from hf_jumplora.tuner import named_layers, set_mix, set_threshold
 
 
@@ -172,6 +173,60 @@ def test_factors_do_not_depend_on_the_batches(kind, toy_base, toy_t5, relative_e
     assert any(relative_error(other[0][name], single[0][name]) > 1e-2 for name in single[0])
 
 
+@pytest.mark.parametrize("pad_token", [0, 2])
+def test_a_classifier_reads_the_last_token_that_is_no_padding(pad_token, relative_error):
+    """It looks for its config's pad token, not at the mask: another one as padding would be read as the text's end."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=30, num_labels=3, pad_token_id=pad_token, **sizes)
+    model = peft_model(LlamaForSequenceClassification(config), gate=False).eval()
+    examples = [{**example, "labels": torch.tensor([i % 3])} for i, example in enumerate(token_examples(False))]
+    single, whole = (kronecker_factors(model, "default", examples, 0, tokens=n) for n in (1, 10**6))
+    for ours, theirs in zip(whole, single, strict=True):
+        assert all(relative_error(ours[name], theirs[name]) < 1e-5 for name in theirs)
+
+
+def test_what_cannot_be_joined_passes_as_it_is():
+    """Values that are no tensors, of an encoder-decoder model too."""
+    example = {**next(token_examples(True)), "names": ["a"]}
+    (found,) = batches([example], 16, seq2seq=True)
+    assert found.inputs is example
+    assert found.masks[0] is example["attention_mask"]
+
+
+def test_roots_are_those_of_a_singular_value_decomposition():
+    """Of a full matrix, one of lower rank than asked for, and zeros, in one call; and joined to other roots."""
+    rank, d = 6, 80
+    torch.manual_seed(0)
+    factors = torch.randn(3, d, d, dtype=torch.float64) * 0.8 ** torch.arange(d)
+    factors[1, :, 4:], factors[2] = 0, 0
+    M, T = factors @ factors.mT, _test_matrix(d, rank, torch.device("cpu")).double()
+    found = roots(M @ T, rank)
+    for root, matrix in zip(found, M, strict=True):
+        shift = torch.finfo(torch.float32).eps * (matrix @ T).norm()
+        Y = matrix @ T + shift * T
+        if not matrix.any():
+            assert not root.any()
+            continue
+        lower = torch.linalg.cholesky(T.T @ Y + shift * torch.eye(T.shape[1]))
+        U, sigma, _ = torch.linalg.svd(Y @ torch.linalg.inv(lower).T, full_matrices=False)
+        expected = (U * (sigma.square() - shift).clamp_min(0))[:, :rank] @ U[:, :rank].T
+        assert (root @ root.T - expected).norm() <= 1e-9 * expected.norm()
+    both = joined_roots(found, found.flip(0), rank)
+    for root, old, new in zip(both, found, found.flip(0), strict=True):
+        assert (root @ root.T - cut(old @ old.T + new @ new.T)).norm() <= 1e-9 * (old.norm() + new.norm()) ** 2
+
+
+def test_a_core_that_rounding_made_indefinite_gets_a_larger_shift():
+    """Of any matrix of the shape, for all of them alike."""
+    shift = torch.full((2, 1, 1), 1e-3, dtype=torch.float64)
+    core = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, -3e-3]], dtype=torch.float64))
+    lower = _cholesky(core, shift)
+    torch.testing.assert_close(lower @ lower.mT, core + 10 * shift * torch.eye(2))
+    with pytest.raises(torch.linalg.LinAlgError):
+        _cholesky(core - 2 * torch.eye(2), shift)
+
+
 def test_layers_that_share_an_input_share_its_moments(toy_base):
     """q and v: one tensor in memory and one on disk, and a state of before, with every C, loads as it was."""
     model = peft_model(toy.load_base(toy_base), gate=False).eval()
@@ -198,11 +253,12 @@ def test_curvature_costs_batches_and_shapes_not_examples_and_layers(toy_base):
     model = peft_model(toy.load_base(toy_base), gate=False).eval()
     counts = []
     for number in (16, 64):
+        examples = list(token_examples(False, number))
         with Count() as count:
-            kronecker_factors(model, "default", token_examples(False, number), 0, tokens=10**6, rank=4)
+            kronecker_factors(model, "default", examples, 0, tokens=10**6, rank=4)
         counts.append(count)
-    padding = 8 * 64  # `cat`s take any number of tensors, but each row is padded by itself
-    assert counts[1].operations - counts[0].operations <= padding
+    drawn = counts[1].by_name["rand"] - counts[0].by_name["rand"]  # on the CPU, whatever the model's device
+    assert counts[1].operations - counts[0].operations == drawn == 64 - 16
     assert counts[0].waits.total() == counts[1].waits.total() <= 3 + 3  # of the batch; of three shapes of matrices
     assert counts[1].by_name["_linalg_eigh"] <= 4
     assert counts[1].by_name["_linalg_svd"] == 0

@@ -531,7 +531,7 @@ def test_written_files(toy_run):
     folder = toy_run.output_dir
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "task.json"}
-    top = {"stack.json", "metrics.json", "run.json", "README.md", "report.md"}
+    top = {"stack.json", "metrics.json", "run.json", "README.md", "report.md", "report.html", "history.jsonl"}
     drawn = {"matrix.png", "overlap.png"}  # with matplotlib; hub.json: where another test has pushed this run
     assert names - drawn - {"hub.json"} == top | {f"task_00{k}/{name}" for k in range(3) for name in own}
     for name in names:
