@@ -42,15 +42,15 @@ class JumpGate(_Float32):
     def set_mix(self, f: float) -> None:
         """Set f on the device, and remember it here."""
         self.mix.fill_(f)
-        self._known = (self.mix, self._version(), f)
+        self._known = (self.mix, self._mix_version(), f)
 
     @property
     def f(self) -> float:
         """The mix as a number. Waits for the device only when something other than [`set_mix`] has changed it."""
-        if self._known is None or self._known[0] is not self.mix or self._known[1] != self._version():
-            self._known = (self.mix, self._version(), self.mix.item())
+        if self._known is None or self._known[0] is not self.mix or self._known[1] != self._mix_version():
+            self._known = (self.mix, self._mix_version(), self.mix.item())
         return self._known[2]
 
-    def _version(self) -> int:
+    def _mix_version(self) -> int:
         """Of the mix: grows when it is changed in place."""
         return -1 if self.mix.is_inference() else self.mix._version
