@@ -16,7 +16,7 @@ from hf_jumplora.tuner import gate_groups, named_layers, set_threshold
 
 def test_no_method_hides_one_of_torch(gated):
     """`_version` of a module goes into its checkpoint, and a method there took what it hung on along."""
-    metadata = gated.state_dict()._metadata
+    metadata = gated().state_dict()._metadata
     assert {type(entry["version"]) for entry in metadata.values()} == {int}
 
 
