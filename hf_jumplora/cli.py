@@ -17,6 +17,7 @@ COMMANDS = {
     "subset": "write a stack of some of the tasks",
     "remove": "write a stack without some of the tasks",
     "reorder": "write a stack in another order, where order does not matter",
+    "squeeze": "write a stack whose tasks have a lower rank",
     "merge": "write a plain model that holds the updates",
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",

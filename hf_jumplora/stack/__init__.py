@@ -6,6 +6,7 @@ from .manifest import Manifest, read_manifest, write_manifest
 from .merge import merge_stack
 from .operations import diff, remove, reorder, subset
 from .save import save_task
+from .squeeze import squeeze
 from .switch import switch_tasks
 from .verify import verify_stack
 
@@ -22,6 +23,7 @@ __all__ = [
     "remove",
     "reorder",
     "save_task",
+    "squeeze",
     "subset",
     "switch_tasks",
     "verify_stack",

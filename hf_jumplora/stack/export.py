@@ -58,6 +58,38 @@ def low_rank(
     return A, B, 1 - float((M - B @ A).double().square().sum()) / total
 
 
+def cut_factors(
+    A: torch.Tensor, B: torch.Tensor, rank: int | None = None, energy: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best approximation of B A by factors of a lower rank k: (A [k, in], B [out, k], retained energy).
+
+    A [r, in], B [out, r]. From the singular values of the core R_B R_A^T [r, r] of thin QR decompositions, so that
+    nothing of size [out, in] is made. `rank` fixes k (at most r); `energy` takes the smallest k that retains this
+    fraction of ||B A||_F^2. In float64; the results are float32.
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    total = float(S.square().sum())
+    if not total:
+        return A[:1].float() * 0, B[:, :1].float() * 0, 1.0
+    kept = S.square().cumsum(0) / total
+    k = min(rank, len(S)) if rank is not None else int((kept < (energy or 1.0) - 1e-12).sum()) + 1
+    k = min(k, len(S))
+    root = S[:k].sqrt()
+    return ((Q_A @ Vh[:k].T) * root).T.float(), ((Q_B @ U[:, :k]) * root).float(), float(kept[k - 1])
+
+
+def check_rank_or_energy(rank: int | None, energy: float | None, min_energy: float) -> None:
+    """Raise ValueError unless one of `rank` and `energy` is given, and each has a value it can have."""
+    if (rank is None) == (energy is None):
+        raise ValueError("give rank= or energy=, one of the two")
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise ValueError(f"rank is a positive integer and energy a fraction in (0, 1]; got rank={rank} energy={energy}")
+    if not 0 <= min_energy <= 1:
+        raise ValueError(f"min_energy is a fraction between 0 and 1, got {min_energy}")
+
+
 def export_lora(
     path: str | os.PathLike,
     out: str | os.PathLike,
@@ -80,12 +112,7 @@ def export_lora(
     Raises:
         ValueError: neither or both of `rank` and `energy`; too little energy is retained; or as `load_stack`.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("give rank= or energy=, one of the two")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise ValueError(f"rank is a positive integer and energy a fraction in (0, 1]; got rank={rank} energy={energy}")
-    if not 0 <= min_energy <= 1:
-        raise ValueError(f"min_energy is a fraction between 0 and 1, got {min_energy}")
+    check_rank_or_energy(rank, energy, min_energy)
     free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     only_updates(chosen, "a LoRA export")
@@ -93,11 +120,9 @@ def export_lora(
     rows: dict[str, tuple[int, float]] = {}
     lost = total = 0.0
     for layer in {layer: None for task in chosen for layer in task.shapes}:
-        M = total_update(chosen, layer)
-        A, B, retained = low_rank(M, rank, energy)
+        A, B, retained, size = _best(chosen, layer, rank, energy)
         for name, value in (("lora_A", A), ("lora_B", B)):
             weights[f"base_model.model.{layer}.{name}.weight"] = value.contiguous()
-        size = float(M.double().square().sum())
         lost, total = lost + (1 - retained) * size, total + size
         rows[layer] = (A.shape[0], retained)
     retained = 1 - lost / total if total else 1.0
@@ -110,6 +135,20 @@ def export_lora(
         _lora_config(chosen, rows, manifest.base_model).save_pretrained(str(temporary))
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     return rows
+
+
+def _best(
+    tasks: list[TaskFile], layer: str, rank: int | None, energy: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """(A, B, retained energy, ||M||_F^2) of the sum M of the tasks' updates of a layer.
+
+    Without gates M is a product already, that of the factors side by side: nothing of its size is made."""
+    if any(task.config.gate for task in tasks):
+        M = total_update(tasks, layer)
+        return *low_rank(M, rank, energy), float(M.double().square().sum())
+    factors = [(*task.factors(layer), task.scaling(layer)) for task in tasks if layer in task.shapes]
+    A, B = torch.cat([A for A, _, _ in factors]).double(), torch.cat([s * B for _, B, s in factors], 1).double()
+    return *cut_factors(A, B, rank, energy), float(((B.T @ B) * (A @ A.T)).sum())
 
 
 def _lora_config(tasks: list[TaskFile], rows: dict[str, tuple[int, float]], base: dict[str, Any]) -> LoraConfig:

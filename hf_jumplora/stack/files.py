@@ -33,8 +33,25 @@ class TaskFile:
         # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
         self.others = sorted(key for key in self._file.keys() if ".jumplora_" not in key)  # noqa: SIM118
 
+    def key(self, layer: str, name: str) -> str:
+        """The name in the file of a layer's "A" [r, in], "B" [out, r] or "support"."""
+        return f"{_PREFIX}{layer}.jumplora_{name}"
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file."""
+        return {key: self._file.get_tensor(key) for key in self._file.keys()}  # noqa: SIM118
+
     def _tensor(self, layer: str, name: str) -> torch.Tensor:
-        return self._file.get_tensor(f"{_PREFIX}{layer}.jumplora_{name}")
+        return self._file.get_tensor(self.key(layer, name))
+
+    def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r]."""
+        return self._tensor(layer, "A"), self._tensor(layer, "B")
+
+    def scaling(self, layer: str) -> float:
+        """The factor of B A in the update."""
+        r, alpha = rank_and_alpha(self.config, layer)
+        return alpha / math.sqrt(r) if self.config.use_rslora else alpha / r
 
     def code(self, layer: str) -> torch.Tensor | None:
         """The coded support, uint8 [bytes], checked against its sha256; None for a task without a gate."""
@@ -53,17 +70,21 @@ class TaskFile:
         shape = self.shapes[layer]
         return torch.ones(shape, dtype=torch.bool) if code is None else decode_support(code, shape)
 
-    def update(self, layer: str) -> torch.Tensor:
-        """scaling * B A on the support: float32 [out, in], the same bits as the layer in memory adds."""
+    def update(self, layer: str, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """scaling * B A on the support: float32 [out, in], the same bits as the layer in memory adds.
+
+        factors: (A, B) in place of the file's, with its scaling.
+        """
         total = torch.zeros(self.shapes[layer])
-        self.add_update(total, layer)
+        self.add_update(total, layer, factors)
         return total
 
-    def add_update(self, total: torch.Tensor, layer: str) -> None:
+    def add_update(
+        self, total: torch.Tensor, layer: str, factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         """Add a layer's update to a float32 [out, in]."""
-        A, B = self._tensor(layer, "A"), self._tensor(layer, "B")
-        (r, alpha), code = rank_and_alpha(self.config, layer), self.code(layer)
-        scaling = alpha / math.sqrt(r) if self.config.use_rslora else alpha / r
+        A, B = factors or self.factors(layer)
+        scaling, code = self.scaling(layer), self.code(layer)
         if code is None:
             total += (B @ A).mul_(scaling)
         else:

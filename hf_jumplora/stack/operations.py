@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def subset(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, re
         ValueError: an unknown task, a stack whose tasks are not additive, or `out` is not empty.
     """
     folder, manifest, chosen = open_tasks(path, tasks, revision)
-    return _write_stack(folder, manifest, [task.folder for task in chosen], out)
+    return write_stack(folder, manifest, [task.folder for task in chosen], out)
 
 
 def remove(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, revision: str | None = None) -> Manifest:
@@ -137,11 +137,21 @@ def reorder(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, r
                     "matters (the sum is rounded, and the later one was trained on top of the earlier), so it is kept"
                 )
     by_name = {task.name: task.folder for task in chosen}
-    return _write_stack(folder, manifest, [by_name[name] for name in tasks], out)
+    return write_stack(folder, manifest, [by_name[name] for name in tasks], out)
 
 
-def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str | os.PathLike) -> Manifest:
-    """Copy these task folders, in this order, as a stack of their own."""
+def write_stack(
+    source: Path,
+    manifest: Manifest,
+    folders: list[str],
+    out: str | os.PathLike,
+    change: Callable[[str, Path, dict[str, Any]], str] | None = None,
+) -> Manifest:
+    """Copy these task folders, in this order, as a stack of their own.
+
+    change: called with (folder, its copy, its adapter's config); it rewrites the weights and the config in place, and
+    returns what its card is to say of that.
+    """
     entries = {task["folder"]: task for task in manifest.tasks}
     old = [task["folder"] for task in manifest.tasks]
     result = Manifest(
@@ -167,25 +177,27 @@ def _write_stack(source: Path, manifest: Manifest, folders: list[str], out: str 
             for file in entries[name]["files"]:
                 if file not in ("adapter_config.json", "task.json", "README.md", STRATEGIES):
                     copy_atomic(source / name / file, target / file)
+            card = (source / name / "README.md").read_text("utf-8", "replace").replace(name, new)
+            if change is not None:
+                card += change(name, target, config)
             write_json(target / "adapter_config.json", config)
             write_json(target / "task.json", info)
-            write_atomic(
-                target / "README.md", (source / name / "README.md").read_text("utf-8", "replace").replace(name, new)
-            )
+            write_atomic(target / "README.md", card)
             files = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
             kept = {key: value for key, value in entries[name].items() if key != "state"}
             result.tasks.append({**kept, "folder": new, "files": files})
-        write_atomic(temporary / "README.md", _readme(manifest, result))
+        write_atomic(temporary / "README.md", _readme(manifest, result, same=change is None))
         write_manifest(temporary, result)
     return result
 
 
-def _readme(whole: Manifest, part: Manifest) -> str:
+def _readme(whole: Manifest, part: Manifest, same: bool) -> str:
     order = ", ".join(part.task_names)
+    updates = "are those of that stack, byte for byte" if same else "have a lower rank than there (each task's card)"
     return (
         "---\nlibrary_name: peft\ntags:\n- continual-learning\n- jumplora\n---\n\n# Adapter stack\n\n"
-        f"Tasks: {order}. Made from a stack ({whole.method}) of: {', '.join(whole.task_names)}. The updates are those "
-        "of that stack, byte for byte; its scores do not hold for this one and are left out.\n\n```python\n"
+        f"Tasks: {order}. Made from a stack ({whole.method}) of: {', '.join(whole.task_names)}. The updates "
+        f"{updates}; its scores do not hold for this one and are left out.\n\n```python\n"
         "import hf_jumplora\n\nmodel = hf_jumplora.load_stack(path)\n```\n"
     )
 
