@@ -3,23 +3,36 @@
 import csv
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import ClassLabel, Features, load_dataset
 
 
-def hub_rows(dataset: str, config, split: str, limit: int | None, label: str | None, labels) -> list[dict]:
-    """Rows of a Hub data set; class numbers become the stream's labels, or the data set's own names.
+def hub_rows(dataset: str, config, split: str, limit: int | None, label: str | None) -> tuple[list[dict], list[str]]:
+    """(rows of a Hub data set, all names of the column `label`); class numbers are their names in the data set.
 
-    Shuffled with a fixed seed before the first `limit` are taken: many data sets are sorted by class.
+    Shuffled with a fixed seed before the first `limit` are taken: many data sets are sorted by class. There are no
+    names where the data set has none of its own.
     """
     part = load_dataset(dataset, config, split=split).shuffle(seed=0)
     if limit is not None:
         part = part.select(range(min(limit, len(part))))
-    names, rows = labels or getattr(part.features.get(label), "names", None), part.to_list()
-    if label and names is not None and rows and isinstance(rows[0].get(label), int):
-        rows = [{**row, label: names[row[label]]} for row in rows if 0 <= row[label] < len(names)]
+    names = _class_names(part.features)
+    return _named(part.to_list(), names), names.get(label, [])
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[Any, list[str]]:
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _named(rows: list[dict], names: dict[Any, list[str]]) -> list[dict]:
+    """Rows with the names of their classes in place of the numbers; one without a name (-1: no label) stays."""
+    for column, known in names.items():
+        name = dict(enumerate(known))
+        for row in rows:
+            row[column] = name.get(row[column], row[column])
     return rows
 
 
@@ -82,9 +95,26 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return _named(pyarrow.parquet.read_table(path).to_pylist(), parquet_names(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def parquet_names(path: Path) -> dict[Any, list[str]]:
+    """{column: names of its classes}, where the library `datasets` wrote a Parquet file.
+
+    Raises:
+        ValueError: what it wrote there is damaged.
+    """
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(path)
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    try:
+        return _class_names(Features.from_arrow_schema(schema))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: its features are damaged ({error!r})") from error
 
 
 READERS = {".json": read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}

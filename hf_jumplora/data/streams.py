@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import read_yaml, short
-from .readers import READERS, hub_rows, read_json, read_rows, read_text
+from .readers import READERS, hub_rows, parquet_names, read_json, read_rows, read_text
 from .tasks import PROMPT_STYLES, LanguageModelTask, TextTask
 
 
@@ -53,7 +53,7 @@ def load_tasks(
     files are read from there and the Hub is not asked.
 
     Args:
-        max_train, max_eval: at most so many rows a task (the first ones); overrides the file.
+        max_train, max_eval: at most so many rows a task, drawn with a fixed seed; overrides the file.
         prompt_style: a name of `PROMPT_STYLES`; overrides the file. "olora" names the data set in every prompt.
         held_out: names of tasks of this file or its catalogue that are evaluated and never trained on; they stand
             behind the others. Overrides the file's list.
@@ -122,7 +122,7 @@ def _general_task(source: str) -> LanguageModelTask:
         rows = read_rows(path)
     else:
         name, _, config = source.partition(":")
-        rows = hub_rows(name, config or None, "train", 16 * GENERAL_ROWS, "", None)
+        rows, _ = hub_rows(name, config or None, "train", 16 * GENERAL_ROWS, None)
     texts = [_text_row(row, "text", None, f"general_text {source}, row {i}") for i, row in enumerate(rows)]
     texts = [row for row in texts if row["text"].strip()]
     random.Random(0).shuffle(texts)
@@ -180,6 +180,9 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
         elif key in ("labels", "skip_labels"):
             fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
             wanted = "a list of strings (in YAML, quote yes, no and numbers)"
+            if key == "labels" and isinstance(value, dict):
+                fits = all(type(known) in (str, int) and isinstance(label, str) for known, label in value.items())
+                wanted = "a list of strings, or {label of the data: label in the prompt} (quote yes and no)"
         else:
             fits, wanted = isinstance(value, str), "a string"
         if not fits:
@@ -190,6 +193,10 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
 
 def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str, held_out: bool):
     text, label, labels = entry.get("text", "sentence"), entry.get("label", "label"), entry.get("labels")
+    called, names = {}, list[str]()  # what the data's labels are called in the prompt; all of them where it says so
+    if isinstance(labels, dict):
+        called = {str(known): name for known, name in labels.items()}
+        labels = list(dict.fromkeys(labels.values()))
     plain = "language_model" in entry
     if plain:
         text, label = entry.get("text", "text"), None
@@ -200,44 +207,56 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
     if "folder" in entry and local:
         text, label = ("text", None) if plain else ("sentence", "label")  # the layout's own; those given are the Hub's
         folder = root / entry["folder"]
-        splits = {"train": folder / "train.json", "eval": folder / "test.json"}
-        if held_out and not splits["train"].is_file():
-            del splits["train"]
+        paths = {"train": folder / "train.json", "eval": folder / "test.json"}
+        if held_out and not paths["train"].is_file():
+            del paths["train"]
         if data_dir is None and not folder.is_dir():
             raise FileNotFoundError(f"{where}: {folder} is not a folder; set data_dir (--data_dir)")
-        rows = {split: read_rows(file) for split, file in splits.items()}
+        rows = {split: read_rows(file) for split, file in paths.items()}
         own, source = folder / "labels.json", str(entry["folder"])
         if own.is_file() and not plain:
-            labels = read_json(own)
+            labels, called = read_json(own), {}
             _check_keys({"labels": labels}, {"labels"}, set(), str(own))
     elif ("train_file" in entry or "eval_file" in entry) and local:
         files = {"train": entry.get("train_file"), "eval": entry.get("eval_file")}
-        rows = {split: read_rows(root / file) if file else [] for split, file in files.items()}
+        rows = {split: read_rows(root / file) for split, file in files.items() if file}
         source = str(entry.get("train_file") or entry["eval_file"])
+        if source.lower().endswith(".parquet"):
+            names = parquet_names(root / source).get(label, [])
     elif "dataset" in entry:
-        names = {"train": entry.get("train_split", "train"), "eval": entry.get("eval_split", "test")}
+        splits = {"train": entry.get("train_split", "train"), "eval": entry.get("eval_split", "test")}
         if held_out and labels is not None:
-            del names["train"]
-        rows = {
-            split: hub_rows(entry["dataset"], entry.get("config"), name, limits[f"max_{split}"], label, labels)
-            for split, name in names.items()
-        }
+            del splits["train"]
+        rows = {}
+        for split, name in splits.items():
+            limit = limits[f"max_{split}"]
+            rows[split], names = hub_rows(entry["dataset"], entry.get("config"), name, limit, label)
         source = f"hf://datasets/{entry['dataset']}"  # the card names it as a data set of the Hub
     else:
         raise ValueError(f"{where}: needs 'folder', 'train_file' or 'dataset'")
+    skipped = entry.get("skip_labels", ())
     for split in rows:
         part = [_text_row(row, text, label, f"{where}, {split} row {i}") for i, row in enumerate(rows[split])]
         if plain:
             part = [row for row in part if row["text"].strip()]
         else:
-            part = [row for row in part if row["label"] not in entry.get("skip_labels", ())]
-        rows[split] = part[: limits[f"max_{split}"]]
-    train, found = rows.get("train"), rows["eval"] or None
+            part = [{**row, "label": called.get(row["label"], row["label"])} for row in part]
+            part = [row for row in part if row["label"] not in skipped]
+        rows[split] = part
+    train, found = rows.get("train"), rows.get("eval")
     try:
+        if not plain and "metric" not in entry:
+            names = [called.get(name, name) for name in names if name not in skipped]
+            if labels is None:
+                labels = sorted(set(names or (row["label"] for row in train or found or ())))
+            elif missing := [name for name in names if name not in labels]:
+                raise ValueError(
+                    f"the data set's own labels are {names}, and {missing[0]!r} is not among the stream's, {labels}: "
+                    "write what each is called, labels: {label of the data: label in the prompt}"
+                )
+        train, found = _drawn(train, limits["max_train"]), _drawn(found, limits["max_eval"])
         if plain:
             return LanguageModelTask(entry["name"], train, found, source=source, held_out=held_out)
-        if labels is None and "metric" not in entry:
-            labels = sorted({row["label"] for row in train or found or ()})
         return TextTask(
             name=entry["name"], train_dataset=train, eval_dataset=found, labels=labels or [], held_out=held_out,
             instruction=entry.get("instruction", ""), prompt=prompt, source=source,
@@ -247,12 +266,30 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         raise ValueError(f"{where}: {error}") from error
 
 
+def _drawn(rows: list[dict] | None, limit: int | None) -> list[dict] | None:
+    """At most `limit` rows: all in their order, or the first ones of a fixed shuffle (files are often sorted)."""
+    if rows is None or limit is None or len(rows) <= limit:
+        return rows
+    rows = list(rows)
+    random.Random(0).shuffle(rows)
+    return rows[:limit]
+
+
 def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, str]:
     """`text` is a column, or a template over columns such as 'Title: {title}\\nText: {content}'."""
-    columns = re.findall(r"\{(\w+)\}", text)
-    for column in [*(columns or [text]), *([label] if label else [])]:
-        if row.get(column) is None or row[column] != row[column]:  # pandas writes NaN for nothing
+
+    def value(column: str) -> str:
+        found = row.get(column)
+        if found is None or found != found:  # pandas writes NaN for nothing
             problem = "is empty" if column in row else "does not exist"
             raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
-    value = re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), text) if columns else str(row[text])
-    return {"sentence": value, "label": str(row[label])} if label else {"text": value}
+        if not isinstance(found, (str, int, float)):
+            raise ValueError(
+                f"{where}: column {column!r} holds no text but a {type(found).__name__}, {short(found)}: name a column "
+                "of texts, or turn it into text first"
+            )
+        return str(found)
+
+    columns = re.findall(r"\{(\w+)\}", text)
+    written = re.sub(r"\{(\w+)\}", lambda match: value(match[1]), text) if columns else value(text)
+    return {"sentence": written, "label": value(label)} if label else {"text": written}

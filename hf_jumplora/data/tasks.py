@@ -180,7 +180,8 @@ class TextTask(Task):
         for split, i, row in _rows(self) if self.labels else ():
             if row[self.label_column] not in self.labels:
                 raise ValueError(
-                    f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}"
+                    f"{where}, {split} row {i}: label {row[self.label_column]!r} is not among {self.labels}; in a "
+                    "stream, labels: {label of the data: label in the prompt} says what each is called"
                 )
 
     def render(self, text: str) -> str:
@@ -228,7 +229,9 @@ def _check_rows(task: Task, columns: list[str]) -> None:
             where = f"task {task.name!r}, {split} row {i}"
             raise ValueError(f"{where}: a row is a dict with {', '.join(columns)}, got {row!r}")
         for column in columns:
-            if not isinstance(row.get(column), str):
+            if column not in row:
+                raise ValueError(f"task {task.name!r}, {split} row {i}: no column {column!r}, only {sorted(row)}")
+            if not isinstance(row[column], str):
                 raise ValueError(
-                    f"task {task.name!r}, {split} row {i}: no string in column {column!r}, only {sorted(row)}"
+                    f"task {task.name!r}, {split} row {i}: no string in column {column!r}, but {short(row[column])}"
                 )

@@ -1,6 +1,7 @@
 """From rows to token ids, and from files to tasks: what is asked for is read, everything else is named and refused."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -169,8 +170,8 @@ ROW = {"sentence": "x", "label": "tiny"}
         ({"labels": ["tiny", " "]}, "labels must be strings that are not empty"),
         ({"labels": ["tiny", "Tiny "]}, "two labels differ only in case or spaces"),
         ({"prompt": "no place"}, r"a place for '\{text\}'"),
-        ({"train_dataset": [ROW, {"sentence": "x"}]}, r"train row 1: no string in column 'label', only \['sentence'\]"),
-        ({"train_dataset": [{"sentence": 3, "label": "tiny"}]}, "train row 0: no string in column 'sentence'"),
+        ({"train_dataset": [ROW, {"sentence": "x"}]}, r"train row 1: no column 'label', only \['sentence'\]"),
+        ({"train_dataset": [{"sentence": 3, "label": "tiny"}]}, "train row 0: no string in column 'sentence', but 3"),
         ({"train_dataset": [ROW, {**ROW, "label": "big"}]}, r"train row 1: label 'big' is not among \['tiny'"),
         ({"eval_dataset": [{**ROW, "label": "Tiny"}]}, "eval row 0: label 'Tiny' is not among"),
     ],
@@ -182,7 +183,7 @@ def test_task_that_cannot_be(options, message):
 
 
 def test_plain_text_that_cannot_be():
-    with pytest.raises(ValueError, match=r"task 'a', eval row 0: no string in column 'text', only \['sentence'\]"):
+    with pytest.raises(ValueError, match=r"task 'a', eval row 0: no column 'text', only \['sentence'\]"):
         LanguageModelTask("a", [{"text": "x"}], [{"sentence": "x"}])
     with pytest.raises(ValueError, match="plain text is scored by token_accuracy, not by 'accuracy'"):
         LanguageModelTask("a", [{"text": "x"}], metric="accuracy")
@@ -252,7 +253,7 @@ def test_file_formats(suffix, tmp_path):
         f'  text: "{{title}}: {{body}}"\n  label: class\n  max_eval: 3\n'
     )
     (found,) = load_tasks(stream(tmp_path, text))
-    assert found.train_dataset[1] == {"sentence": "T1: b{1}, \u2028 ü", "label": "ja"}
+    assert {"sentence": "T2: b{2}, \u2028 ü", "label": "nein"} in found.train_dataset
     assert (len(found.train_dataset), len(found.eval_dataset)) == (5, 3)
     assert found.labels == ["ja", "nein"]
     assert found.render("x") == "x ?"
@@ -312,7 +313,7 @@ def test_plain_text_and_free_answers(tmp_path):
     )
     a, b, c = load_tasks(stream(tmp_path, text), data_dir=tmp_path)
     assert (type(a), len(a.train_dataset), len(a.eval_dataset)) == (LanguageModelTask, 4, 2)
-    assert a.train_dataset[1] == {"text": "text 1"}
+    assert a.train_dataset[1] == {"text": "text 1"}  # not limited: in their order
     assert (b.train_dataset, b.eval_dataset) == ([{"text": "a b"}], [{"text": "c d"}])
     assert (c.metric, c.max_answer, c.labels) == ("rouge_l", 7, [])
     assert c.render("x") == "Task Instruction: Say it.\nText: x\nAnswer:"
@@ -387,6 +388,10 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         ("tasks:\n- name: a/b\n  train_file: d.json\n", "line 2: task name 'a/b'"),
         (ONE + "  labels: [yes, no]\n", r"'labels' must be a list of strings .*quote yes.*found \[True, False\]"),
         (ONE + "  labels: yes\n", "'labels' must be a list"),
+        (
+            ONE + "  labels: {x: [y]}\n",
+            "'labels' must be a list of strings, or {label of the data: label in the prompt}",
+        ),
         (ONE + '  labels: ["yes"]\n', r"line 2: task 'a', train row 0: label 'no' is not among \['yes'\]"),
         (ONE + "  language_model: false\n", "'language_model' must be true, or be left out"),
         (ONE + "  language_model: true\n  labels: [a]\n", "line 2: plain text \\(language_model\\) has no 'labels'"),
@@ -473,25 +478,120 @@ def test_damaged_labels_file(content, tmp_path):
         load_tasks(stream(tmp_path, "tasks:\n- name: a\n  folder: a\n"))
 
 
-def test_hub_rows(tmp_path, monkeypatch):
-    """Class numbers become the stream's labels; the limit takes rows of a fixed shuffle (many sets are sorted)."""
+def hub(monkeypatch, names, numbers):
+    """A Hub data set of so many rows "t0", "t1", ... whose label is a class number. Returns what was asked for."""
     from datasets import ClassLabel, Dataset, Features, Value
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["w", "s"])})
-    data = Dataset.from_dict({"text": [f"t{i}" for i in range(20)], "label": [i // 10 for i in range(20)]}, features)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names) if names else Value("int64")})
+    data = Dataset.from_dict({"text": [f"t{i}" for i in range(len(numbers))], "label": numbers}, features)
     asked = []
-    monkeypatch.setattr(
-        "hf_jumplora.data.readers.load_dataset",
-        lambda name, config, split: asked.append((name, config, split)) or data,
-    )
-    entry = "- {name: a, folder: TC/a, dataset: org/a, config: c, text: text, eval_split: validation, max_train: 8%s}\n"
-    (own,) = load_tasks(stream(tmp_path, "tasks:\n" + entry % ""))
+    load = lambda name, config, split: asked.append((name, config, split)) or data  # noqa: E731
+    monkeypatch.setattr("hf_jumplora.data.readers.load_dataset", load)
+    return asked
+
+
+HUB = "tasks:\n- {name: a, folder: TC/a, dataset: org/a, config: c, text: text, eval_split: validation%s}\n"
+
+
+def test_hub_rows(tmp_path, monkeypatch):
+    """The limit takes rows of a fixed shuffle (many sets are sorted), and no class is lost by it."""
+    asked = hub(monkeypatch, ["w", "s", "never seen"], [i // 10 for i in range(20)])
+    (own,) = load_tasks(stream(tmp_path, HUB % ", max_train: 8"))
     assert asked == [("org/a", "c", "train"), ("org/a", "c", "validation")]
-    assert own.labels == ["s", "w"]
+    assert own.labels == ["never seen", "s", "w"]
     assert len(own.train_dataset) == 8
     assert {row["label"] for row in own.train_dataset} == {"w", "s"}
-    (named,) = load_tasks(stream(tmp_path, "tasks:\n" + entry % ", labels: [World, Sports]"))
-    assert named.labels == ["World", "Sports"]
-    assert [row["label"] for row in named.train_dataset] == [
-        {"w": "World", "s": "Sports"}[row["label"]] for row in own.train_dataset
+
+
+def test_class_numbers_have_the_data_sets_own_names(tmp_path, monkeypatch):
+    """Whatever the order of the stream's labels; other names only where the stream says what each is called."""
+    hub(monkeypatch, ["World", "Sports", "Sci/Tech"], [0, 1, 2, 1])
+    of = lambda task: {row["sentence"]: row["label"] for row in task.train_dataset}  # noqa: E731
+    (found,) = load_tasks(stream(tmp_path, HUB % ", labels: [Sci/Tech, Sports, World]"))
+    assert found.labels == ["Sci/Tech", "Sports", "World"]
+    assert of(found) == {"t0": "World", "t1": "Sports", "t2": "Sci/Tech", "t3": "Sports"}
+    (found,) = load_tasks(stream(tmp_path, HUB % ", labels: {Sci/Tech: Science, Sports: Sports, World: Sports}"))
+    assert found.labels == ["Science", "Sports"]
+    assert of(found) == {"t0": "Sports", "t1": "Sports", "t2": "Science", "t3": "Sports"}
+    for labels in ("[World, Sports]", "[World, Sports, Science]", "{World: World, Sports: Sports}"):
+        with pytest.raises(ValueError, match=r"own labels are \['World', .* 'Sci/Tech' is not among the stream's"):
+            load_tasks(stream(tmp_path, HUB % f", labels: {labels}"))
+    (found,) = load_tasks(stream(tmp_path, HUB % ", labels: [World, Sports], skip_labels: [Sci/Tech]"))
+    assert of(found) == {"t0": "World", "t1": "Sports", "t3": "Sports"}
+
+
+def test_numbers_without_a_name(tmp_path, monkeypatch):
+    """A row without a label (-1) is an error or skipped by name; numbers that nobody named are in no order."""
+    hub(monkeypatch, ["no", "yes"], [0, 1, -1, 1])
+    with pytest.raises(ValueError, match=r"row \d: label '-1' is not among \['no', 'yes'\]"):
+        load_tasks(stream(tmp_path, HUB % ""))
+    (found,) = load_tasks(stream(tmp_path, HUB % ', skip_labels: ["-1"]'))
+    assert len(found.train_dataset) == 3
+    hub(monkeypatch, None, [1, 0, 1])
+    with pytest.raises(
+        ValueError, match=r"label '[01]' is not among \['bad', 'good'\].*label of the data: label in the"
+    ):
+        load_tasks(stream(tmp_path, HUB % ", labels: [bad, good]"))
+    (found,) = load_tasks(stream(tmp_path, HUB % ", labels: {1: bad, 0: good}"))
+    assert {row["sentence"]: row["label"] for row in found.train_dataset} == {"t0": "bad", "t1": "good", "t2": "bad"}
+
+
+def test_class_numbers_of_a_parquet_file(tmp_path):
+    """What the library `datasets` wrote has names; damaged ones are an error that names the file."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"kind": ClassLabel(names=["news", "mail"]), "text": Value("string"), "label": ClassLabel(2)})
+    Dataset.from_dict({"kind": [1, 0], "text": ["x", "y"], "label": [1, -1]}, features).to_parquet(
+        tmp_path / "d.parquet"
+    )
+    assert read_rows(tmp_path / "d.parquet")[0] == {"kind": "mail", "text": "x", "label": "1"}
+    path = stream(tmp_path, 'tasks:\n- {name: a, train_file: d.parquet, text: "{kind}: {text}"}\n')
+    with pytest.raises(ValueError, match=r"train row 1: label '-1' is not among \['0', '1'\]"):
+        load_tasks(path)
+    table = pa.Table.from_pylist(ROWS).replace_schema_metadata({b"huggingface": b'{"info": {"features": 3}}'})
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet cannot be read: its features are damaged"):
+        load_tasks(path)
+
+
+def test_limits_are_drawn(tmp_path):
+    """Files are often sorted: a limit takes the first rows of a fixed shuffle, and labels are those of all rows."""
+    rows = [{"sentence": f"t{i}", "label": "neg" if i < 50 else "pos"} for i in range(100)] + [
+        {"sentence": "u", "label": "rare"}
     ]
+    write(tmp_path / "d.csv", rows)
+    path = stream(tmp_path, "tasks:\n- {name: a, train_file: d.csv, eval_file: d.csv, max_train: 20, max_eval: 20}\n")
+    (found,) = load_tasks(path)
+    assert found.labels == ["neg", "pos", "rare"]
+    assert 5 < sum(row["label"] == "pos" for row in found.train_dataset) < 15
+    assert found.train_dataset == found.eval_dataset == load_tasks(path)[0].train_dataset
+    assert load_tasks(path, max_train=30)[0].train_dataset[:20] == found.train_dataset
+    assert load_tasks(path, max_train=101)[0].train_dataset == rows  # all of them: as they stand
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["sport", "news"], "holds no text but a list, ['sport', 'news']"),
+        ({"role": "user"}, "holds no text but a dict"),
+        (None, "is empty"),
+        (float("nan"), "is empty"),
+    ],
+    ids=["list", "dict", "none", "nan"],
+)
+@pytest.mark.parametrize("entry", ["text: x", 'text: "{y} {x}"', "text: x, language_model: true", "label: x, text: y"])
+def test_values_that_are_no_text(value, message, entry, tmp_path):
+    """Row and column are named, whether it is a text, a part of one or a label; never what Python prints for it."""
+    write(tmp_path / "d.jsonl", [{"x": "fine", "y": 3, "label": "a"}, {"x": value, "y": 4, "label": "a"}])
+    path = stream(tmp_path, f"tasks:\n- {{name: a, train_file: d.jsonl, {entry}}}\n")
+    with pytest.raises(ValueError, match=re.escape(f"line 2, train row 1: column 'x' {message}")):
+        load_tasks(path)
+
+
+def test_an_eval_file_without_rows(tmp_path):
+    """It was given, so that something would be measured."""
+    write(tmp_path / "d.json", ROWS)
+    write(tmp_path / "e.json", [])
+    with pytest.raises(ValueError, match="line 2: task 'a' has an empty eval set"):
+        load_tasks(stream(tmp_path, ONE + "  eval_file: e.json\n"))
+    assert load_tasks(stream(tmp_path, ONE))[0].eval_dataset is None
