@@ -12,7 +12,7 @@ from .backend import check_compiler, take_fsdp
 _CHOICES = {
     "eval_mode": ("generate", "score"),
     "eval_tasks": ("all", "seen"),
-    "factor_optimizer": ("default", "muon", "riemannian"),
+    "factor_optimizer": ("default", "muon", "riemannian", "altlora", "altlora+"),
 }
 
 
@@ -27,18 +27,20 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the thresholds; None: that of everything else (published)."}
     )
-    factor_optimizer: Literal["default", "muon", "riemannian"] = field(
+    factor_optimizer: Literal["default", "muon", "riemannian", "altlora", "altlora+"] = field(
         default="default",
         metadata={
             "help": "Of the updates' factors: 'default' (that of `optim`), 'muon' (torch.optim.Muon, steps scaled as "
-            "AdamW's) or 'riemannian' (that of `optim` on preconditioned gradients)."
+            "AdamW's), 'riemannian' (that of `optim` on preconditioned gradients), 'altlora' or 'altlora+' (one factor "
+            "a step)."
         },
     )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: learning rate of B divided by that of A. None: the same."}
     )
     riemannian_reg: float = field(
-        default=1e-2, metadata={"help": "Damping of the Riemannian preconditioner (PEFT's default)."}
+        default=1e-2,
+        metadata={"help": "Damping of 'riemannian' (PEFT's default) and 'altlora'."},
     )
     max_length: int = field(
         default=512, metadata={"help": "Tokens of prompt and answer; longer texts are cut, never the instruction."}

@@ -1,4 +1,4 @@
-"""What the options of a run make of the Trainer's optimizer: groups of their own, Muon, Riemannian preconditioning."""
+"""What the options of a run make of the Trainer's optimizer: groups of their own, Muon, AltLoRA, preconditioning."""
 
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..tuner import gate_groups, named_layers
+from .altlora import AltLora
 from .arguments import argument
 
 
@@ -15,14 +16,14 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     """The optimizer that trains A [r, in], B [out, r] and thresholds of an adapter as the arguments say.
 
     `gate_learning_rate`: a group for the thresholds, without weight decay. `loraplus_lr_ratio`: B's learning rate is
-    that many times A's (LoRA+, arXiv 2402.12354). `factor_optimizer`: "muon" trains A and B with `torch.optim.Muon`,
-    all else stays where it is; "riemannian" preconditions their gradients before each step. Learning rate schedules act
-    on every group in proportion.
+    that many times A's (LoRA+, arXiv 2402.12354). `factor_optimizer`: "muon" trains A and B with `torch.optim.Muon` and
+    "altlora" or "altlora+" with [`AltLora`], all else stays where it is; "riemannian" preconditions their gradients
+    before each step. Learning rate schedules act on every group in proportion.
 
     sharded: DeepSpeed, where no process sees a whole matrix.
 
     Raises:
-        ValueError: Muon or Riemannian preconditioning when sharded. ImportError: this torch has no Muon.
+        ValueError: a `factor_optimizer` when sharded. ImportError: this torch has no Muon.
     """
     kind = argument(args, "factor_optimizer")
     if kind != "default" and sharded:
@@ -30,7 +31,8 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
             f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed cuts into pieces: leave it out, "
             "or train with DDP or FSDP2"
         )
-    pairs = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for _, layer in named_layers(model, adapter)]
+    layers = [layer for _, layer in named_layers(model, adapter)]
+    pairs = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for layer in layers]
     if (rate := argument(args, "gate_learning_rate")) is not None:
         gates = [gate.log_tau for gate, _ in gate_groups(model, adapter)]
         _own_group(optimizer, gates, lr=rate, weight_decay=0.0)
@@ -38,7 +40,19 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
         _own_group(optimizer, [B for _, B in pairs], lr=ratio * args.learning_rate, weight_decay=args.weight_decay)
     if kind == "riemannian":
         optimizer.register_step_pre_hook(partial(_precondition, pairs, args.riemannian_reg))
-    return optimizer if kind != "muon" else _with_muon(optimizer, pairs)
+    if kind not in ("muon", "altlora", "altlora+"):
+        return optimizer
+    groups = _take_out(optimizer, pairs)
+    if kind == "muon":
+        own = _muon(groups)
+    else:
+        own = AltLora(
+            groups,
+            [(*pair, layer.scaling[adapter]) for pair, layer in zip(pairs, layers, strict=True)],
+            betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, damping=args.riemannian_reg,
+            adaptive=kind == "altlora+",
+        )  # fmt: skip
+    return Chain(own, optimizer) if optimizer.param_groups else own
 
 
 def _own_group(optimizer: Optimizer, params: list[nn.Parameter], **options: float) -> None:
@@ -59,9 +73,8 @@ def _precondition(pairs: list, damping: float, *_: Any) -> None:
             B.grad.copy_(torch.linalg.solve(A @ A.T + eye, B.grad, left=False))
 
 
-def _with_muon(optimizer: Optimizer, pairs: list) -> Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise ImportError(f"factor_optimizer='muon' needs torch.optim.Muon, which torch {torch.__version__} lacks: 2.9")
+def _take_out(optimizer: Optimizer, pairs: list) -> list[dict[str, Any]]:
+    """The optimizer's groups of A and B, which it no longer has."""
     factors = {id(factor) for pair in pairs for factor in pair}
     groups = []
     for group in optimizer.param_groups:
@@ -69,10 +82,15 @@ def _with_muon(optimizer: Optimizer, pairs: list) -> Optimizer:
         group["params"] = [p for p in group["params"] if id(p) not in factors]
         if own:
             groups.append({"params": own, "lr": group["lr"], "weight_decay": group["weight_decay"]})
-    # "match_rms_adamw": steps are as large as AdamW's at the same learning rate, whatever the shape.
-    muon = torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    return Chain(muon, optimizer) if optimizer.param_groups else muon
+    return groups
+
+
+def _muon(groups: list[dict[str, Any]]) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"factor_optimizer='muon' needs torch.optim.Muon, which torch {torch.__version__} lacks: 2.9")
+    # "match_rms_adamw": steps are as large as AdamW's at the same learning rate, whatever the shape.
+    return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
 
 
 class Chain(Optimizer):

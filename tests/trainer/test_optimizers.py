@@ -4,10 +4,12 @@ import pytest
 import torch
 import toy
 from peft import get_peft_model
+from torch import nn
 from transformers import TrainerCallback
 
 from hf_jumplora import ContinualTrainer, JumpLoraConfig
 from hf_jumplora.stack import read_manifest
+from hf_jumplora.trainer.altlora import AltLora
 from hf_jumplora.tuner import gate_groups, named_layers
 
 
@@ -79,6 +81,63 @@ def test_riemannian(toy_base, tmp_path, relative_error):
         assert relative_error(newB, B - 0.02 * gB @ torch.linalg.inv(A @ A.T + eye)) < 1e-5
 
 
+def altlora(A, B, G, scaling=1.0, damping=0.0, **options):
+    """(A, B) after a step of each gradient in G [out, in] with respect to s B A, by `AltLora` in its dtype."""
+    A, B = (nn.Parameter(factor.clone()) for factor in (A, B))
+    options = {"betas": (0.9, 0.999), "eps": 1e-8, "adaptive": False, **options}
+    groups = [{"params": [A, B], "lr": 0.1, "weight_decay": 0.0}]
+    optimizer = AltLora(groups, [(A, B, scaling)], damping=damping, **options)
+    for gradient in G:
+        A.grad, B.grad = scaling * B.detach().T @ gradient, scaling * gradient @ A.detach().T
+        optimizer.step()
+    return A.detach(), B.detach()
+
+
+def test_altlora_golden():
+    """One step of B and one of A, without momentum: numbers by hand; the matrix step does not depend on the scaling."""
+    A, B, G = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    _, after = altlora(A, B, [G], betas=(0.0, 0.999))
+    torch.testing.assert_close(after, B - 0.1 * torch.tensor([[1.5], [3.5]]))
+    for scaling, g in ((1.0, [[0.5, 1.0]]), (2.0, [[0.25, 0.5]])):
+        zero = torch.zeros(2, 2)  # B's turn, which changes nothing
+        after, same = altlora(A, B, [zero, G], scaling, betas=(0.0, 0.999))
+        assert torch.equal(same, B)
+        torch.testing.assert_close(after, A - 0.1 * torch.tensor(g))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_altlora_against_the_algorithm(adaptive):
+    """Six steps in float64 against Algorithm 1 written out; and, without V, any other factors of the same update
+    (B Q, Q^-1 A) take the same way."""
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 5, dtype=torch.double), torch.randn(4, 3, dtype=torch.double)
+    gradients, s, damping = torch.randn(6, 4, 5, dtype=torch.double), 2.0, 1e-3
+    newA, newB = altlora(A, B, gradients, s, damping, adaptive=adaptive)
+    a, b, state = A, B, {}
+    for t, G in enumerate(gradients):
+        M, V, old = state.get(t % 2, (0, 0, None))
+        if t % 2 == 0:
+            inverse = torch.linalg.inv(a @ a.T + damping * torch.eye(3))
+            g = s * G @ a.T @ inverse / s**2
+            M = 0.9 * (M @ old @ a.T @ inverse if old is not None else 0) + 0.1 * g
+            old = a
+        else:
+            inverse = torch.linalg.inv(b.T @ b + damping * torch.eye(3))
+            g = inverse @ (s * b.T @ G) / s**2
+            M = 0.9 * (inverse @ b.T @ old @ M if old is not None else 0) + 0.1 * g
+            old = b
+        V = 0.999 * V + 0.001 * g.square()
+        move = 0.1 * (M / (V.sqrt() + 1e-8) if adaptive else M)
+        state[t % 2] = M, V, old
+        a, b = (a, b - move) if t % 2 == 0 else (a - move, b)
+    torch.testing.assert_close(newA, a)
+    torch.testing.assert_close(newB, b)
+    Q = torch.randn(3, 3, dtype=torch.double)
+    one = torch.matmul(*reversed(altlora(A, B, gradients, s, 0.0, adaptive=adaptive)))
+    other = torch.matmul(*reversed(altlora(torch.linalg.inv(Q) @ A, B @ Q, gradients, s, 0.0, adaptive=adaptive)))
+    assert torch.allclose(one, other) != adaptive
+
+
 class _Watch(TrainerCallback):
     """Learning rates of all groups after each step; may interrupt the second task."""
 
@@ -91,7 +150,7 @@ class _Watch(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["default", "muon", "riemannian"])
+@pytest.mark.parametrize("kind", ["default", "muon", "riemannian", "altlora+"])
 def test_schedule_and_restart(kind, toy_base, tmp_path):
     """The schedule moves every group in proportion; a run stopped inside a task ends with the same bits."""
     options = {"factor_optimizer": kind, "loraplus_lr_ratio": 4.0, "gate_learning_rate": 0.5, "save_steps": 2}
@@ -117,7 +176,7 @@ def test_values_that_cannot_be(tmp_path):
         toy.arguments(tmp_path, factor_optimizer="Muon")
 
 
-@pytest.mark.parametrize("kind", ["muon", "riemannian"])
+@pytest.mark.parametrize("kind", ["muon", "riemannian", "altlora"])
 def test_sharded_matrices_are_refused(kind, toy_base, tmp_path):
     model = get_peft_model(toy.load_base(toy_base), JumpLoraConfig(r=2, target_modules=["q_proj"]))
     trainer = ContinualTrainer(model=model, args=toy.arguments(tmp_path, factor_optimizer=kind))
