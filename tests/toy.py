@@ -140,16 +140,16 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
     run = make_run(base, output_dir, method, callbacks=callbacks, trainer_cls=trainer_cls, **options)
     index = int(folder[5:])
     if what == "evaluate":
-        evaluate_task, calls = evaluator.evaluate_task, []
+        score_rows, calls = evaluator.score_rows, []
 
         def dies(*args):
             if isinstance(run.model, PeftModel) and len(run.record.trained) == index:
                 calls.append(args)
             if len(calls) == 2:  # one of three tasks has been evaluated
                 os._exit(9)
-            return evaluate_task(*args)
+            return score_rows(*args)
 
-        evaluator.evaluate_task = dies
+        evaluator.score_rows = dies
     elif what == "folder":  # the task's files are complete, under their temporary name
         replace = os.replace
 

@@ -15,10 +15,7 @@ from typing import Any
 import yaml
 
 from ..report.folder import read_run
-from ..report.verdict import Limits, judge
-
-
-WORDS = {True: "ok  ", False: "FAIL", None: "-   "}
+from ..report.verdict import Limits, judge, verdict_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +34,8 @@ def run(args: argparse.Namespace) -> int:
     given = {item.name: value for item in fields(Limits) if (value := getattr(args, item.name)) is not None}
     limits = Limits(**{**(_read_limits(args.limits) if args.limits else {}), **given})
     result = judge(read_run(args.run), read_run(args.against) if args.against else None, limits)
-    print(json.dumps(result, indent=2) if args.json else text(result))
+    print(json.dumps(result, indent=2) if args.json else verdict_text(result))
     return 0 if result["ship"] else 1
-
-
-def text(result: dict[str, Any]) -> str:
-    """The verdict for a terminal."""
-    lines = [f"{WORDS[c['ok']]}  {c['check']}: {c['says']}" for c in result["checks"]]
-    return "\n".join(["SHIP" if result["ship"] else "DON'T SHIP", *lines])
 
 
 def _read_limits(path: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..report.report import (
     pairs,
     warning,
 )
+from ..report.verdict import judge_metrics, says
 from ..stack.manifest import Manifest, is_folder
 
 
@@ -59,6 +60,15 @@ def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
     columns = dict(zip(result["tasks"], result["matrix"][-1], strict=True))
     scores = [(info, columns.get(info["name"])) for info in result["trained"]]
     return [(info, round(100 * score, 2)) for info, score in scores if score is not None]
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """SHIP or DON'T SHIP by the default limits of `hf-jumplora check`, with the reasons."""
+    verdict = judge_metrics(result)
+    words = {True: "ok", False: "**failed**", None: "-"}
+    rows = [["check", "", "what was found"]]
+    rows += [[check["check"], words[check["ok"]], check["says"]] for check in verdict["checks"]]
+    return f"**{says(verdict)}**\n\n{markdown(rows)}"
 
 
 def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardData:
@@ -145,6 +155,7 @@ def stack_card(
             if key in result
         ],
         pairs=markdown(pairs(result)) if len(pairs(result)) > 1 else "",
+        verdict=_verdict(result),
         pictures=list(pictures),
         versions=manifest.versions,
     )

@@ -4,8 +4,8 @@
 was logged twice (after an interruption) counts as it was logged last.
 
 `predictions/`: `rows.jsonl` has one object a row that is evaluated, {"task", "row", "text", "expected"}, and
-`after_000.jsonl` (before training), `after_001.jsonl`, ... what the model said of it, {"task", "row", "predicted",
-"correct"}.
+`after_001.jsonl`, `after_002.jsonl`, ... what the model said of it after so many tasks, {"task", "row", "predicted",
+"correct"}: the newest of all tasks, an earlier one of the task alone that was then new.
 """
 
 import json
@@ -15,7 +15,12 @@ from typing import Any
 
 
 HISTORY = "history.jsonl"
-PREDICTIONS = "predictions"
+PREDICTIONS, ROWS = "predictions", "rows.jsonl"
+
+
+def after(stage: int) -> str:
+    """The file of what the model said after so many tasks."""
+    return f"after_{stage:03d}.jsonl"
 
 
 @dataclass
@@ -34,16 +39,16 @@ class StoredRun:
     def name(self) -> str:
         return f"{self.path.resolve().name} ({self.metrics['method']})"
 
-    def answers(self, after: int) -> dict[tuple[str, int], dict[str, Any]]:
+    def answers(self, stage: int) -> dict[tuple[str, int], dict[str, Any]]:
         """{(task, row): {"predicted", "correct"}} of the model after so many tasks; empty where none were stored."""
-        if after not in self._answers:
-            lines = _lines(self.path / PREDICTIONS / f"after_{after:03d}.jsonl")
-            self._answers[after] = {(line["task"], line["row"]): line for line in lines}
-        return self._answers[after]
+        if stage not in self._answers:
+            lines = read_lines(self.path / PREDICTIONS / after(stage))
+            self._answers[stage] = {(line["task"], line["row"]): line for line in lines}
+        return self._answers[stage]
 
     def rows(self) -> dict[tuple[str, int], dict[str, Any]]:
         """{(task, row): {"text", "expected"}}; empty where none were stored."""
-        return {(line["task"], line["row"]): line for line in _lines(self.path / PREDICTIONS / "rows.jsonl")}
+        return {(line["task"], line["row"]): line for line in read_lines(self.path / PREDICTIONS / ROWS)}
 
     def flips(self, task: str, learned: int) -> tuple[list[int], list[int]]:
         """The rows of a task that were right after stage `learned` and are wrong now, and the reverse."""
@@ -70,7 +75,7 @@ def read_run(path: str | Path) -> StoredRun:
         raise ValueError(f"{path / 'metrics.json'}: not the metrics of a run ({', '.join(wrong) or 'matrix'})")
     if (path / "run.json").is_file():
         settings = _json(path / "run.json")
-    latest = {(line["task"], line["step"]): line for line in _lines(path / HISTORY)}
+    latest = {(line["task"], line["step"]): line for line in read_lines(path / HISTORY)}
     order = {info["name"]: k for k, info in enumerate(metrics["trained"])}
     history = [latest[key] for key in sorted(latest, key=lambda key: (order.get(key[0], len(order)), key[1]))]
     versions = _json(path / "stack.json").get("versions", {}) if (path / "stack.json").is_file() else {}
@@ -87,8 +92,8 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a last line that a kill cut off is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file, none without one; a last line that a kill cut off is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -8,11 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..escape import terminal
 from ..metrics import FORMULAS
 from ..stack.manifest import write_atomic
 from .folder import StoredRun
 from .report import general_rows
-from .verdict import judge
+from .verdict import judge, says
 
 
 EXAMPLES, LETTERS = 3, 400  # a task's rows that turned from right to wrong, and how much of a text is shown
@@ -32,7 +33,7 @@ def write_page(path: Path, runs: list[StoredRun]) -> None:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
-    environment.filters["shade"] = _shade
+    environment.filters["shade"], environment.globals["says"] = _shade, says
     environment.filters["picture"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     average = None
     if drawn and len(runs) > 1:
@@ -84,7 +85,7 @@ def _flipped(stored: StoredRun) -> list[dict[str, Any]]:
             known = rows.get((task, row), {})
             before, now = stored.answers(stage)[task, row], stored.answers(len(matrix) - 1)[task, row]
             words = [known.get("text"), known.get("expected"), before["predicted"], now["predicted"]]
-            examples.append(["–" if word is None else str(word)[:LETTERS] for word in words])
+            examples.append(["–" if word is None else terminal(word)[:LETTERS] for word in words])
         if lost:
             found.append({"task": task, "lost": len(lost), "won": len(won), "examples": examples})
     return found

@@ -1,10 +1,15 @@
 """SHIP or DON'T SHIP: whether a run lost more than it may, and whether it is worse than another one."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..escape import terminal
 from .folder import StoredRun
+
+
+WORDS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
 @dataclass
@@ -53,15 +58,23 @@ def judge(stored: StoredRun, other: StoredRun | None = None, limits: Limits | No
         ValueError: `other` was run on other tasks.
     """
     limits = limits or Limits()
-    metrics, checks = stored.metrics, []
+    flips = _flips(stored)
+    checks = judge_metrics(stored.metrics, limits, flips)["checks"]
+    if other is not None:
+        _check_against(_adder(checks), stored, other, limits)
+    return {"ship": all(c["ok"] is not False for c in checks), "checks": checks, "flips": flips}
 
-    def check(name: str, ok: bool | None, says: str) -> None:
-        checks.append({"check": name, "ok": ok, "says": says})
 
+def judge_metrics(
+    metrics: dict[str, Any], limits: Limits | None = None, flips: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """The verdict of [`judge`] on the content of metrics.json alone; `flips` as there."""
+    limits = limits or Limits()
+    checks: list[dict[str, Any]] = []
+    check = _adder(checks)
     joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
-    flips = [] if joint else _flips(stored)
     if not joint and done > 1:
         value = metrics.get("forgetting")
         if value is None:
@@ -73,9 +86,22 @@ def judge(stored: StoredRun, other: StoredRun | None = None, limits: Limits | No
             )  # fmt: skip
         _check_tasks(check, metrics, limits, {flip["task"]: flip for flip in flips})
     _check_general(check, metrics, limits)
-    if other is not None:
-        _check_against(check, stored, other, limits)
-    return {"ship": all(c["ok"] is not False for c in checks), "checks": checks, "flips": flips}
+    return {"ship": all(c["ok"] is not False for c in checks), "checks": checks}
+
+
+def verdict_text(result: dict[str, Any]) -> str:
+    """What [`judge`] returns, for a terminal: a line for each check."""
+    lines = [f"{WORDS[c['ok']]}  {c['check']}: {c['says']}" for c in result["checks"]]
+    return terminal("\n".join([says(result), *lines]))
+
+
+def says(result: dict[str, Any]) -> str:
+    """The verdict in a word or two."""
+    return "SHIP" if result["ship"] else "DON'T SHIP"
+
+
+def _adder(checks: list[dict[str, Any]]) -> Callable[[str, bool | None, str], None]:
+    return lambda name, ok, says: checks.append({"check": name, "ok": ok, "says": says})
 
 
 def _at_most(value: float, limit: float) -> bool:
@@ -83,7 +109,9 @@ def _at_most(value: float, limit: float) -> bool:
 
 
 def _flips(stored: StoredRun) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
+    if "average_accuracy" in stored.metrics and "learning_accuracy" not in stored.metrics:
+        return found  # joint training learns no task before another
     for stage, task in enumerate(stored.metrics["tasks"][: len(stored.metrics["matrix"]) - 1], 1):
         lost, won = stored.flips(task, stage)
         if stored.answers(stage):

@@ -15,7 +15,7 @@ from .arguments import argument
 from .backend import runnable
 from .plan import RunPlan
 from .processes import quiet
-from .scoring import evaluate_task, evaluate_text, own_adapter
+from .scoring import evaluate_text, own_adapter, score_rows
 
 
 Row = list[float | None]
@@ -25,15 +25,18 @@ class Evaluator:
     """Scores a model on a plan's tasks, and returns the scores.
 
     make_trainer: `make_trainer(model, **options)`, a Trainer for tasks with a metric of their own.
+    answers: {text task: (answer, score) of each of its eval rows}, of those that `measure` scored last.
     """
 
     def __init__(self, plan: RunPlan, make_trainer: Callable[..., Trainer]):
         self.plan, self.make_trainer = plan, make_trainer
+        self.answers: dict[str, list[tuple[str, float]]] = {}
 
     def measure(
         self, model: Any, seen: int, row: Sequence[float | None] = (), general: Mapping[str, float] | None = None
     ) -> tuple[Row, dict[str, float]]:
         """[`row`] and [`general`] of one model; what `row` and `general` know already is not measured again."""
+        self.answers = {}
         scores, cross_entropy = self.row(model, seen, row)
         return scores, self.general(model, general, cross_entropy)
 
@@ -81,7 +84,9 @@ class Evaluator:
         with own_adapter(model, index) if self.plan.method.mode == "separate" else nullcontext():
             batch, encoder = self.plan.args.per_device_eval_batch_size, self.plan.encoder
             if isinstance(task, TextTask):
-                return evaluate_task(model, encoder, task, argument(self.plan.args, "eval_mode"), batch), None
+                found = score_rows(model, encoder, task, argument(self.plan.args, "eval_mode"), batch)
+                self.answers[task.name] = found
+                return sum(score for _, score in found) / len(found), None
             if isinstance(task, LanguageModelTask):
                 return evaluate_text(model, encoder, task, batch)
             if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):

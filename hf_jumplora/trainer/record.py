@@ -21,6 +21,7 @@ from ..hub import stack_card, task_card
 from ..methods import get_method
 from ..metrics.derived import derive
 from ..report import write_report
+from ..report.folder import HISTORY, PREDICTIONS
 from ..report.report import PICTURES
 from ..schema import MetricsFile, RunFile, check, read_json
 from ..stack.disk import (
@@ -46,6 +47,7 @@ from ..stack.verify import check_task, state_file, task_description, verify
 from ..strategies.base import join_states
 from .arguments import argument
 from .plan import RunPlan
+from .predictions import Answers, keep_own, write_answers
 from .processes import on_main
 
 
@@ -136,16 +138,21 @@ class RunFolder:
     def _held_out(self) -> dict[str, str]:
         return {task.name: task.fingerprint() for task in self.plan.held_out}
 
-    def measured(self, stage: int, row: list[float | None], general: dict[str, float]) -> None:
-        """Note what was measured after `stage` tasks; written with the next task, or by [`write`]."""
+    def measured(self, stage: int, row: list[float | None], general: dict[str, float], answers: Answers) -> None:
+        """Note what was measured after `stage` tasks; written with the next task, or by [`write`]. The answers to the
+        tasks' rows are written now, those before training excepted, with which nothing is compared."""
         self.matrix[stage : stage + 1], self.general[stage : stage + 1] = [row], [general]
+        if stage and PartialState().is_main_process:
+            write_answers(self.path, self.plan.tasks, stage, answers)
 
-    def finish(self, model: Any, index: int, info: dict[str, Any], row: list[float | None], general: dict) -> None:
+    def finish(
+        self, model: Any, index: int, info: dict[str, Any], row: list[float | None], general: dict, answers: Answers
+    ) -> None:
         """Note a finished task in every process, and write it in the main one.
 
-        model: holds it as adapter `task_00k`. info: for its task.json. row, general: what was measured after it.
+        model: holds it as adapter `task_00k`. info: for its task.json. row, general, answers: measured after it.
         """
-        self.measured(index + 1, row, general)
+        self.measured(index + 1, row, general, answers)
         self.trained.append(info)
         if self.manifest is None:
             separate = self.plan.method.mode == "separate"
@@ -166,6 +173,8 @@ class RunFolder:
             self.manifest.tasks.append(entry)
             self.write()
             drop_states(self.path, self.manifest.tasks)
+            if (before := len(self.trained) - 1) > 0:
+                keep_own(self.path, before, self.trained[before - 1]["name"])
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def write(self) -> dict[str, Any]:
@@ -213,7 +222,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         _check_free(folder)
     if not (folder / MANIFEST).is_file() and not any(folder.glob("checkpoints/*/checkpoint-*")):
         if not path.is_file() or path.read_text() != json.dumps(settings, indent=2) + "\n":
-            (folder / METRICS).unlink(missing_ok=True)
+            for name in (METRICS, HISTORY):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
             write_json(path, settings)
         return
     if not path.is_file():

@@ -21,6 +21,7 @@ from ..methods import Method
 from ..report import table
 from ..report.folder import read_run
 from ..report.page import write_page
+from ..report.verdict import judge, verdict_text
 from ..stack.load import attach
 from ..strategies import Strategy
 from ..strategies.base import state_of
@@ -218,8 +219,9 @@ class ContinualRun:
             # Training is over: the model gets its tasks back as adapters, as `load_stack` gives it.
             self.model = attach(self.model.unload(), self.output_dir, record.stack_tasks)
         if PartialState().is_main_process:
-            write_page(self.output_dir / "report.html", [read_run(self.output_dir)])
-            print(table(result, plan.method.name))
+            stored = read_run(self.output_dir)
+            write_page(self.output_dir / "report.html", [stored])
+            print(table(result, plan.method.name), verdict_text(judge(stored)), sep="\n\n")
         return result
 
     def _encode(self) -> list[Any]:
@@ -240,7 +242,7 @@ class ContinualRun:
         row, general = (record.matrix or [[]])[0], (record.general or [{}])[0]
         if fresh or None in row or evaluator.lacks(general):
             place_model(self.model, self.args)
-        record.measured(0, *evaluator.measure(self.model, 0, row, general))
+        record.measured(0, *evaluator.measure(self.model, 0, row, general), evaluator.answers)
         if tasks:
             mode = self.plan.method.mode
             adapters = tasks[-1:] if mode == "sequential" else tasks
@@ -250,7 +252,8 @@ class ContinualRun:
         PartialState().wait_for_everyone()  # all have read what the main process is about to change
         if tasks:
             last = len(tasks)
-            record.measured(last, *evaluator.measure(self.model, 0, record.matrix[last], record.general[last]))
+            measured = evaluator.measure(self.model, 0, record.matrix[last], record.general[last])
+            record.measured(last, *measured, evaluator.answers)
         if fresh:
             record.write()
         return len(tasks)
@@ -263,7 +266,7 @@ class ContinualRun:
             self.plan, self.model, index, steps=steps, examples=len(train_sets[index]),
             truncated=self.truncated.get(self.plan.stages()[index][0], 0), seconds=time.perf_counter() - start,
         )  # fmt: skip
-        self.record.finish(self.model, index, info, row, general)
+        self.record.finish(self.model, index, info, row, general, self.evaluator.answers)
 
     def evaluate(self) -> dict[str, float | None]:
         """{task: score in [0, 1]} of the model as it is on every task (None: it has no eval set).

@@ -5,7 +5,9 @@ import json
 import pytest
 import toy
 
-from hf_jumplora.report.folder import read_run
+from hf_jumplora.report.folder import PREDICTIONS, ROWS, after, read_lines, read_run
+from hf_jumplora.report.verdict import judge
+from hf_jumplora.trainer import predictions
 
 
 def test_a_run_leaves_its_history_and_a_page(toy_run):
@@ -35,3 +37,46 @@ def test_a_restart_logs_a_step_again_and_it_counts_once(toy_base, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert sum(line["task"] == "light" and line["step"] == 6 for line in lines) == 2
     assert len(read_run(tmp_path).history) == 12
+    _check_answers(tmp_path)
+
+
+def _check_answers(folder):
+    """The answers kept of a toy run are those that its matrix counts."""
+    stored = read_run(folder)
+    matrix = stored.metrics["matrix"]
+    names = stored.metrics["tasks"]
+    for stage, name in enumerate(names, 1):
+        found = stored.answers(stage)
+        assert {task for task, _ in found} == (set(names) if stage == 3 else {name})  # earlier: its own task alone
+        for j, task in enumerate(names):
+            right = [answer["correct"] for (of, _), answer in found.items() if of == task]
+            assert not right or (len(right) == 8 and sum(right) / 8 == matrix[stage][j])
+
+
+def test_a_run_keeps_its_answers(toy_run):
+    folder = toy_run.output_dir
+    _check_answers(folder)
+    assert sorted(path.name for path in (folder / PREDICTIONS).iterdir()) == [*map(after, (1, 2, 3)), ROWS]
+    stored, data = read_run(folder), toy_run.tasks[1].eval_dataset
+    assert stored.rows()["light", 3] == {
+        "task": "light", "row": 3, "text": data[3]["sentence"], "expected": data[3]["label"]
+    }  # fmt: skip
+    lost, won = stored.flips("size", 1)
+    flips = judge(stored)["flips"][0]
+    assert (len(lost), len(won)) == (flips["right_to_wrong"], flips["wrong_to_right"])
+    assert (len(won) - len(lost)) / 8 == pytest.approx(stored.metrics["matrix"][3][0] - stored.metrics["matrix"][1][0])
+
+
+def test_answers_are_bounded(tmp_path, monkeypatch):
+    """Of many rows some, evenly spaced; of long texts the beginning; what was kept of other tasks stays."""
+    monkeypatch.setattr(predictions, "ROWS_KEPT", 4)
+    size, light = toy.tasks(2)
+    size.eval_dataset = [{"sentence": "word " * 1000, "label": "huge"} for _ in range(10)]
+    predictions.write_answers(tmp_path, [size, light], 1, {"light": [("pale", 1.0)] * 8})
+    predictions.write_answers(tmp_path, [size, light], 1, {"size": [("h" * 1000, 0.4)] * 10})
+    rows, said = (read_lines(tmp_path / PREDICTIONS / name) for name in (ROWS, after(1)))
+    assert [(line["task"], line["row"]) for line in rows] == [
+        *(("light", row) for row in (0, 2, 4, 6)), *(("size", row) for row in (0, 2, 5, 7))
+    ]  # fmt: skip
+    assert (len(rows[-1]["text"]), len(said[-1]["predicted"])) == (500, 200)
+    assert [line["correct"] for line in said] == [True] * 4 + [False] * 4

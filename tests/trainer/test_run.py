@@ -532,6 +532,7 @@ def test_written_files(toy_run):
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "task.json"}
     top = {"stack.json", "metrics.json", "run.json", "README.md", "report.md", "report.html", "history.jsonl"}
+    top |= {f"predictions/{name}.jsonl" for name in ("rows", "after_001", "after_002", "after_003")}
     drawn = {"matrix.png", "overlap.png"}  # with matplotlib; hub.json: where another test has pushed this run
     assert names - drawn - {"hub.json"} == top | {f"task_00{k}/{name}" for k in range(3) for name in own}
     for name in names:
