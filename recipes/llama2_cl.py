@@ -27,7 +27,7 @@ from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.bench.smollm2 import smollm2
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
-from hf_jumplora.report import comparison
+from hf_jumplora.report.report import comparison
 
 
 HERE = Path(__file__).parent

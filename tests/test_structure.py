@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from report.runs import write_run
 
 import hf_jumplora
 
@@ -182,6 +183,30 @@ def test_imports_without_the_extras():
     done = run(code)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pip install 'hf-jumplora[trl]'" in done.stdout
+
+
+def test_check_does_not_wait_for_torch(tmp_path):
+    """`hf-jumplora check` looks at files, and is started often."""
+    write_run(tmp_path / "run", ["first", "second"])
+    code = (
+        "import sys\nfrom hf_jumplora.cli import main\n"
+        f"code = main(['check', {str(tmp_path / 'run')!r}])\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\nsys.exit(code)"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("SHIP")
+
+
+@pytest.mark.parametrize("first", ["hf_jumplora.tuner.config", "transformers.trainer"])
+def test_the_method_is_registered(first):
+    """Whatever is imported before what."""
+    code = (
+        f"import {first}\nimport hf_jumplora\nfrom peft import mapping, get_peft_config\n"
+        "assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING['JUMPLORA'] is hf_jumplora.JumpLoraConfig\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_import_is_light():

@@ -1,6 +1,1 @@
-"""One readable table at the end of a run, `report.md`, and pictures."""
-
-from .report import comparison, table, write_report
-
-
-__all__ = ["comparison", "table", "write_report"]
+"""One readable table at the end of a run, `report.md`, pictures, the page and the verdict. Importing it loads none."""

@@ -20,9 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..hub import stack_card, task_card
 from ..methods import get_method
 from ..metrics.derived import derive
-from ..report import write_report
 from ..report.folder import HISTORY, PREDICTIONS
-from ..report.report import PICTURES
+from ..report.report import PICTURES, write_report
 from ..schema import MetricsFile, RunFile, check, read_json
 from ..stack.disk import (
     MANIFEST,

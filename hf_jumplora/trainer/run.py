@@ -18,9 +18,9 @@ from ..data import Task
 from ..data.encoder import encode_tasks
 from ..hub import Pusher, push_options, push_stack, start_push
 from ..methods import Method
-from ..report import table
 from ..report.folder import read_run
 from ..report.page import write_page
+from ..report.report import table
 from ..report.verdict import judge, verdict_text
 from ..stack.load import attach
 from ..strategies import Strategy

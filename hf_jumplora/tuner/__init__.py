@@ -1,5 +1,9 @@
-"""The PEFT tuner: config, gate, layer, model, and what a training loop does with an adapter."""
+"""The PEFT tuner: config, gate, layer, model, and what a training loop does with an adapter.
 
+Importing it registers the method with PEFT.
+"""
+
+from .._compat import refuse_native_adapters, warn_of_bad_versions
 from .config import JumpLoraConfig
 from .finish import finish_adapter, fold_finished
 from .gate import JumpGate
@@ -28,3 +32,7 @@ __all__ = [
     "set_threshold",
     "without_adapter",
 ]
+
+warn_of_bad_versions()
+register()
+refuse_native_adapters(JumpLoraConfig)

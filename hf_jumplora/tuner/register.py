@@ -1,4 +1,4 @@
-"""Makes PEFT know the method. Runs when `hf_jumplora` is imported; a second run changes nothing."""
+"""Makes PEFT know the method. Runs when `hf_jumplora.tuner` is imported; a second run changes nothing."""
 
 from peft import mapping
 

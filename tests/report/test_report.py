@@ -6,8 +6,7 @@ import json
 import pytest
 
 from hf_jumplora.metrics.derived import derive
-from hf_jumplora.report import comparison, table, write_report
-from hf_jumplora.report.report import PICTURES, draw_matrix, pairs
+from hf_jumplora.report.report import PICTURES, comparison, draw_matrix, pairs, table, write_report
 
 
 def info(name, **more):
