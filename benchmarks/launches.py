@@ -32,6 +32,7 @@ from hf_jumplora.tuner import finish_adapter, fold_finished, set_mix, set_thresh
 
 METHODS = ["lora", "inclora", "jumplora", "jumplora-best", "lwf", "ella"]
 STEPS, LOGGED = 10, 5  # of a task; the step that logs
+AVERAGED = range(6, 10)  # steps that do not log, one of them with what `jumplora-best` does in every fourth
 ROWS = [{"input_ids": [1, 2, 3, 4 + n % 50, 5], "labels": [-100, -100, -100, 4 + n % 50, 5]} for n in range(64)]
 
 
@@ -100,7 +101,8 @@ def setup(name: str, layers: int, rank: int):
 
 
 def measure(name: str, layers: int = 30, rank: int = 8) -> dict[str, Count]:
-    """{"step": of an ordinary step, "logging": of one that logs, "end": of what follows the last}."""
+    """{"step": of an ordinary step, "heaviest": of that of `AVERAGED` with the most operations, "logging": of one that
+    logs, "end": of what follows the last}. `operations` of "average" is a mean over `AVERAGED`."""
     model, strategies = setup(name, layers, rank)
     import jumplora_kernels as package
 
@@ -121,7 +123,16 @@ def measure(name: str, layers: int = 30, rank: int = 8) -> dict[str, Count]:
             strategy.on_task_end(model, "default", examples)
         if name != "lora":
             finish_adapter(model, "default", "task_001")
-    return {"step": window.counts[LOGGED + 2], "logging": window.counts[LOGGED], "end": end}
+    ordinary = [window.counts[step] for step in AVERAGED]
+    average = Count()
+    average.operations = round(sum(count.operations for count in ordinary) / len(ordinary))
+    return {
+        "step": window.counts[LOGGED + 2],
+        "heaviest": max(ordinary, key=lambda count: count.operations),
+        "average": average,
+        "logging": window.counts[LOGGED],
+        "end": end,
+    }
 
 
 def main() -> None:
@@ -132,20 +143,23 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ.setdefault("HF_JUMPLORA_BACKEND", "triton")
-    head = ("step", "/ lora", "waits", "logging", "waits", "task end", "waits")
+    head = "step", "/ lora", "waits", "average", "/ lora", "heaviest", "waits", "logging", "waits", "end", "waits"
     print(f"{'method':<14} " + " ".join(f"{name:>8}" for name in head))
     lora = None
     for name in args.methods:
         counts = measure(name, args.layers)
         lora = lora or counts["step"].operations
-        step, log, end = counts["step"], counts["logging"], counts["end"]
+        step, log, end, heaviest = counts["step"], counts["logging"], counts["end"], counts["heaviest"]
+        average = counts["average"].operations
         print(
             f"{name:<14} {step.operations:8d} {step.operations / lora:8.2f} {step.waits.total():8d} "
+            f"{average:8d} {average / lora:8.2f} {heaviest.operations:8d} {heaviest.waits.total():8d} "
             f"{log.operations:8d} {log.waits.total():8d} {end.operations:8d} {end.waits.total():8d}",
             flush=True,
         )
         if args.details:
-            print("  ", dict(step.by_name.most_common(25)), "\n  ", dict(step.waits), dict(log.waits), dict(end.waits))
+            waits = (dict(count.waits) for count in (heaviest, log, end))
+            print("  ", dict(step.by_name.most_common(25)), "\n  ", *waits)
 
 
 if __name__ == "__main__":

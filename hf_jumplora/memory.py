@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
-from .strategies import LayerSize
+from .strategies import LayerSize, Lwf
 from .strategies.moments import tokens_at_once
 from .tuner import JumpLoraConfig, named_layers
 
@@ -292,7 +292,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     if method.mode != "incremental" or None in remembered:
         raise ValueError(
             f"the memory of method {plan.method!r} is not known: it does not train one adapter per task, or one of its "
-            "strategies has no `memory_bytes`. Known are jumplora, inclora, and the methods with ELLA or kfac"
+            "strategies has no `memory_bytes`. Known are jumplora, inclora, and the methods with ELLA, kfac or LwF"
         )
     needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes
@@ -304,6 +304,8 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
             needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
         # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.
         loss = max(loss, 24 * at_once * plan.length * size.vocabulary)
+    if plan.tasks and any(isinstance(s, Lwf) for s in strategies):  # both models' answers, every token one of them
+        loss = max(loss, (24 + width) * tokens * size.vocabulary)
     if adapter.isolation == "hard" and plan.tasks:
         memory += size.entries // 8
     # Blocks of D, E and a gradient, which entries are near the threshold, the tokens transposed.

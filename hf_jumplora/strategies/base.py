@@ -58,14 +58,14 @@ class Strategy:
             "forward": it runs the model when a task starts or ends. DeepSpeed ZeRO-3 then partitions all parameters,
             the adapter's too: they are whole in the forward pass alone, and gradients are available for layer outputs,
             not for parameters.
-            "whole_model": it runs the model in `penalty`, or reads whole parameters outside of it. Refused under
-            DeepSpeed ZeRO-3 and FSDP.
+            "whole_model": it reads whole parameters outside of `penalty`. Refused under DeepSpeed ZeRO-3 and FSDP.
         hooks: the hooks that a class overrides; filled in when the class is made.
         tuning: (option, values in the order of trying) for the bench; None: its `weight`, if it has one, around the
             default.
 
     Attributes:
         seed: of what the strategy draws by itself. The bench sets it to the seed of the run.
+        step: optimizer steps of the task that are done, also after a restart; the trainer sets it before each step.
         general: rows of no task that the strategy preserves, None without any; True stands for the run's own general
             text, which the run puts in its place.
     """
@@ -74,6 +74,7 @@ class Strategy:
     hooks: ClassVar[frozenset[str]] = frozenset()
     tuning: ClassVar[tuple[str, tuple[float, ...]] | None] = None
     seed: int = 0
+    step: int = 0
     general: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -137,6 +138,9 @@ class Strategy:
     ) -> torch.Tensor | None:
         """A scalar added to the loss of each training step, or None. Never called in evaluation.
 
+        inputs: what the model was called with, the micro-batch's labels, and `num_items_in_batch`: the answer tokens of
+        a micro-batch on average over the step's (a sum over tokens that is divided by it has the loss's weights); None
+        where the loss of each micro-batch is a mean by itself.
         output: what the model returned for `inputs`, with its graph.
         """
         return None

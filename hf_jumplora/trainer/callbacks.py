@@ -59,7 +59,7 @@ class GateCallback(TrainerCallback):
 
 
 class StrategyCallback(TrainerCallback):
-    """Calls `on_optimizer` and `on_step_end` of the strategies."""
+    """Calls `on_optimizer` and `on_step_end` of the strategies, and counts their steps."""
 
     def __init__(self, strategies: list[Strategy], adapter: str):
         self.strategies, self.adapter = strategies, adapter
@@ -69,6 +69,10 @@ class StrategyCallback(TrainerCallback):
             keep_whole_in_forward(model, adapter_parameters(model, self.adapter))
         for strategy in self.strategies:
             strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for strategy in self.strategies:
+            strategy.step = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.strategies:

@@ -54,6 +54,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                         "model in each process (plain or DDP)"
                     )
         self._penalty: torch.Tensor | None = None
+        self._answers: dict[str, Any] = {}  # of the micro-batch: what the strategies get beside the model's inputs
+        self._items: Any = None
         self._penalty_sum, self._penalty_count = 0.0, 0
         # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
         for gate, layers in gate_groups(self.model, adapter):
@@ -72,7 +74,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         # Without gradient TRL's trainers compute the outputs a second time, for `return_outputs=True`.
         if not (model.training and torch.is_grad_enabled()):
             return
-        terms = [s.penalty(model, kwargs, self.adapter, output) for s in self.strategies]
+        inputs = {**self._answers, **kwargs, "num_items_in_batch": self._items}
+        terms = [s.penalty(model, inputs, self.adapter, output) for s in self.strategies]
         terms = [t for t in terms if t is not None]
         if terms:
             if not isinstance(output, dict):
@@ -131,6 +134,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         self._penalty = None  # not in the model's output: DDP rebuilds that from its class's fields
+        self._answers = {"labels": inputs["labels"]} if "labels" in inputs else {}  # label smoothing takes them out
+        self._items = self._tokens_each(num_items_in_batch)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._penalty is None:
             return result
@@ -141,6 +146,13 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if self._is_scaled(num_items_in_batch):
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def _tokens_each(self, num_items_in_batch):
+        """Answer tokens of a micro-batch, on average over the step's; None where each one's loss is a mean."""
+        if num_items_in_batch is None or not self._is_scaled(num_items_in_batch) or self.args.n_gpu > 1:
+            return None
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return num_items_in_batch / (processes * self.current_gradient_accumulation_steps)
 
     def _is_scaled(self, num_items_in_batch) -> bool:
         """Whether the loss arrives already divided by the accumulation steps (else the Trainer divides it later)."""

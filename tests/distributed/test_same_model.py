@@ -20,7 +20,7 @@ NAMES = {
         "strategies": {"OLora": {}},
         "options": {"eval_mode": "generate"},
     },
-    "kfac": {"strategies": {"KFac": {"general": ["the very new ant", "big cat"]}, "Drift": {}}},  # these run the model
+    "kfac": {"strategies": {"KFac": {"general": ["the very new ant", "big cat"]}, "Drift": {}, "Lwf": {"every": 2}}},
     "best": {"method": "jumplora-best"},
 }
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -223,6 +223,16 @@ def test_lwf(base, request, relative_error):
     assert relative_error(penalty, 0.5 * 9 * (p * (p / q).log()).sum() / 6) < 1e-4
     penalty.backward()
     assert all(layer.jumplora_A["default"].grad.abs().sum() > 0 for _, layer in named_layers(model))
+    batch["num_items_in_batch"] = 12  # of a micro-batch on average; this one has 6
+    torch.testing.assert_close(lwf.penalty(model, batch, "default", output), penalty / 2)
+    seldom = Lwf(0.5, 3.0, every=3)
+    found = []
+    for seldom.step in range(4):
+        found.append(seldom.penalty(model, batch, "default", output))
+    assert found[:2] == [None, None]
+    assert found[3] is None
+    torch.testing.assert_close(found[2], 3 * penalty / 2)
+    assert Lwf(0.0).penalty(model, batch, "default", output) is None
     first = get_peft_model(toy.load_base(request.getfixturevalue(base)), JumpLoraConfig(r=2, target_modules=targets))
     assert lwf.penalty(first, batch, "default", output) is None
 

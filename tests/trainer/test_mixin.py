@@ -16,7 +16,7 @@ from hf_jumplora import (
     finish_adapter,
     make_continual,
 )
-from hf_jumplora.strategies import Ella, Strategy
+from hf_jumplora.strategies import Ella, Lwf, Strategy
 from hf_jumplora.tuner import density, gate_groups, named_layers, ramp, set_mix, set_threshold
 
 
@@ -97,9 +97,11 @@ def train(
 # ---- the penalty -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("counted", [True, False], ids=["loss-by-tokens", "loss-by-batch"])
-def test_penalty_under_gradient_accumulation(counted, toy_base, tmp_path):
-    """8 x 1, 2 x 4 and 1 x 8: the same loss and the same gradients, penalty included."""
+@pytest.mark.parametrize(
+    ("counted", "smoothing"), [(True, 0.0), (False, 0.0), (True, 0.1)], ids=["by-tokens", "by-batch", "smoothed"]
+)
+def test_penalty_under_gradient_accumulation(counted, smoothing, toy_base, tmp_path):
+    """8 x 1, 2 x 4 and 1 x 8: the same loss and the same gradients, penalties of weights and of rows included."""
 
     def prepare(trainer):
         if not counted:  # as for a model whose forward takes no num_items_in_batch: a mean of means
@@ -111,8 +113,9 @@ def test_penalty_under_gradient_accumulation(counted, toy_base, tmp_path):
         ella = Ella(100.0)
         ella.on_task_start(model, "default", None)
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        options["label_smoothing_factor"] = smoothing  # it takes the labels out of the model's inputs
         dataset = rows(48, equal=not counted)
-        _, note = train(model, tmp_path, [Pull(), ella], dataset=dataset, prepare=prepare, **options)
+        _, note = train(model, tmp_path, [Pull(), ella, Lwf()], dataset=dataset, prepare=prepare, **options)
         found[size] = note
     reference = found[8]
     for note in found.values():
