@@ -15,6 +15,7 @@ import yaml
 
 from .strategies import (
     L2,
+    CoDyRA,
     Drift,
     Ella,
     Ewc,
@@ -29,6 +30,7 @@ from .strategies import (
     Osf,
     Replay,
     Slao,
+    SoRA,
     Strategy,
 )
 from .tuner import JumpLoraConfig
@@ -139,6 +141,8 @@ _TABLE: dict[str, Method] = {
     "olora": Method("incremental", {"gate": False}, (OLora,), paper="O-LoRA (arXiv 2310.14152)"),
     "nlora": Method("incremental", {"gate": False}, (NLora,), paper="N-LoRA (arXiv 2410.10179)"),
     "l2": Method("sequential", {"gate": False}, (L2,), paper="baseline: distance to the adapter before"),
+    "sora": Method("incremental", {"gate": False}, (SoRA,), paper="SoRA (arXiv 2311.11696)"),
+    "codyra": Method("incremental", {"gate": False}, (CoDyRA,), paper="CoDyRA (arXiv 2412.01004)"),
     "ewc": Method("sequential", {"gate": False}, (Ewc,), paper="EWC (arXiv 1612.00796), online (arXiv 1805.06370)"),
     "lwf": Method("incremental", {"gate": False}, (Lwf,), paper="LwF (arXiv 1606.09282)"),
     "replay": Method("sequential", {"gate": False}, (Replay,), paper="baseline (arXiv 2310.14152, table 1)"),

@@ -103,7 +103,7 @@ def make_run(
     return ContinualRun(
         model, tasks() if stream is None else stream, method, arguments(output_dir, **options), tokenizer(),
         trainer_cls=trainer_cls or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer), strategies=strategies,
-        adapter_config=JumpLoraConfig(r=2, lora_alpha=8, target_modules=targets, **(adapter or {})),
+        adapter_config=JumpLoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": targets, **(adapter or {})}),
         callbacks=list(callbacks),
     )  # fmt: skip
 

@@ -14,12 +14,14 @@ from .nlora import NLora
 from .nullspace import NullSpace
 from .olora import OLora
 from .osf import Osf
+from .ranks import CoDyRA, SoRA
 from .replay import Replay
 from .slao import Slao
 
 
 __all__ = [
     "L2",
+    "CoDyRA",
     "Drift",
     "Ella",
     "Ewc",
@@ -35,5 +37,6 @@ __all__ = [
     "Osf",
     "Replay",
     "Slao",
+    "SoRA",
     "Strategy",
 ]

@@ -66,6 +66,7 @@ class Strategy:
     Attributes:
         seed: of what the strategy draws by itself. The bench sets it to the seed of the run.
         step: optimizer steps of the task that are done, also after a restart; the trainer sets it before each step.
+        steps: of the whole task; the trainer sets it before `on_optimizer`.
         general: rows of no task that the strategy preserves, None without any; True stands for the run's own general
             text, which the run puts in its place.
     """
@@ -75,6 +76,7 @@ class Strategy:
     tuning: ClassVar[tuple[str, tuple[float, ...]] | None] = None
     seed: int = 0
     step: int = 0
+    steps: int = 0
     general: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

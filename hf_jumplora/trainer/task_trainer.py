@@ -183,7 +183,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             )
 
     def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if "jumplora_gate" not in name]
+        return [
+            name for name in super().get_decay_parameter_names(model) if "jumplora_g" not in name
+        ]  # gates, of entries and of ranks
 
     def create_optimizer(self, *args, **kwargs):
         fresh = self.optimizer is None

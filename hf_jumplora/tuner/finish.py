@@ -20,7 +20,7 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     """End of a task: record the support, freeze the adapter and give it its final name.
 
     From here on its update is D on the recorded support, on every device; the threshold is not evaluated again.
-    An adapter without a gate is only renamed.
+    An adapter without a gate is only renamed. Ranks that a strategy has gated lose the closed ones.
 
     Raises:
         FloatingPointError: a weight or a threshold is not finite.
@@ -38,6 +38,9 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
                 "reached 1 (keep training up to gate_end)"
             )
     layers = dict(named_layers(model, adapter))
+    for layer in layers.values():
+        if adapter in layer.jumplora_g:
+            layer.absorb_rank_gate(adapter, config)
     sums = [layer.jumplora_A[adapter].sum() + layer.jumplora_B[adapter].sum() for layer in layers.values()]
     for layer_name, total in zip(layers, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True):
         if not math.isfinite(total):

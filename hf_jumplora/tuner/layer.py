@@ -24,7 +24,7 @@ class JumpLoraLayer(AdapterUpdates):
     A finished adapter has a saved support, and its update is D on that support: the threshold is not evaluated again.
     """
 
-    adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_gate")
+    adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_g", "jumplora_gate")
     other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "jumplora_free")
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs):
@@ -44,6 +44,7 @@ class JumpLoraLayer(AdapterUpdates):
         self.transposed = isinstance(base_layer, Conv1D)
         self.jumplora_A = Float32ParameterDict()  # adapter -> [r, in]
         self.jumplora_B = Float32ParameterDict()  # adapter -> [out, r]
+        self.jumplora_g = Float32ParameterDict()  # adapter whose ranks are gated -> [r], until it is finished
         self.jumplora_gate = nn.ModuleDict()
         self.jumplora_support = BufferDict(persistent=True)  # finished adapter -> uint8, coded as on disk
         self.jumplora_dropout = nn.ModuleDict()
@@ -118,6 +119,26 @@ class JumpLoraLayer(AdapterUpdates):
         self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.finished.forget_past()
 
+    def gate_ranks(self, adapter: str, g: torch.Tensor) -> None:
+        """From here on the adapter's update has B diag(g) in place of B, with a trained g [r]."""
+        A = self.jumplora_A[adapter]
+        self.jumplora_g[adapter] = nn.Parameter(g.to(A.device, torch.float32))
+
+    @torch.no_grad()
+    def absorb_rank_gate(self, adapter: str, config: JumpLoraConfig) -> None:
+        """B <- B diag(g) without the ranks where g = 0, at the scaling of before; at least one rank stays."""
+        (A, B, _), open_ranks = self.factors(adapter), self.jumplora_g[adapter] != 0
+        open_ranks[0] |= not open_ranks.any()
+        A, B, scaling = A[open_ranks].clone(), B[:, open_ranks].clone(), self.scaling[adapter]
+        del self.jumplora_g[adapter]
+        r = len(A)
+        alpha = scaling * (math.sqrt(r) if config.use_rslora else r)
+        config.rank_pattern = {**config.rank_pattern, self.layer_name: r}
+        config.alpha_pattern = {**config.alpha_pattern, self.layer_name: alpha}
+        self.update_layer(adapter, config, r, alpha, None)
+        self.jumplora_A[adapter].copy_(A)
+        self.jumplora_B[adapter].copy_(B)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's. Raises ValueError when another adapter stands on this one."""
         self.check_no_children(adapter_name)
@@ -169,7 +190,7 @@ class JumpLoraLayer(AdapterUpdates):
         )
 
     def _live_update(self, adapter: str, x, weight=None, bias=None):
-        A, B, scaling = self.jumplora_A[adapter], self.jumplora_B[adapter], self.scaling[adapter]
+        (A, B, free), scaling = self.factors(adapter), self.scaling[adapter]
         if adapter not in self.jumplora_gate:
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)
         gate, config = self.gate(adapter), self.configs[adapter]
@@ -177,7 +198,7 @@ class JumpLoraLayer(AdapterUpdates):
         mix = 0.0 if not torch.compiler.is_compiling() and gate.f == 0 else gate.mix
         return gated_linear(
             x, weight, bias, A, B, gate.log_tau, scaling=scaling, mix=mix, bandwidth=config.bandwidth,
-            threshold_grad=config.threshold_grad, free=self.free(adapter), backend=config.backend,
+            threshold_grad=config.threshold_grad, free=free, backend=config.backend,
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -22,6 +22,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
     transposed: bool  # the base weight is [in, out]
     jumplora_A: Float32ParameterDict
     jumplora_B: Float32ParameterDict
+    jumplora_g: Float32ParameterDict
     jumplora_gate: nn.ModuleDict
     jumplora_support: BufferDict
     configs: dict[str, JumpLoraConfig]
@@ -81,9 +82,13 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
             )
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(A [r, in], B [out, r], packed bits of the entries it may use or None). Raises ValueError if folded."""
+        """(A [r, in], B [out, r], packed bits of the entries it may use or None), B with the gates of its ranks, if it
+        has any. Raises ValueError if folded."""
         self._own(adapter)
-        return self.jumplora_A[adapter], self.jumplora_B[adapter], self.free(adapter)
+        B = self.jumplora_B[adapter]
+        if adapter in self.jumplora_g:
+            B = B * self.jumplora_g[adapter]
+        return self.jumplora_A[adapter], B, self.free(adapter)
 
     def free(self, adapter: str) -> torch.Tensor | None:
         """Packed bits of the entries that an adapter under hard isolation may use; None for all."""
