@@ -124,7 +124,8 @@ def toy_run(toy_base, tmp_path_factory):
     import toy
 
     run = toy.make_run(toy_base, tmp_path_factory.mktemp("toy_run"))
-    run.train()
+    with toy.pictures():
+        run.train()
     return run
 
 

@@ -1,6 +1,8 @@
 """Runs of a few seconds: base models, a tokenizer and tasks of a few words, made in code and the same every time."""
 
+import contextlib
 import gc
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -23,6 +25,10 @@ from hf_jumplora import (
 
 
 gc.freeze()  # the Trainer collects garbage at its end: 0.7 s each time over the objects that these imports made
+
+# Two thirds of a toy run's time would go into its pictures: without `pictures()` there seems to be no matplotlib.
+_find_spec, _drawn = importlib.util.find_spec, []
+importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" and not _drawn else _find_spec(name, *rest)
 
 SUBJECTS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"]
 KINDS = [["tiny", "huge"], ["dark", "pale"], ["calm", "wild"], ["slow", "fast"]]
@@ -108,6 +114,16 @@ def make_run(
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def pictures():
+    """Inside, reports are drawn."""
+    _drawn.append(True)
+    try:
+        yield
+    finally:
+        _drawn.pop()
+
+
 # ---- runs that are killed -----------------------------------------------------------------------------------------
 
 
@@ -184,11 +200,8 @@ def killed(*arguments) -> None:
 
 
 def run_once(base: str, output_dir: str, options: dict, endpoint: str | None = None) -> None:
-    """A run in a process of its own, without pictures; `endpoint` is a stand-in Hub for its huggingface_hub."""
-    import hf_jumplora.report.report as report
-
+    """A run in a process of its own; `endpoint` is a stand-in Hub for its huggingface_hub."""
     torch.set_num_threads(1)
-    report.draw_matrix = report.draw_overlap = lambda result, path: None
     if endpoint is not None:
         from huggingface_hub import constants
 

@@ -6,6 +6,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+import toy
 from report.runs import write_run
 
 from hf_jumplora.cli import main
@@ -41,7 +42,8 @@ def page(tmp_path):
     general = [{"wiki cross_entropy": 3.0}, {}, {}, {"wiki cross_entropy": 3.01}]
     names = ["first", EVIL, "third"]
     run = write_run(tmp_path / "run", names, steps=5, layers=2, flips={"first": (4, 1)}, general=general)
-    assert main(["report", str(run)]) == 0
+    with toy.pictures():
+        assert main(["report", str(run)]) == 0
     return run / "report.html"
 
 
