@@ -47,9 +47,9 @@ class RankGates(Strategy):
                 "train it with DDP or FSDP2"
             )
         for other in others:
-            if ("penalty" in other.hooks and "whole_model" not in other.requires) or "on_gradients" in other.hooks:
+            if {"penalty", "on_gradients"} & other.hooks:
                 raise ValueError(
-                    f"{type(self).__name__} puts a gate between A and B, and {other!r} reads or changes them as if "
+                    f"{type(self).__name__} puts a gate between A and B, and {other!r} may read or change them as if "
                     "there were none: leave one of the two out"
                 )
 

@@ -6,7 +6,7 @@ import toy
 
 from hf_jumplora import finish_adapter, load_stack
 from hf_jumplora.stack.operations import open_tasks
-from hf_jumplora.strategies import L2, CoDyRA, Lwf, Migu, SoRA
+from hf_jumplora.strategies import L2, CoDyRA, Migu, Replay, SoRA
 from hf_jumplora.strategies.ranks import soft_threshold
 from hf_jumplora.tuner import named_layers
 
@@ -93,7 +93,7 @@ def test_what_it_does_not_go_with(toy_base, tmp_path):
             SoRA().check_run([other], None, "none")
     with pytest.raises(ValueError, match="which DeepSpeed replaces"):
         SoRA().check_run([], None, "zero2")
-    CoDyRA().check_run([Lwf()], None, "none")  # acts through the model's answers
+    CoDyRA().check_run([Replay()], None, "none")
     with pytest.raises(ValueError, match="mode 'sequential'"):
         SoRA().check("sequential", None)
     for wrong in (lambda: SoRA(weight=-1), lambda: CoDyRA(largest=-1)):
