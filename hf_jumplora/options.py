@@ -1,20 +1,36 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
 import dataclasses
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+from datasets import disable_progress_bars
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from ._compat import CHECKPOINTING
 from .data import load_tasks
+from .escape import terminal
 from .methods import METHODS, get_method, strategy_name
 from .strategies import Strategy
 from .tuner import JumpLoraConfig
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"aliases": ["--model"], "help": "Folder or Hub id; None: a tiny one, made on the spot."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "'auto', 'float32', 'bfloat16', ..."})
 
 
 @dataclass
@@ -113,16 +129,44 @@ class MethodArguments:
         return plans
 
 
-def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
+def run_recipe(main: Callable[[], Any]) -> None:
+    """Run a recipe's `main`: what a user got wrong is one line on stderr and the exit code 2, not a traceback.
+
+    With HF_JUMPLORA_TRACEBACK=1 in the environment the traceback is shown.
+    """
+    if not sys.stderr.isatty():  # a log file: no progress bars of libraries in it
+        disable_progress_bars()
+        disable_progress_bar()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HF_JUMPLORA_TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {terminal(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, where argparse would print two hundred options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists all options)\n")
+
+
+def parse_recipe(
+    classes: tuple[type, ...], argv: list[str] | None = None, defaults: dict[str, Any] | None = None, **parser_options
+) -> tuple[Any, ...]:
     """Parse a recipe's command line. `--config FILE.yaml` gives defaults that options on the line override.
 
+    defaults: the recipe's own, over which both win. parser_options: of `argparse.ArgumentParser`.
+
     Raises:
-        SystemExit: an unknown option or key, or a value that cannot be (the message names it).
+        SystemExit: an unknown option or key, or a value that cannot be (the message, one line, names it).
     """
     # PEFT asks every transformers model for a property that transformers 5 has renamed: nothing a user can act on.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(classes)  # type: ignore[arg-type]
+    parser = _Parser(classes, **parser_options)  # type: ignore[arg-type]
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")
@@ -146,7 +190,7 @@ def parse_recipe(classes: tuple[type, ...], argv: list[str] | None = None) -> tu
                 parser.error(f"{path}: unknown key {key!r}")
         argv = [*_as_options(values), *argv]
     try:
-        return parser.parse_args_into_dataclasses(argv)
+        return parser.parse_args_into_dataclasses([*_as_options(defaults or {}), *argv])
     except ValueError as error:
         parser.error(str(error))
 

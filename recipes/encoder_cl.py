@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.bench.encoder import default_encoder, encoder_setting
-from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe, run_recipe
 
 
 @dataclass
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

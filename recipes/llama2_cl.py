@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from hf_jumplora import ContinualRun, ContinualTrainingArguments
 from hf_jumplora.bench.smollm2 import smollm2
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
-from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe, run_recipe
 from hf_jumplora.report.report import comparison
 
 
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

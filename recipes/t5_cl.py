@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments
-from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
+from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe, run_recipe
 
 
 @dataclass
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -164,7 +164,7 @@ def pretrain(
     model.train()
     start = time.perf_counter()
     done, loss, smooth = 0, math.nan, math.nan
-    with tqdm(total=steps, desc="pre-training", unit="step") as bar:
+    with tqdm(total=steps, desc="pre-training", unit="step", disable=None) as bar:
         while done < steps:
             if max_seconds is not None and time.perf_counter() - start >= max_seconds:
                 break

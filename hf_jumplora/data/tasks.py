@@ -32,6 +32,11 @@ class Task:
     source: where the data is from, for the card; of an absolute path the last name is kept.
     compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
     held_out: not trained on; a run evaluates it before the first task and after each one (general ability).
+    trainer_cls, args: where the task is trained by another trainer than the run's, or with other arguments. The class
+    is made by `make_continual`; a `functools.partial` of it gives what else it takes (GRPO: `reward_funcs`).
+
+    `metric="preference_accuracy"` scores rows of preferences ("prompt", "chosen", "rejected", as TRL's DPO takes them)
+    without a trainer: how often the chosen answer is likelier than the rejected one.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Task:
     metric: str = "accuracy"
     source: str = ""
     held_out: bool = field(default=False, kw_only=True)
+    trainer_cls: Callable[..., Any] | None = field(default=None, kw_only=True, repr=False)
+    args: Any = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.name, str) or len(self.name) > MAX_NAME or not _NAME.fullmatch(self.name):
@@ -60,7 +67,7 @@ class Task:
 
     def fingerprint(self) -> str:
         """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
-        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source", "held_out"}
+        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source", "held_out", "trainer_cls", "args"}
         options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
         digest = hashlib.sha256(json.dumps([options, len(self.train_dataset or ())], sort_keys=True).encode())
         for part in (self.train_dataset, self.eval_dataset):

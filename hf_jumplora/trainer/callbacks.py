@@ -1,11 +1,13 @@
 """What happens between the steps of a task: the gate's schedule, and the strategies' hooks."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..strategies import Strategy
 from ..tuner import ramp, ramp_steps, set_mix, set_threshold
@@ -14,6 +16,9 @@ from ..tuner.lookup import adapter_config, adapter_parameters
 from ..tuner.schedule import check_thresholds, density_at
 from ..tuner.sharded_parameters import keep_whole_in_forward
 from .backend import sharding
+
+
+_SHOWN = ("loss", "penalty", "density", "threshold", "mix", "grad_norm", "learning_rate", "reward")
 
 
 class GateCallback(TrainerCallback):
@@ -78,6 +83,58 @@ class StrategyCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.strategies:
             strategy.on_step_end(model, self.adapter)
+
+
+class ReportCallback(TrainerCallback):
+    """What `report_to` names (tensorboard, wandb, trackio), over all tasks: one x-axis of steps, and the task's name
+    where it begins. The trainer of a task would begin at step 0 again, in a folder that goes with its checkpoints."""
+
+    def __init__(self, report_to: str | list[str] | None, output_dir: str):
+        self.callbacks = [make() for make in get_reporting_integration_callbacks(report_to)]
+        self.output_dir, self._task, self._before, self._begun = output_dir, "", 0, False
+        self._announce = False
+
+    def next_task(self, name: str, before: int) -> None:
+        """What is logged from now on is of this task; before: the steps of those before it."""
+        self._task, self._before, self._announce = name, before, True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self._begun:
+            self._call("on_train_begin", args, state, control, **kwargs)
+        self._begun = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.max_steps <= 0:  # a trainer that evaluates alone
+            return
+        logs = dict(logs or {})
+        if self._announce:
+            logs["task"] = self._task
+        self._announce = False
+        self._call("on_log", args, state, control, logs=logs, **kwargs)
+
+    def _call(self, hook: str, args, state, control, **kwargs) -> None:
+        args, state = copy.copy(args), copy.copy(state)
+        args.output_dir = self.output_dir
+        state.global_step += self._before
+        for callback in self.callbacks:
+            getattr(callback, hook)(args, state, control, **kwargs)
+
+
+class LogLines(TrainerCallback):
+    """A line at each logging step, where no progress bar is shown: in a log file, for example."""
+
+    def __init__(self, task: str, number: int, total: int):
+        self.what = f"task {number} of {total}, {task}"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(f"{self.what}: {state.max_steps} steps", flush=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            shown = {key: value for key, value in logs.items() if key in _SHOWN}
+            values = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+            print(f"{self.what}: step {state.global_step} of {state.max_steps}, {values}", flush=True)
 
 
 class HistoryCallback(TrainerCallback):

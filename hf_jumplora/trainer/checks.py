@@ -10,11 +10,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.trainer_utils import HubStrategy
 
-from ..data import LanguageModelTask
+from ..data import LanguageModelTask, Task
 from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
 from .backend import sharding
 from .plan import RunPlan
+from .preferences import PREFERENCE_ACCURACY, check_preferences
 
 
 _NOT_WITH_DEEPSPEED = {
@@ -66,10 +67,29 @@ def _check_tasks(plan: RunPlan) -> None:
         raise ValueError(
             f"LanguageModelTask needs a causal LM, got {type(plan.model).__name__}; remove task {plain[0]!r}"
         )
-    preferences = any(cls.__name__ == "DPOTrainer" for cls in plan.trainer_cls.__mro__)
-    if preferences and any(task.eval_dataset is not None for task in (*plan.tasks, *plan.held_out)):
+    for task in (*plan.tasks, *plan.held_out):
+        _check_trainer(plan, task)
+
+
+def _check_trainer(plan: RunPlan, task: Task) -> None:
+    """The trainer class and arguments of one task."""
+    where, (cls, args) = f"task {task.name!r}", plan.trainer_of(task)
+    own = [name for name in ("trainer_cls", "args") if getattr(task, name) is not None]
+    if own and (plan.method.mode == "joint" or task in plan.text_tasks):
+        what = "all tasks are trained at once" if plan.method.mode == "joint" else "a run encodes text tasks itself"
+        raise ValueError(f"{where} has {own[0]} of its own, and {what}: leave it out")
+    if own and (kind := sharding(args)) != sharding(plan.args):
+        raise ValueError(f"{where}: args say {kind}, those of the run {sharding(plan.args)}; they must agree")
+    if args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
+    if task.eval_dataset is None:
+        return
+    if task.metric == PREFERENCE_ACCURACY:
+        check_preferences(task.name, task.eval_dataset, plan.tokenizer)
+    elif any(base.__name__ == "DPOTrainer" for base in getattr(cls, "func", cls).__mro__):
         raise ValueError(
-            "TRL's DPOTrainer cannot evaluate finished tasks (it expects an adapter 'default'): leave eval_dataset out"
+            f"{where}: TRL's DPOTrainer cannot evaluate finished tasks (it expects an adapter 'default'): give "
+            f'metric="{PREFERENCE_ACCURACY}", or leave eval_dataset out'
         )
 
 
@@ -106,8 +126,6 @@ def _check_arguments(plan: RunPlan) -> None:
             f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
             "'every_save' (after each task) or 'end'"
         )
-    if args.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
 
 
 def check_backend(plan: RunPlan) -> None:
@@ -120,7 +138,8 @@ def check_backend(plan: RunPlan) -> None:
     if args.fp16:
         raise ValueError(f"fp16=True scales losses, and is not tested with {kind}: use bf16=True")
     for task in (*plan.tasks, *plan.held_out):
-        if task.eval_dataset is not None and task not in plan.text_tasks:
+        by_run = task in plan.text_tasks or task.metric == PREFERENCE_ACCURACY
+        if task.eval_dataset is not None and not by_run:
             raise ValueError(
                 f"task {task.name!r} is evaluated by the Trainer itself, which is not supported with {kind}: make it a "
                 "TextTask, leave its eval_dataset out, or train with DDP"
@@ -159,10 +178,11 @@ def _check_deepspeed(plan: RunPlan, kind: str) -> None:
 
 def check_ramps(plan: RunPlan, sizes: Sequence[int]) -> None:
     """Raise ValueError that names the stage whose `sizes` examples make too few steps for the gate's ramp."""
-    for (name, _), examples in zip(plan.stages(), sizes, strict=True) if plan.config.gate else ():
+    tasks = plan.tasks if plan.method.mode != "joint" else [None]
+    for task, (name, _), examples in zip(tasks, plan.stages(), sizes, strict=True) if plan.config.gate else ():
         if examples:  # none: a past task whose data is not available
             try:
-                ramp_steps(planned_steps(plan.args, examples), plan.config)
+                ramp_steps(planned_steps(plan.trainer_of(task)[1], examples), plan.config)
             except ValueError as error:
                 raise ValueError(f"task {name!r}: {error}") from error
 

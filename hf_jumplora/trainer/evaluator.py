@@ -14,6 +14,7 @@ from ..data import LanguageModelTask, Task, TextTask
 from .arguments import argument
 from .backend import runnable
 from .plan import RunPlan
+from .preferences import PREFERENCE_ACCURACY, preference_accuracy
 from .processes import quiet
 from .scoring import evaluate_text, own_adapter, score_rows
 
@@ -24,7 +25,7 @@ Row = list[float | None]
 class Evaluator:
     """Scores a model on a plan's tasks, and returns the scores.
 
-    make_trainer: `make_trainer(model, **options)`, a Trainer for tasks with a metric of their own.
+    make_trainer: `make_trainer(model, task=task, **options)`, a Trainer for tasks with a metric of their own.
     answers: {text task: (answer, score) of each of its eval rows}, of those that `measure` scored last.
     """
 
@@ -89,6 +90,9 @@ class Evaluator:
                 return sum(score for _, score in found) / len(found), None
             if isinstance(task, LanguageModelTask):
                 return evaluate_text(model, encoder, task, batch)
+            if task.metric == PREFERENCE_ACCURACY:
+                length = argument(self.plan.trainer_of(task)[1], "max_length")
+                return preference_accuracy(model, self.plan.tokenizer, task.eval_dataset, length, batch), None
             if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
                 # The Trainer refuses a quantised model without an adapter, even to evaluate it.
                 adapted: Any = get_peft_model(model, copy.deepcopy(self.plan.config))
@@ -107,7 +111,7 @@ class Evaluator:
         """
         # Nothing is trained here, but TRL's trainers are not made without training rows.
         rows = {"train_dataset": task.eval_dataset, "eval_dataset": task.eval_dataset}
-        trainer = self.make_trainer(model, **rows, compute_metrics=task.compute_metrics)
+        trainer = self.make_trainer(model, task=task, **rows, compute_metrics=task.compute_metrics)
         scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         if task.metric not in scores:
             raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")

@@ -1,5 +1,7 @@
 """`RunPlan`: all that a run is told before its first step, and what follows from that alone."""
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,6 +98,10 @@ class RunPlan:
         sizes = [(task.name, len(task.train_dataset or ())) for task in self.tasks]
         return sizes if self.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
 
+    def trainer_of(self, task: Task | None) -> tuple[Any, TrainingArguments]:
+        """(trainer class, arguments) of a task, or of all tasks at once (None): the run's, unless it has its own."""
+        return getattr(task, "trainer_cls", None) or self.trainer_cls, getattr(task, "args", None) or self.args
+
     def seed(self, index: int) -> int:
         """Of task number `index`: a restarted run draws the same numbers."""
         return self.args.seed + 1000 * index
@@ -121,8 +127,18 @@ class RunPlan:
         if texts and any(strategy.general is not None for strategy in self.strategies):
             settings["general"] = texts
         for number, task in enumerate(self.tasks):
-            settings[f"task {number}"] = f"{task.name} {task.fingerprint()}"
+            settings[f"task {number}"] = f"{task.name} {self._fingerprint(task)}"
         return settings
+
+    def _fingerprint(self, task: Task) -> str:
+        """Of the task, and of how it is trained where that is not as the run's other tasks are."""
+        if task.trainer_cls is None and task.args is None:
+            return task.fingerprint()
+        cls, args = self.trainer_of(task)
+        own = {key: getattr(args, key) for key in _RESULT_SETTINGS if hasattr(args, key)}
+        name = getattr(cls, "func", cls).__name__
+        text = json.dumps([task.fingerprint(), name, own], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def general_texts(self) -> list[str]:
         """The training texts of the held-out plain texts: what a strategy with `general=True` keeps.

@@ -1,11 +1,13 @@
 """What the processes of one run have to agree on: their settings, what is on the disk, and errors."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers.utils import is_in_notebook
 
 
 def on_main(work: Callable[[], Any]) -> None:
@@ -32,8 +34,9 @@ def on_main(work: Callable[[], Any]) -> None:
 
 
 def quiet(args: Any) -> bool:
-    """Whether this process shows no progress bar."""
-    return args.disable_tqdm or not PartialState().is_main_process
+    """Whether this process shows no progress bar: in a log file it would be thousands of fragments."""
+    seen = sys.stderr.isatty() or is_in_notebook()
+    return args.disable_tqdm or not seen or not PartialState().is_main_process
 
 
 def check_same_settings(settings: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from ..strategies.base import state_of
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
 from .backend import cut_base, place_model
+from .callbacks import ReportCallback
 from .checks import check, check_ramps
 from .evaluator import Evaluator
 from .from_stack import plan_from_stack
@@ -119,6 +120,8 @@ class ContinualRun:
         self.plan, self.model = plan, plan.model
         self.args, self.output_dir = plan.args, plan.output_dir
         self.record = RunFolder(plan)
+        self.reporter = ReportCallback(plan.args.report_to, str(plan.output_dir))
+        plan.callbacks.append(self.reporter)
         make_trainer = functools.partial(task_trainer, plan, output_dir=plan.output_dir / "checkpoints", index=0)
         self.evaluator = Evaluator(plan, make_trainer)
         self.pusher: Pusher | None = None
@@ -260,6 +263,7 @@ class ContinualRun:
 
     def _train_task(self, index: int, train_sets: list[Any]) -> None:
         start = time.perf_counter()
+        self.reporter.next_task(self.plan.stages()[index][0], sum(info["steps"] for info in self.record.trained))
         self.model, steps = train_task(self.plan, self.model, index, train_sets, self.record.checkpoints(index))
         row, general = self.evaluator.measure(self.model, index + 1)
         info = describe_task(

@@ -40,7 +40,7 @@ def score_rows(
     was_training = model.training
     model.eval()
     rows = task.eval_dataset
-    mine = _share(len(rows))
+    mine = share_of_rows(len(rows))
     mine.sort(key=lambda i: len(rows[i][task.text_column]))  # texts of similar length share a batch: less padding
     found: list[tuple[int, tuple[str, float]]] = []
     for start in range(0, len(mine), batch_size):
@@ -67,7 +67,7 @@ def evaluate_text(model: Any, encoder: Encoder, task: LanguageModelTask, batch_s
     was_training = model.training
     model.eval()
     batch_size = max(1, batch_size // 4)  # the logits of every token are needed, not the last one's alone
-    mine, pad = _share(len(pieces)), _pad_token(encoder.tokenizer)
+    mine, pad = share_of_rows(len(pieces)), _pad_token(encoder.tokenizer)
     found: list[tuple[int, tuple[int, float]]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
@@ -82,7 +82,7 @@ def evaluate_text(model: Any, encoder: Encoder, task: LanguageModelTask, batch_s
     return sum(hits for hits, _ in sums) / tokens, sum(loss for _, loss in sums) / tokens
 
 
-def _share(rows: int) -> list[int]:
+def share_of_rows(rows: int) -> list[int]:
     """The rows of this process. Equal shares, because under ZeRO-3 all processes must run the model equally often:
     the last row may be there several times, and its results must count once."""
     state = PartialState()

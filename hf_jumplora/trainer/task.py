@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
-from transformers import Trainer, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from .. import metrics as formulas
-from ..data import TextTask
+from ..data import Task, TextTask
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
 from ..strategies.base import Examples
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, runnable, sharding
-from .callbacks import HistoryCallback
+from .callbacks import HistoryCallback, LogLines
 from .plan import RunPlan
+from .processes import quiet
 from .record import newest_checkpoint
 
 
@@ -38,8 +39,13 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     for strategy in plan.strategies:
         mixed = strategy.training_data(mixed, index, train_sets[:index])
     before = set(model.peft_config)
-    trainer: Any = task_trainer(plan, model, checkpoints, index, train_dataset=mixed)
-    trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, plan.stages()[index][0]))
+    task = plan.tasks[index] if plan.method.mode != "joint" else None
+    trainer: Any = task_trainer(plan, model, checkpoints, index, task, train_dataset=mixed)
+    stages = plan.stages()
+    trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, stages[index][0]))
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines(stages[index][0], index + 1, len(stages)))
     examples = functools.partial(trainer.examples, own=len(train_sets[index]))
     _call_strategies(plan, model, "on_task_start", examples)
     last = newest_checkpoint(checkpoints)
@@ -81,27 +87,34 @@ def new_adapter(model: Any, config: JumpLoraConfig, index: int, mode: str, fold:
     return model
 
 
-def task_trainer(plan: RunPlan, model: Any, output_dir: Path, index: int, **options: Any) -> Trainer:
-    """The trainer of task number `index` with the plan's arguments; `options` are further ones of its class.
+def task_trainer(
+    plan: RunPlan, model: Any, output_dir: Path, index: int, task: Task | None = None, **options: Any
+) -> Trainer:
+    """The trainer of task number `index` with the task's arguments or the plan's; `options` are others of its class.
 
     Raises:
-        TypeError: the plan's `trainer_cls` cannot be made from its arguments.
+        TypeError: the `trainer_cls` cannot be made from its arguments.
     """
-    args = copy.copy(plan.args)
+    trainer_cls, args = plan.trainer_of(task)
+    args = copy.copy(args)
     args.output_dir, args.seed = str(output_dir), plan.seed(index)
     args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
+    args.report_to, args.disable_tqdm = [], quiet(args)  # the run reports (`ReportCallback`)
     if args.deepspeed_plugin is not None:
         args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
         fresh_accelerator()
+    if trainer_cls is plan.trainer_cls:  # another class has a collator of its own
+        options["data_collator"] = plan.batches
     try:
-        return plan.trainer_cls(
-            model=model, args=args, data_collator=plan.batches, processing_class=plan.tokenizer,
-            strategies=plan.strategies, callbacks=list(plan.callbacks), **options,
+        return trainer_cls(
+            model=model, args=args, processing_class=plan.tokenizer, strategies=plan.strategies,
+            callbacks=list(plan.callbacks), **options,
         )  # fmt: skip
     except (TypeError, AttributeError) as error:  # SFTTrainer itself, or ContinualSFTTrainer without an SFTConfig
+        name = getattr(trainer_cls, "func", trainer_cls).__name__
         raise TypeError(
-            f"{plan.trainer_cls.__name__} cannot be made from {type(args).__name__} ({error}): trainer_cls must come "
-            "from make_continual, and args must be of the class it takes (TRL's SFTTrainer: SFTConfig)"
+            f"{name} cannot be made from {type(args).__name__} ({error}): trainer_cls must come from make_continual, "
+            "and args must be of the class it takes (TRL's SFTTrainer: SFTConfig)"
         ) from error
 
 
@@ -120,8 +133,8 @@ def describe_task(
 
     examples: its training rows. truncated: how many of its texts were cut. seconds: of training and evaluation.
     """
-    name, args = plan.stages()[index][0], plan.args
     task = plan.tasks[index] if plan.method.mode != "joint" else None
+    name, (_, args) = plan.stages()[index][0], plan.trainer_of(task)
     text = isinstance(task, TextTask)
     return {
         "name": name,

@@ -148,8 +148,14 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _tokens_each(self, num_items_in_batch):
-        """Answer tokens of a micro-batch, on average over the step's; None where each one's loss is a mean."""
-        if num_items_in_batch is None or not self._is_scaled(num_items_in_batch) or self.args.n_gpu > 1:
+        """Answer tokens of a micro-batch, on average over the step's; None where each one's loss is a mean, and outside
+        of training."""
+        if (
+            num_items_in_batch is None
+            or not self.model.training
+            or not self._is_scaled(num_items_in_batch)
+            or self.args.n_gpu > 1
+        ):
             return None
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return num_items_in_batch / (processes * self.current_gradient_accumulation_steps)
