@@ -21,6 +21,8 @@ COMMANDS = {
     "merge": "write a plain model that holds the updates",
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
+    "train": "train on a stream of tasks, as a YAML file says",
+    "eval": "score a stack on the tasks of a stream",
     "bench": "compare methods on a stream of tasks",
     "report": "one page of one or several runs: report.html",
     "check": "SHIP or DON'T SHIP: whether a run lost more than it may",

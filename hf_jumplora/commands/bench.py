@@ -1,5 +1,7 @@
 """Compare methods on a stream: same data, prompts, seeds and effective batch, tuned by one protocol (docs/bench.md).
 
+    hf-jumplora bench --stream my_stream.yaml --methods inclora jumplora-best --seeds 3 --output_dir runs/bench
+
 Each run is a process of its own and one file below OUTPUT_DIR/cells. The same command again goes on where it was
 stopped; more methods or seeds may be named then. table.md, results.json and accuracy.png are brought up to date after
 every run.

@@ -1,4 +1,7 @@
-"""Say what differs between two stacks: base, method, tasks, and how far apart tasks of the same name are."""
+"""Say what differs between two stacks: base, method, tasks, and how far apart tasks of the same name are.
+
+hf-jumplora diff runs/mine runs/last_month
+"""
 
 import argparse
 

@@ -1,5 +1,7 @@
 """Plan the memory of a training run: a process (GPU) under DDP, ZeRO, FSDP2 and over a 4-bit base.
 
+    hf-jumplora estimate llama-2-7b --processes 8
+
 MODEL is llama-2-7b, llama-2-13b, llama-2-70b, a folder or a Hub id; of the latter config.json alone is read. Weights
 and activations are counted on the model's own code, without weights. Not counted: the CUDA context and what the
 allocator loses (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).

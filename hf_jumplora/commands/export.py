@@ -1,5 +1,7 @@
 """Export a stack for servers that do not know this package.
 
+    hf-jumplora export runs/mine --format lora --rank 16 --out exported
+
 --format lora: the sum of the tasks' masked updates as a plain LoRA adapter of best rank k (randomised SVD). Something
 is lost: the retained energy is printed for each layer, and with --stream the change of accuracy on it.
 --format sparse: the values of the sum and their columns, row by row, in one safetensors file.

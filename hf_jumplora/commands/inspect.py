@@ -1,5 +1,7 @@
 """Show what a stack holds: base model, method, tasks, densities, sizes, and how much the tasks overlap.
 
+    hf-jumplora inspect runs/mine
+
 Overlap of two tasks: |Si & Sj| / min(|Si|, |Sj|), Si the entries that task i changes.
 Sizes: the adapter's file, beside a LoRA adapter of the same rank in float32 plus the coded support.
 """

@@ -1,5 +1,7 @@
 """Merge a stack into a plain model folder that loads without this package.
 
+    hf-jumplora merge runs/mine --out merged
+
 The base's safetensors files are copied and each adapted weight is rewritten in the copy: base + float32 sum of the
 updates, rounded once to the base's dtype. Memory: a few copies of one layer, whatever the size of the model.
 """

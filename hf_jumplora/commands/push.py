@@ -1,5 +1,7 @@
 """Push every task of a stack that the repository on the Hub lacks: one commit and one tag each.
 
+    hf-jumplora push runs/mine --repo me/stack
+
 The token is taken from HF_TOKEN or from `hf auth login`.
 """
 

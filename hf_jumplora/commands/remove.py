@@ -1,5 +1,7 @@
 """Write a stack without some tasks.
 
+    hf-jumplora remove runs/mine --tasks tickets --out runs/without_tickets
+
 Exact for the sum: the result is bit for bit the stack to which their updates were never added. It is not the stack
 that would have been trained without them: later tasks were trained on top of them and keep what they learned there.
 Under isolation="hard" the entries of a removed task are given back unchanged and no other task has used them.

@@ -1,5 +1,7 @@
 """Write a stack with its tasks in another order, where order does not matter.
 
+    hf-jumplora reorder runs/mine --tasks invoices tickets --out runs/reordered
+
 That is where no two tasks change the same entry (isolation="hard" makes such stacks). Elsewhere the command refuses:
 the sum of updates is rounded in the order of the stack, and a later task was trained on top of the earlier ones.
 """

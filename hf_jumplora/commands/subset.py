@@ -1,5 +1,7 @@
 """Write a stack of some of the tasks. Their weights and supports are copied byte for byte.
 
+    hf-jumplora subset runs/mine --tasks tickets invoices --out runs/part
+
 The scores of the whole stack do not hold for a part of it: metrics.json is left out.
 """
 

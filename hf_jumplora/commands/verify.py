@@ -1,4 +1,7 @@
-"""Check every file of a stack: stack.json against its own sha256, all others against those in stack.json."""
+"""Check every file of a stack: stack.json against its own sha256, all others against those in stack.json.
+
+hf-jumplora verify runs/mine
+"""
 
 import argparse
 import os

@@ -61,6 +61,7 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
         ],
         "names": names,
         "flipped": _flipped(stored),
+        "answered": bool(stored.answers(len(metrics["matrix"]) - 1)),
         "settings": sorted(_flat(stored.settings).items()),
         "versions": sorted(stored.versions.items()),
         "accuracy": None,

@@ -4,11 +4,14 @@ import argparse
 import importlib
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+import toy
 from packaging.version import Version
 
 from hf_jumplora.cli import COMMANDS, main
@@ -25,6 +28,10 @@ def test_every_command_explains_itself(command, capsys):
     module, parser = importlib.import_module(f"hf_jumplora.commands.{command}"), argparse.ArgumentParser()
     module.add_arguments(parser)
     assert " ".join(module.__doc__.split()) in shown
+    examples = re.findall(rf"^ *hf-jumplora ({command}.*)$", module.__doc__, re.M)
+    assert examples
+    _, unknown = parser.parse_known_args(shlex.split(examples[0])[1:])
+    assert not unknown  # the example takes options that there are
     for action in parser._actions:
         assert (action.option_strings or [action.dest])[-1] in shown
 
@@ -97,3 +104,47 @@ def test_doctor_names_what_is_wrong(capsys, monkeypatch):
     assert "peft 0.20: no hooks; install peft>=0.21" in shown
     assert "ZeRO: pip install 'hf-jumplora[deepspeed]'" in shown
     assert "HF_JUMPLORA_BACKEND is one of" in shown
+
+
+def write_stream(folder):
+    """The toy tasks as files."""
+    lines = ["tasks:"]
+    for task in toy.tasks(2):
+        for name, rows in (("train", task.train_dataset), ("eval", task.eval_dataset)):
+            (folder / f"{task.name}_{name}.json").write_text(json.dumps(rows))
+        lines += [
+            f"- name: {task.name}",
+            f"  train_file: {task.name}_train.json",
+            f"  eval_file: {task.name}_eval.json",
+        ]
+        lines += [f"  instruction: {task.instruction}", "  text: sentence", "  label: label"]
+    (folder / "stream.yaml").write_text("\n".join(lines))
+    return folder / "stream.yaml"
+
+
+def test_train_and_eval(toy_base, tmp_path, capsys):
+    """From a YAML file to a stack, whose scores `eval` finds again; and what is wrong is one line."""
+    stream, config, out = write_stream(tmp_path), tmp_path / "run.yaml", tmp_path / "out"
+    options = {
+        "model_name_or_path": toy_base, "stream": str(stream), "output_dir": str(out), "method": "inclora", "r": 2,
+        "target_modules": ["q_proj"], "use_cpu": True, "max_length": 32, "save_strategy": "no", "max_steps": 4,
+        "per_device_train_batch_size": 4, "report_to": "none", "eval_mode": "score",
+    }  # fmt: skip
+    config.write_text(json.dumps(options))
+    assert main(["train", str(config), "--learning_rate", "1e-2"]) == 0
+    result = json.loads((out / "metrics.json").read_text())
+    assert json.loads((out / "run.json").read_text())["args.learning_rate"] == 1e-2
+    capsys.readouterr()
+    argv = ["eval", str(out), "--stream", str(stream), "--eval_mode", "score", "--max_length", "32", "--json", "True"]
+    assert main(argv) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert [scores[name]["accuracy"] for name in result["tasks"]] == result["matrix"][-1]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(config), "--lerning_rate", "1"])
+    assert stop.value.code == 2
+    config.write_text("stream: x\n")
+    assert main(["train", str(config), "--use_cpu", "True"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "'--lerning_rate', '1'" in errors[0]
+    assert "has no model_name_or_path: give it there or as --model_name_or_path" in errors[1]
+    assert len(errors) == 2

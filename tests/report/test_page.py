@@ -75,6 +75,7 @@ def test_several_runs_and_missing_parts(page, tmp_path):
     assert "<h1>2 runs</h1>" in text
     assert "old (inclora)" in text
     assert "Versions were not recorded." in text
+    assert "No answers were kept" in text
 
 
 def test_before_the_first_task(tmp_path):
