@@ -1,0 +1,80 @@
+"""The code blocks of README and docs: what they import is there, and the commands that they show take these options.
+
+They are not run: most of them name models and data that are not here.
+"""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_jumplora
+from hf_jumplora.cli import COMMANDS
+
+
+ROOT = Path(hf_jumplora.__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.S | re.M)
+
+
+def blocks(*kinds):
+    return [
+        pytest.param(text, id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+        for page in PAGES
+        for match in BLOCK.finditer(page.read_text())
+        for text in [match[2]]
+        if match[1] in kinds
+    ]
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python(text):
+    """Valid Python, and every name of ours exists."""
+    indent = min(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip())
+    tree = ast.parse("\n".join(line[indent:] for line in text.splitlines()))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_jumplora"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_jumplora":
+            assert hasattr(hf_jumplora, node.attr), f"hf_jumplora has no {node.attr}"
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml(text):
+    assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("text", blocks("bash", "sh"))
+def test_commands(text):
+    """Commands of ours exist and take these options; recipes and Makefile targets that are named are there."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for recipe in (word for word in words if word.startswith(("recipes/", "benchmarks/")) and word.endswith(".py")):
+            assert (ROOT / recipe).is_file(), recipe
+        if words[:1] == ["make"]:
+            assert words[1] in targets
+        if words[:1] == ["hf-jumplora"] and words[1] not in ("train", "--help", "--version"):
+            assert words[1] in COMMANDS
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            importlib.import_module(f"hf_jumplora.commands.{words[1]}").add_arguments(parser)
+            _, unknown = parser.parse_known_args(words[2:])
+            assert not unknown, line
+
+
+def test_links():
+    """Pages that are linked to are there."""
+    missing = [
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        if not target.startswith("http") and not (page.parent / target).exists()
+    ]
+    assert missing == []
