@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Train what is not finished yet."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from .. import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer, ContinualTrainingArguments
+    from ..trainer import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer, ContinualTrainingArguments
 
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     argv = ["--config", args.config, *args.options]
