@@ -53,11 +53,9 @@ def alive(process: psutil.Process) -> bool:
 @pytest.mark.parametrize(
     ("config", "ranks"),
     [
-        ("cpu2", [0, 1]),
         ("zero3", [0, 1]),
         ("fsdp2", [1]),
-        pytest.param("zero2", [1], marks=pytest.mark.slow),
-        pytest.param("cpu2", [0], marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("cpu2", [0, 1]), ("cpu2", [0]), ("zero2", [1]))),
     ],
 )
 def test_killed(config, ranks, toy_base, tmp_path, capsys):
