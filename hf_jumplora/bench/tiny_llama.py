@@ -164,6 +164,7 @@ def pretrain(
     model.train()
     start = time.perf_counter()
     done, loss, smooth = 0, math.nan, math.nan
+    print(f"tiny_llama: pre-training, {steps} steps", flush=True)  # a log file shows no progress bar
     with tqdm(total=steps, desc="pre-training", unit="step", disable=None) as bar:
         while done < steps:
             if max_seconds is not None and time.perf_counter() - start >= max_seconds:
