@@ -110,4 +110,4 @@ def _shade(value: float | None, top: float = 1.0) -> str:
         return ""
     share = max(0.0, min(1.0, value / top))
     light = 97 - 62 * share
-    return f"background:hsl(152 {30 + 25 * share:.0f}% {light:.0f}%);color:{'#fff' if share > 0.62 else '#1f2328'}"
+    return f"background:hsl(152 {30 + 25 * share:.0f}% {light:.0f}%);color:{'#fff' if share > 0.85 else '#1f2328'}"
