@@ -64,7 +64,7 @@ def perplexities(metrics: dict[str, Any]) -> str:
         f"{stage:<16}" + "".join(f"{math.exp(row[name]):>14.2f}" if name in row else f"{'-':>14}" for name in names)
         for stage, row in zip(stages, metrics["general"], strict=True)
     ]
-    return "\n".join(["perplexity", head, *rows])
+    return "\n".join(["", "perplexity", head, *rows])
 
 
 def main() -> None:

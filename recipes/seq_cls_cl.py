@@ -26,9 +26,9 @@ from hf_jumplora.options import MethodArguments, ModelArguments, StreamArguments
 
 
 DEFAULTS = {
-    "learning_rate": 3e-3, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 100, "max_length": 64,
+    "learning_rate": 5e-3, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 100, "max_length": 64,
     "logging_steps": 10, "save_strategy": "no", "report_to": "none", "output_dir": "runs/seq_cls",
-    "num_train_epochs": 1,
+    "num_train_epochs": 2,
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ DEFAULTS = {
 class ClassifierArguments:
     """The classifier."""
 
-    tiny_steps: int = field(default=150, metadata={"help": "Pre-training steps of the tiny Llama."})
+    tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama and demo data are kept."})
 
 
@@ -82,10 +82,12 @@ def main() -> None:
     classes = (ModelArguments, StreamArguments, ClassifierArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, classifier, method, args = parse_recipe(classes, defaults=DEFAULTS)
     name = model_args.model_name_or_path
+    # A head that nobody trained needs more than attention to turn towards it; other models: PEFT's names for them.
+    targets = None if name else ["q_proj", "v_proj", "up_proj", "down_proj"]
     if stream.stream is None:
         path = write_demo_stream(Path(classifier.cache_dir) / "demo_stream")
         stream = dataclasses.replace(stream, stream=str(path))
-        name = name or str(build_tiny_llama(demo_corpus(), classifier.cache_dir, layers=2, steps=classifier.tiny_steps))
+        name = name or str(build_tiny_llama(demo_corpus(), classifier.cache_dir, steps=classifier.tiny_steps))
     if name is None:
         raise ValueError("--stream needs --model: a tiny Llama knows the synthetic text alone")
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -93,7 +95,7 @@ def main() -> None:
     base = with_head(name, labels, Path(args.output_dir) / "base", args.seed, model_args.dtype)
     run = ContinualRun(
         AutoModelForSequenceClassification.from_pretrained(base), tasks, method.method, args, tokenizer,
-        adapter_config=method.adapter_config(), strategies=method.strategies(),
+        adapter_config=method.adapter_config(targets), strategies=method.strategies(),
         data_collator=DataCollatorWithPadding(tokenizer),
     )  # fmt: skip
     run.train()

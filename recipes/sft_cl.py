@@ -49,7 +49,7 @@ class ChatArguments:
     eval_share: float = field(
         default=0.1, metadata={"help": "This share of a file's rows, its last ones, is for evaluation."}
     )
-    tiny_steps: int = field(default=300, metadata={"help": "Pre-training steps of the tiny Llama."})
+    tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
     demo_rows: int = field(default=640, metadata={"help": "Training rows of each synthetic task."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama is kept."})
 
@@ -90,7 +90,7 @@ def main() -> None:
     if chat.files and name is None:
         raise ValueError("--files needs --model: the tiny Llama knows the synthetic tasks alone")
     if name is None:
-        name = str(build_tiny_llama(demo_corpus(), chat.cache_dir, layers=2, steps=chat.tiny_steps))
+        name = str(build_tiny_llama(demo_corpus(), chat.cache_dir, steps=chat.tiny_steps))
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE

@@ -50,7 +50,7 @@ class KindArguments:
     grpo_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the reward."})
     num_generations: int = field(default=4, metadata={"help": "GRPO: answers to each prompt."})
     max_completion_length: int = field(default=4, metadata={"help": "GRPO: tokens of an answer."})
-    tiny_steps: int = field(default=300, metadata={"help": "Pre-training steps of the tiny Llama."})
+    tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
     demo_rows: int = field(default=256, metadata={"help": "Training rows of each synthetic task."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama is kept."})
 
@@ -111,7 +111,7 @@ def main() -> None:
         raise ValueError("files need --model: the tiny Llama knows the synthetic tasks alone")
     tasks = make_tasks(kinds, args)
     if name is None:
-        name = str(build_tiny_llama(demo_corpus(), kinds.cache_dir, layers=2, steps=kinds.tiny_steps))
+        name = str(build_tiny_llama(demo_corpus(), kinds.cache_dir, steps=kinds.tiny_steps))
     run = ContinualRun(
         AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype), tasks, method.method, args,
         AutoTokenizer.from_pretrained(name), trainer_cls=ContinualSFTTrainer, adapter_config=method.adapter_config(),
