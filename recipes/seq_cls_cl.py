@@ -1,7 +1,8 @@
 """Continual text classification with `AutoModelForSequenceClassification`: another set of labels in every task.
 
-The head has a row for each label of all tasks. It is drawn once, frozen, and saved with the base, so that the updates
-of the tasks add up; a task is trained over all labels and evaluated among its own.
+The head has a row for each label of all tasks: the embedding of the label's name in the base model (a random one where
+their sizes differ). It is frozen and saved with the base, so that the updates of the tasks add up. A task is trained over
+all labels and evaluated among its own.
 
 Without options it runs in a minute or two: a tiny Llama and four synthetic tasks. With a real model and stream:
 
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from demo_stream import demo_corpus, write_demo_stream  # the file beside this one
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, Task
@@ -69,6 +72,12 @@ def with_head(name: str, labels: list[str], folder: Path, seed: int, dtype: str)
         set_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(labels), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(labels)]
+        words = model.get_input_embeddings().weight
+        if heads[-1].in_features == words.shape[1]:
+            with torch.no_grad():
+                for row, label in zip(heads[-1].weight, labels, strict=True):
+                    row.copy_(words[tokenizer(" " + label, add_special_tokens=False).input_ids].mean(0))
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: number for number, label in enumerate(labels)}
         if model.config.pad_token_id is None:

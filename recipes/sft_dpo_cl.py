@@ -51,7 +51,7 @@ class KindArguments:
     num_generations: int = field(default=4, metadata={"help": "GRPO: answers to each prompt."})
     max_completion_length: int = field(default=4, metadata={"help": "GRPO: tokens of an answer."})
     tiny_steps: int = field(default=600, metadata={"help": "Pre-training steps of the tiny Llama."})
-    demo_rows: int = field(default=256, metadata={"help": "Training rows of each synthetic task."})
+    demo_rows: int = field(default=640, metadata={"help": "Training rows of each synthetic task."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny Llama is kept."})
 
 
@@ -94,7 +94,11 @@ def make_tasks(kinds: KindArguments, args: SFTConfig) -> list[Task]:
     for name, (file, demo, columns, trainer) in recipes.items():
         if own and file is None:
             continue
-        rows = read_rows(Path(file)) if file else demo_rows(demo, "train", kinds.demo_rows)
+        rows = (
+            read_rows(Path(file))
+            if file
+            else demo_rows(demo, "train", kinds.demo_rows // (2 if name == "reward" else 1))
+        )
         if missing := [column for column in columns if column not in rows[0]]:
             raise ValueError(f"{file}: no column {missing[0]!r}, only {', '.join(rows[0])}")
         evaluated = None if own else Dataset.from_list(demo_rows(demo, "test", 64))
