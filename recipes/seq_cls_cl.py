@@ -1,7 +1,7 @@
 """Continual text classification with `AutoModelForSequenceClassification`: another set of labels in every task.
 
 The head has a row for each label of all tasks: the embedding of the label's name in the base model (a random one where
-their sizes differ). It is frozen and saved with the base, so that the updates of the tasks add up. A task is trained over
+their sizes differ). It is frozen and saved with the base, so that the updates of the tasks add up. A task is trained on
 all labels and evaluated among its own.
 
 Without options it runs in a minute or two: a tiny Llama and four synthetic tasks. With a real model and stream:
