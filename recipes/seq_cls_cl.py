@@ -29,9 +29,9 @@ from hf_jumplora.options import MethodArguments, ModelArguments, StreamArguments
 
 
 DEFAULTS = {
-    "learning_rate": 5e-3, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 100, "max_length": 64,
+    "learning_rate": 2e-3, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 100, "max_length": 64,
     "logging_steps": 10, "save_strategy": "no", "report_to": "none", "output_dir": "runs/seq_cls",
-    "num_train_epochs": 2,
+    "num_train_epochs": 1,
 }  # fmt: skip
 
 
