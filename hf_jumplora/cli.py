@@ -11,6 +11,14 @@ from .escape import terminal
 
 # command -> its line in --help; the module of the chosen one alone is imported
 COMMANDS = {
+    "train": "train on a stream of tasks, as a YAML file says",
+    "report": "one page of one or several runs: report.html",
+    "check": "SHIP or DON'T SHIP: whether a run lost more than it may",
+    "eval": "score a stack on the tasks of a stream",
+    "methods": "the names for --method, and where they are from",
+    "doctor": "what is installed, and what will not work",
+    "estimate": "what training needs of memory, a process",
+    "bench": "compare methods on a stream of tasks",
     "inspect": "what a stack holds: tasks, densities, overlaps, sizes",
     "verify": "check every file of a stack against its sha256",
     "diff": "what differs between two stacks",
@@ -21,14 +29,6 @@ COMMANDS = {
     "merge": "write a plain model that holds the updates",
     "push": "bring a stack on the Hub up to date: one commit and one tag a task",
     "export": "write a LoRA adapter or sparse values for other servers",
-    "train": "train on a stream of tasks, as a YAML file says",
-    "eval": "score a stack on the tasks of a stream",
-    "bench": "compare methods on a stream of tasks",
-    "report": "one page of one or several runs: report.html",
-    "check": "SHIP or DON'T SHIP: whether a run lost more than it may",
-    "methods": "the names for --method, and where they are from",
-    "doctor": "what is installed, and what will not work",
-    "estimate": "what training needs of memory, a process",
 }
 
 
