@@ -215,7 +215,8 @@ def test_catalogue_is_complete():
     assert len({task["name"] for task in tasks}) == len(tasks) == 15
     for task in tasks:
         assert {"folder", "dataset", "instruction", "labels"} <= set(task), task["name"]
-        assert all(isinstance(label, str) for label in task["labels"])
+        labels = task["labels"]  # or {the data's label: the label in the prompt}
+        assert all(isinstance(label, str) for label in (labels.values() if isinstance(labels, dict) else labels))
 
 
 # ---- encoder_cl --------------------------------------------------------------------------------------------------
