@@ -1,5 +1,6 @@
 """From the texts of tasks to token ids and batches."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -120,15 +121,15 @@ def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Te
 
 
 def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
-    """Batches of [`Encoder.train_rows`], padded on the right."""
+    """Batches of [`Encoder.train_rows`], padded on the right. It can be pickled, for workers that are spawned."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return functools.partial(_batch, pad)
 
-    def batch(rows: list[dict]) -> dict:
-        ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": pad_rows(ids, pad),
-            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
-            "labels": pad_rows([row["labels"] for row in rows], -100),
-        }
 
-    return batch
+def _batch(pad: int, rows: list[dict]) -> dict:
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": pad_rows(ids, pad),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+        "labels": pad_rows([row["labels"] for row in rows], -100),
+    }

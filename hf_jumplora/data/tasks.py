@@ -30,7 +30,9 @@ class Task:
 
     name: unique in its stream; letters, digits, '-', '_', '.'.
     source: where the data is from, for the card; of an absolute path the last name is kept.
+    train_dataset, eval_dataset: a streamed one, without a length, needs `max_steps`.
     compute_metrics: as for `Trainer`; `metric` names the key of its result that fills the accuracy matrix.
+    preprocess_logits_for_metrics: as for `Trainer`, which otherwise keeps the logits of the whole eval set.
     held_out: not trained on; a run evaluates it before the first task and after each one (general ability).
     trainer_cls, args: where the task is trained by another trainer than the run's, or with other arguments. The class
     is made by `make_continual`; a `functools.partial` of it gives what else it takes (GRPO: `reward_funcs`).
@@ -46,6 +48,7 @@ class Task:
     metric: str = "accuracy"
     source: str = ""
     held_out: bool = field(default=False, kw_only=True)
+    preprocess_logits_for_metrics: Callable | None = field(default=None, kw_only=True)
     trainer_cls: Callable[..., Any] | None = field(default=None, kw_only=True, repr=False)
     args: Any = field(default=None, kw_only=True, repr=False)
 
@@ -58,18 +61,19 @@ class Task:
         if self.held_out:
             if self.eval_dataset is None:
                 raise ValueError(f"task {self.name!r} is held out, so it needs an eval_dataset")
-        elif self.train_dataset is None or len(self.train_dataset) == 0:
+        elif row_count(self.train_dataset) == 0:
             raise ValueError(f"task {self.name!r} has no training example")
-        if self.eval_dataset is not None and len(self.eval_dataset) == 0:
+        if self.eval_dataset is not None and row_count(self.eval_dataset) == 0:
             raise ValueError(f"task {self.name!r} has an empty eval set; leave it out (None) if there is none")
         if Path(self.source).is_absolute():  # it is published on the card: no path of this machine
             self.source = Path(self.source).name
 
     def fingerprint(self) -> str:
         """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
-        skip = {"train_dataset", "eval_dataset", "compute_metrics", "source", "held_out", "trainer_cls", "args"}
+        names = ("train_dataset", "eval_dataset", "source", "held_out", "compute_metrics", "trainer_cls", "args")
+        skip = {*names, "preprocess_logits_for_metrics"}
         options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
-        digest = hashlib.sha256(json.dumps([options, len(self.train_dataset or ())], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([options, row_count(self.train_dataset)], sort_keys=True).encode())
         for part in (self.train_dataset, self.eval_dataset):
             if isinstance(part, list):
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode())
@@ -77,9 +81,14 @@ class Task:
                 digest.update(part._fingerprint.encode())
         return digest.hexdigest()[:16]
 
+    def scoring(self) -> dict[str, Callable]:
+        """What a Trainer needs for the task's own metric, by the names of its arguments."""
+        names = ("compute_metrics", "preprocess_logits_for_metrics")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def describe(self) -> dict[str, Any]:
         """For the report: sizes, what is measured, and the prompt with what it gives away."""
-        sizes = [None if rows is None else len(rows) for rows in (self.train_dataset, self.eval_dataset)]
+        sizes = [None if rows is None else row_count(rows) for rows in (self.train_dataset, self.eval_dataset)]
         return {
             "name": self.name,
             "source": self.source,
@@ -223,6 +232,14 @@ class TextTask(Task):
         return sorted(n for n in names if f" {fold(re.sub(r'[^A-Za-z0-9_]+', ' ', n))} " in f" {words} ")
 
 
+def row_count(rows: Any) -> int | None:
+    """How many rows a data set has; None for a streamed one, which does not know."""
+    try:
+        return 0 if rows is None else len(rows)
+    except TypeError:
+        return None
+
+
 def _rows(task: Task):
     """(split, number, row) of every row of a task."""
     for split, rows in (("train", task.train_dataset), ("eval", task.eval_dataset)):
@@ -231,6 +248,11 @@ def _rows(task: Task):
 
 
 def _check_rows(task: Task, columns: list[str]) -> None:
+    if None in (row_count(task.train_dataset), row_count(task.eval_dataset)):
+        raise ValueError(
+            f"task {task.name!r}: a run encodes the texts of a task before it trains, so they cannot be streamed: give "
+            "a list of rows or a Dataset"
+        )
     for split, i, row in _rows(task):
         if not isinstance(row, Mapping):
             where = f"task {task.name!r}, {split} row {i}"

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..strategies import Strategy
@@ -148,3 +150,8 @@ class HistoryCallback(TrainerCallback):
             numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"task": self.task, "step": state.global_step, **numbers}) + "\n")
+
+
+def early_stopping(callbacks: Iterable[Any]) -> list[EarlyStoppingCallback]:
+    """Those of a list of callbacks that may end a task before its last step."""
+    return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]

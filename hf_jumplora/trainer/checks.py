@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from ..data import LanguageModelTask, Task
+from ..data import LanguageModelTask, Task, row_count
 from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
 from .backend import sharding
+from .callbacks import early_stopping
 from .plan import RunPlan
 from .preferences import PREFERENCE_ACCURACY, check_preferences
 
@@ -30,6 +32,15 @@ _NOT_WITH_ZERO = {
 }
 
 
+_NOT_IN_A_RUN = {
+    "load_best_model_at_end": "it would undo the end of the gate's ramp; leave it out",
+    "save_only_model": "such a checkpoint has no optimizer and no random state, so an interrupted task could not "
+    "continue exactly: leave it out",
+    "ignore_data_skip": "an interrupted task would see the same rows twice: leave it out",
+    "resume_from_checkpoint": "a run finds the checkpoint in output_dir by itself: leave it out",
+}
+
+
 def check(plan: RunPlan) -> None:
     """Everything that can be checked before the first step; writes nothing and needs no network.
 
@@ -42,12 +53,23 @@ def check(plan: RunPlan) -> None:
         )
     if isinstance(plan.model, PeftModel):
         raise ValueError("ContinualRun takes the base model and adds the adapters itself; this is a PeftModel")
+    if any(isinstance(module, BaseTunerLayer) for module in plan.model.modules()):
+        raise ValueError(
+            "this model still contains the adapters of an earlier training, which changed it in place: load the base "
+            "model again"
+        )
     _check_tasks(plan)
     _check_adapters(plan)
     _check_arguments(plan)
     check_backend(plan)
     # The adapter is added and removed again: targets, ranks and layer types that cannot work show now.
-    get_peft_model(plan.model, copy.deepcopy(plan.config)).unload()
+    filled = copy.deepcopy(plan.config)
+    get_peft_model(plan.model, filled).unload()
+    if filled.modules_to_save:  # by PEFT itself
+        raise ValueError(
+            f"task_type={filled.task_type!r} makes PEFT train {', '.join(filled.modules_to_save)} in full, which would "
+            "be replaced from task to task: leave task_type out"
+        )
     if not any(isinstance(task, LanguageModelTask) for task in plan.tasks):  # their steps are known once they are cut
         check_ramps(plan, [size for _, size in plan.stages()])
 
@@ -80,8 +102,17 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
         raise ValueError(f"{where} has {own[0]} of its own, and {what}: leave it out")
     if own and (kind := sharding(args)) != sharding(plan.args):
         raise ValueError(f"{where}: args say {kind}, those of the run {sharding(plan.args)}; they must agree")
-    if args.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end would undo the end of the gate's ramp; leave it out")
+    for option, why in _NOT_IN_A_RUN.items():
+        if getattr(args, option):
+            raise ValueError(f"{option}: {why}")
+    if None in (row_count(task.train_dataset), row_count(task.eval_dataset)):
+        if args.max_steps <= 0:
+            raise ValueError(f"{where} has a streamed data set, whose length is not known: give max_steps")
+        for strategy in plan.strategies:
+            if "training_data" in strategy.hooks:
+                raise ValueError(f"{where} has a streamed data set, with which {strategy!r} cannot mix rows")
+    if not task.held_out:
+        _check_evaluation(plan, task)
     if task.eval_dataset is None:
         return
     if task.metric == PREFERENCE_ACCURACY:
@@ -125,6 +156,28 @@ def _check_arguments(plan: RunPlan) -> None:
         raise ValueError(
             f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
             "'every_save' (after each task) or 'end'"
+        )
+
+
+def _check_evaluation(plan: RunPlan, task: Task) -> None:
+    """Whether a task can be evaluated between its steps, and ended early, where that is asked for."""
+    args, stopping = plan.trainer_of(task)[1], early_stopping(plan.callbacks)
+    evaluates = IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO
+    if evaluates and plan.method.mode == "joint":
+        raise ValueError(f"eval_strategy: method {plan.method.name!r} trains on all tasks at once: leave it out")
+    if evaluates and task.eval_dataset is None and row_count(task.train_dataset) != 0:
+        raise ValueError(f"eval_strategy evaluates each task between its steps, and {task.name!r} has no eval_dataset")
+    if not stopping:
+        return
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not evaluates or not metric:
+        raise ValueError("EarlyStoppingCallback needs eval_strategy and metric_for_best_model ('loss' of text tasks)")
+    if task in plan.text_tasks and metric != "loss":
+        raise ValueError(f"metric_for_best_model={metric!r}: between the steps of a text task its 'loss' is measured")
+    if plan.config.gate:
+        raise ValueError(
+            f"EarlyStoppingCallback would end a task before its gate's ramp ends, which takes gate_end = "
+            f"{plan.config.gate_end:.0%} of its steps: leave it out, or use a method without a gate"
         )
 
 
@@ -176,20 +229,20 @@ def _check_deepspeed(plan: RunPlan, kind: str) -> None:
         raise ValueError(f"the DeepSpeed config has {found[0][0]!r}: {found[0][1]}")
 
 
-def check_ramps(plan: RunPlan, sizes: Sequence[int]) -> None:
+def check_ramps(plan: RunPlan, sizes: Sequence[int | None]) -> None:
     """Raise ValueError that names the stage whose `sizes` examples make too few steps for the gate's ramp."""
     tasks = plan.tasks if plan.method.mode != "joint" else [None]
     for task, (name, _), examples in zip(tasks, plan.stages(), sizes, strict=True) if plan.config.gate else ():
-        if examples:  # none: a past task whose data is not available
+        if examples != 0:  # none: a past task whose data is not available
             try:
                 ramp_steps(planned_steps(plan.trainer_of(task)[1], examples), plan.config)
             except ValueError as error:
                 raise ValueError(f"task {name!r}: {error}") from error
 
 
-def planned_steps(args: Any, examples: int) -> int:
-    """Optimizer steps of a task, as the Trainer counts them."""
-    if args.max_steps > 0:
+def planned_steps(args: Any, examples: int | None) -> int:
+    """Optimizer steps of a task, as the Trainer counts them; examples: None for a streamed data set."""
+    if args.max_steps > 0 or examples is None:
         return args.max_steps
     batches = examples / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)

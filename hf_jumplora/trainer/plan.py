@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from ..data import Encoder, LanguageModelTask, Task, TextTask, collate
+from ..data import Encoder, LanguageModelTask, Task, TextTask, collate, row_count
 from ..methods import Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
@@ -93,10 +93,13 @@ class RunPlan:
             return collate(self.tokenizer, self.encoder.seq2seq)
         return self.collator
 
-    def stages(self) -> list[tuple[str, int]]:
-        """(name, training examples) of each stage: a task, or all tasks at once in joint training."""
-        sizes = [(task.name, len(task.train_dataset or ())) for task in self.tasks]
-        return sizes if self.method.mode != "joint" else [("joint", sum(size for _, size in sizes))]
+    def stages(self) -> list[tuple[str, int | None]]:
+        """(name, training examples) of each stage: a task, or all tasks at once in joint training; None: streamed."""
+        sizes = [(task.name, row_count(task.train_dataset)) for task in self.tasks]
+        if self.method.mode != "joint":
+            return sizes
+        known = [size for _, size in sizes if size is not None]
+        return [("joint", sum(known) if len(known) == len(sizes) else None)]
 
     def trainer_of(self, task: Task | None) -> tuple[Any, TrainingArguments]:
         """(trainer class, arguments) of a task, or of all tasks at once (None): the run's, unless it has its own."""

@@ -174,7 +174,7 @@ class RunFolder:
             drop_states(self.path, self.manifest.tasks)
             if (before := len(self.trained) - 1) > 0:
                 keep_own(self.path, before, self.trained[before - 1]["name"])
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        drop_checkpoints(self.path / "checkpoints")
 
     def write(self) -> dict[str, Any]:
         """Bring metrics.json, the report, the card and stack.json up to date; returns the content of metrics.json."""
@@ -328,6 +328,15 @@ def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
     """The accuracy matrix so far, row 0 before any training; empty for a new run. None for `tasks` that were added."""
     result = read_metrics(folder)
     return [row + [None] * (tasks - len(row)) for row in result["matrix"]] if result else []
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished task; what else is there, such as the event files of a tracker, stays."""
+    for path in folder.glob("*/checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (*folder.glob("*"), folder):
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import Task
+from ..data import Task, row_count
 from ..data.encoder import encode_tasks
 from ..hub import Pusher, push_options, push_stack, start_push
 from ..methods import Method
@@ -232,7 +232,7 @@ class ContinualRun:
         sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out)
         self.truncated = dict(self.plan.encoder.truncated)  # before evaluation, which counts too
         sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
-        check_ramps(self.plan, [len(rows or ()) for rows in sets])
+        check_ramps(self.plan, [row_count(rows) for rows in sets])
         return sets
 
     def _restore(self) -> int:
@@ -267,7 +267,7 @@ class ContinualRun:
         self.model, steps = train_task(self.plan, self.model, index, train_sets, self.record.checkpoints(index))
         row, general = self.evaluator.measure(self.model, index + 1)
         info = describe_task(
-            self.plan, self.model, index, steps=steps, examples=len(train_sets[index]),
+            self.plan, self.model, index, steps=steps, examples=row_count(train_sets[index]),
             truncated=self.truncated.get(self.plan.stages()[index][0], 0), seconds=time.perf_counter() - start,
         )  # fmt: skip
         self.record.finish(self.model, index, info, row, general, self.evaluator.answers)

@@ -1,8 +1,8 @@
 """One task: its adapter on top of the finished ones, its trainer, its training, and what its task.json says."""
 
 import copy
-import functools
-from contextlib import ExitStack, nullcontext
+import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ import torch
 from peft import get_peft_model
 from safetensors import safe_open
 from transformers import PrinterCallback, Trainer, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from .. import metrics as formulas
-from ..data import Task, TextTask
+from ..data import Task, TextTask, row_count
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
-from ..strategies.base import Examples
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
-from .backend import fresh_accelerator, release, runnable, sharding
-from .callbacks import HistoryCallback, LogLines
+from .backend import fresh_accelerator, release, sharding
+from .callbacks import HistoryCallback, LogLines, early_stopping
 from .plan import RunPlan
 from .processes import quiet
 from .record import newest_checkpoint
@@ -40,25 +40,50 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
         mixed = strategy.training_data(mixed, index, train_sets[:index])
     before = set(model.peft_config)
     task = plan.tasks[index] if plan.method.mode != "joint" else None
-    trainer: Any = task_trainer(plan, model, checkpoints, index, task, train_dataset=mixed)
+    options = {"train_dataset": mixed, **_evaluation(plan, task)}
+    trainer: Any = task_trainer(plan, model, checkpoints, index, task, trains=True, **options)
+    trainer.own_rows = row_count(train_sets[index]) or 0
     stages = plan.stages()
     trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, stages[index][0]))
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines(stages[index][0], index + 1, len(stages)))
-    examples = functools.partial(trainer.examples, own=len(train_sets[index]))
-    _call_strategies(plan, model, "on_task_start", examples)
     last = newest_checkpoint(checkpoints)
     output = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    _check_ended(trainer, plan.stages()[index][0], checkpoints)
     release(trainer)
     for extra in set(model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
         model.delete_adapter(extra)
-    _call_strategies(plan, model, "on_task_end", examples)
     name = f"task_{index:03d}"
     trainer.finish(name)
     if plan.method.mode != "separate":
         merge_finished(model, [name])
     return model, output.global_step
+
+
+def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
+    """What a task's trainer needs to evaluate it between its steps (`eval_strategy`): the task's own eval set."""
+    if task is None or IntervalStrategy(plan.trainer_of(task)[1].eval_strategy) == IntervalStrategy.NO:
+        return {}
+    if task in plan.text_tasks:
+        return {"eval_dataset": plan.encoder.train_rows(dataclasses.replace(task, train_dataset=task.eval_dataset))}
+    return {"eval_dataset": task.eval_dataset, **task.scoring()}
+
+
+def _check_ended(trainer: Any, name: str, checkpoints: Path) -> None:
+    """Raise RuntimeError unless a task was trained to its last step, or until early stopping ended it."""
+    state, stopping = trainer.state, early_stopping(trainer.callback_handler.callbacks)
+    if state.global_step >= state.max_steps:
+        return
+    if any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping):
+        return
+    last = newest_checkpoint(checkpoints)
+    kept = f"continues it from {last}" if last else "trains it again from its start, since no checkpoint was saved"
+    raise RuntimeError(
+        f"task {name!r} was stopped at step {state.global_step} of {state.max_steps} (a signal, or a callback that set "
+        f"should_training_stop): it is not finished. The same command {kept}. To end tasks early, use an "
+        "EarlyStoppingCallback"
+    )
 
 
 def new_adapter(model: Any, config: JumpLoraConfig, index: int, mode: str, fold: bool) -> Any:
@@ -88,9 +113,18 @@ def new_adapter(model: Any, config: JumpLoraConfig, index: int, mode: str, fold:
 
 
 def task_trainer(
-    plan: RunPlan, model: Any, output_dir: Path, index: int, task: Task | None = None, **options: Any
+    plan: RunPlan,
+    model: Any,
+    output_dir: Path,
+    index: int,
+    task: Task | None = None,
+    *,
+    trains: bool = False,
+    **options: Any,
 ) -> Trainer:
     """The trainer of task number `index` with the task's arguments or the plan's; `options` are others of its class.
+
+    trains: whether it will train, or evaluate alone.
 
     Raises:
         TypeError: the `trainer_cls` cannot be made from its arguments.
@@ -100,6 +134,13 @@ def task_trainer(
     args.output_dir, args.seed = str(output_dir), plan.seed(index)
     args.push_to_hub, args.hub_token = False, None  # the run pushes, not the trainer of a task
     args.report_to, args.disable_tqdm = [], quiet(args)  # the run reports (`ReportCallback`)
+    # The patience of early stopping is a task's own, and goes on where a checkpoint was written.
+    callbacks = [copy.copy(callback) if early_stopping([callback]) else callback for callback in plan.callbacks]
+    for callback in early_stopping(callbacks):
+        callback.early_stopping_patience_counter = 0
+        args.restore_callback_states_from_checkpoint = True
+    if not trains:
+        args.enable_jit_checkpoint = False  # its signal handler is given back at the end of a training alone
     if args.deepspeed_plugin is not None:
         args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
         fresh_accelerator()
@@ -107,8 +148,8 @@ def task_trainer(
         options["data_collator"] = plan.batches
     try:
         return trainer_cls(
-            model=model, args=args, processing_class=plan.tokenizer, strategies=plan.strategies,
-            callbacks=list(plan.callbacks), **options,
+            model=model, args=args, processing_class=plan.tokenizer, strategies=plan.strategies, callbacks=callbacks,
+            **options,
         )  # fmt: skip
     except (TypeError, AttributeError) as error:  # SFTTrainer itself, or ContinualSFTTrainer without an SFTConfig
         name = getattr(trainer_cls, "func", trainer_cls).__name__
@@ -118,36 +159,30 @@ def task_trainer(
         ) from error
 
 
-def _call_strategies(plan: RunPlan, model: Any, hook: str, examples: Examples) -> None:
-    """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
-    for strategy in plan.strategies:
-        with runnable(model, plan.args) if "forward" in strategy.requires else nullcontext():
-            getattr(strategy, hook)(model, "default", examples)
-
-
 def describe_task(
-    plan: RunPlan, model: Any, index: int, *, steps: int, examples: int, truncated: int, seconds: float
+    plan: RunPlan, model: Any, index: int, *, steps: int, examples: int | None, truncated: int, seconds: float
 ) -> dict[str, Any]:
     """What task.json says of a finished task that `model` holds as `task_00k`; with a gate also how its support meets
     those of the earlier tasks (in the main process).
 
-    examples: its training rows. truncated: how many of its texts were cut. seconds: of training and evaluation.
+    examples: its training rows (None, streamed: those that its steps took). truncated: how many of its texts were cut.
+    seconds: of training and evaluation.
     """
     task = plan.tasks[index] if plan.method.mode != "joint" else None
     name, (_, args) = plan.stages()[index][0], plan.trainer_of(task)
-    text = isinstance(task, TextTask)
+    text, batch = isinstance(task, TextTask), args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "name": name,
         "index": index,
         "density": density(model, f"task_{index:03d}"),
         "steps": steps,
-        "train_examples": examples,
+        "train_examples": steps * batch if examples is None else examples,
         "truncated": truncated if text else None,
         "source": task.source if task else "",
         "labels": task.labels if isinstance(task, TextTask) else None,
         "instruction": task.instruction if isinstance(task, TextTask) else None,
         "seed": plan.seed(index),
-        "effective_batch": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "effective_batch": batch,
         "processes": args.world_size,
         "sharding": sharding(args),
         "seconds": round(seconds, 1),

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .._compat import DECLARES_SCALED_LOSS
+from ..data import row_count
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
@@ -22,7 +24,7 @@ from ..tuner import finish_adapter, gate_groups, named_layers
 from ..tuner.lookup import adapter_parameters, can_continue
 from ..tuner.sharded_parameters import assign, gathered, whole
 from .arguments import argument
-from .backend import ignore_cut_weights, release, sharding
+from .backend import ignore_cut_weights, release, runnable, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
 
@@ -36,8 +38,15 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     """Put first among the bases of a Trainer class (see [`make_continual`]); trains the adapter `adapter`.
 
     Adds the strategies' penalties to the loss, gives the thresholds their own learning rate and no weight decay, logs
-    density, threshold and penalty, and stops at a loss that is not a number.
+    density, threshold and penalty, and stops at a loss that is not a number. Strategies learn of a task's start in
+    `train`, and of its end in `finish`.
+
+    Attributes:
+        own_rows: of the training set, the first so many rows are the task's own (replayed ones stand behind them); set
+            by [`ContinualRun`], None without one.
     """
+
+    own_rows: int | None = None
 
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,6 +76,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         self._gate = GateCallback(adapter)
         self.add_callback(self._gate)
         self.add_callback(StrategyCallback(self.strategies, adapter))
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__name__ == "JITCheckpointCallback":  # in mid-step the random numbers are later ones
+                callback.on_pre_optimizer_step = TrainerCallback().on_pre_optimizer_step
 
     # The penalty is computed inside the wrapped model's forward: under ZeRO-3 parameters are empty anywhere else.
     @torch.compiler.disable  # it reads numbers of tensors: one break after the model's graph instead of many in it
@@ -83,15 +95,35 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             self._penalty = torch.stack([t.reshape(()) for t in terms]).sum()
 
     def train(self, *args, **kwargs):
+        """As the Trainer's.
+
+        Raises:
+            ValueError: a strategy needs the data of earlier tasks, which only [`ContinualRun`] has.
+        """
+        mixes = [strategy for strategy in self.strategies if "training_data" in strategy.hooks]
+        if mixes and self.own_rows is None:
+            raise ValueError(
+                f"strategy {mixes[0]!r} mixes rows of earlier tasks into the training set, which only ContinualRun "
+                "does: use it, or mix them yourself and leave the strategy out"
+            )
         if sharding(self.args) == "fsdp2":
             ignore_cut_weights(self.model)
+        self._tell("on_task_start")
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         try:
             output = super().train(*args, **kwargs)
             self._check_finite()
+            if callable(leave := getattr(self.optimizer, "eval", None)):  # schedule-free: other weights are evaluated
+                leave()
             return output
         finally:
             handle.remove()
+
+    def _tell(self, hook: str) -> None:
+        """`on_task_start` or `on_task_end` of all strategies; those that run the model can."""
+        for strategy in self.strategies:
+            with runnable(self.model, self.args) if "forward" in strategy.requires else nullcontext():
+                getattr(strategy, hook)(self.model, self.adapter, self.examples)
 
     def finish(self, name: str) -> None:
         """End of a task, after `train()`: the adapter's support is recorded, and it gets its final name `name`.
@@ -102,20 +134,20 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             FloatingPointError, ValueError: as [`finish_adapter`].
         """
         release(self)
+        self._tell("on_task_end")
         finish_adapter(self.model, self.adapter, name)
 
-    def examples(
-        self, count: int, rows: Any = None, batch: int = 1, *, own: int | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Up to `count` training examples, in batches on the model's device (see [`Examples`]).
-
-        own: only the first so many rows of the training set are the task's own (replayed ones stand behind them).
+    def examples(self, count: int, rows: Any = None, batch: int = 1) -> Iterator[dict[str, Any]]:
+        """Up to `count` training examples, in batches on the model's device (see [`Examples`]); of a streamed data set
+        the first ones.
 
         Raises:
             ValueError: texts for a model that is not causal.
         """
         data = self.train_dataset if rows is None else rows
-        total = len(data) if own is None or rows is not None else min(own, len(data))
+        if row_count(data) is None:
+            data = list(itertools.islice(data, count))
+        total = len(data) if not self.own_rows or rows is not None else min(self.own_rows, len(data))
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.args.seed))[:count]
         if len(data) and isinstance(data[0], str):
             if not can_continue(self.model):
@@ -197,6 +229,11 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
+            if gate_groups(self.model, self.adapter) and callable(getattr(optimizer, "eval", None)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} evaluates other weights than it trains, and a gate's threshold is set "
+                    "on those that are trained: use another optimizer, or a method without a gate"
+                )
             sharded = self.is_deepspeed_enabled
             optimizer = arrange_optimizer(optimizer, self.model, self.adapter, self.args, sharded)
             self.optimizer: torch.optim.Optimizer | None = optimizer
