@@ -145,7 +145,7 @@ def case(name: str) -> dict:
         2 if under else 1, BATCH, LENGTH, torch.float32, options.get("checkpointing", False), options.get("tasks", 0),
         found["density"], method,
     )  # fmt: skip
-    adapter = JumpLoraConfig(**{**options.get("adapter", {}), **get_method(method).adapter})
+    adapter = get_method(method).adapter_config(options.get("adapter", {}))
     rows = estimate(model_config(options.get("t5", False)), adapter, plan)
     row = rows[under or ("ddp_4bit" if options.get("four_bit") else "ddp")]
     if (under or "").startswith("zero"):

@@ -36,6 +36,13 @@ from .strategies import (
 from .tuner import JumpLoraConfig
 
 
+# Fields of JumpLoraConfig that mean nothing without a gate.
+GATE_OPTIONS = frozenset((
+    "threshold_scope", "threshold_update", "threshold_grad", "initial_density", "target_density", "density_schedule",
+    "density_pattern", "bandwidth", "gate_start", "gate_end", "isolation",
+))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Method:
     """One continual-learning method.
@@ -45,10 +52,10 @@ class Method:
             through all tasks; "separate" trains each task's adapter on the base model alone and evaluates each task
             with its own (the task id is given: the oracle); "joint" trains one adapter on all tasks at once (the upper
             bound, not a continual method).
-        adapter: fields of [`JumpLoraConfig`] that the method prescribes; all others are the user's.
+        adapter: fields of [`JumpLoraConfig`] that the method prescribes: another value of the user's is refused.
         strategies: classes, or other callables without required arguments, that make the method's strategies.
         paper: where the method was published.
-        defaults: fields of [`JumpLoraConfig`] that it sets where the user's are None.
+        defaults: fields of [`JumpLoraConfig`] that it sets where the user did not.
         name: what the method is called in a stack and on the command line. Those of `METHODS` and of entry points get
             the name under which they are registered.
     """
@@ -60,13 +67,37 @@ class Method:
     defaults: dict = field(default_factory=dict)
     name: str = ""
 
-    def adapter_config(self, given: JumpLoraConfig | None) -> JumpLoraConfig:
-        """The config of the method's adapters, from the user's."""
-        if given is not None and not isinstance(given, JumpLoraConfig):
+    def adapter_config(self, given: JumpLoraConfig | dict[str, Any] | None) -> JumpLoraConfig:
+        """The config of the method's adapters, from the user's config or options.
+
+        Raises:
+            ValueError: the user gives an option another value than the method prescribes, or one of the gate to a
+            method that has none; the message names both.
+        """
+        if given is not None and not isinstance(given, (JumpLoraConfig, dict)):
             raise ValueError(f"adapter_config is a JumpLoraConfig (gate=False: plain LoRA), got {type(given).__name__}")
-        config = dataclasses.replace(given or JumpLoraConfig(), **self.adapter)
-        missing = {name: value for name, value in self.defaults.items() if getattr(config, name) is None}
-        return dataclasses.replace(config, **missing)
+        config = given if isinstance(given, JumpLoraConfig) else None
+        named = {name: getattr(config, name) for name in config.given} if config else dict(given or {})
+        named = {name: value for name, value in named.items() if value is not None}
+        for name, value in self.adapter.items():
+            if named.get(name, value) != value:
+                raise ValueError(
+                    f"method {self.name!r} prescribes {name}={value!r}, and {name}={named[name]!r} is given: leave it "
+                    "out, or choose another method"
+                )
+        options = {name: value for name, value in self.defaults.items() if name not in named} | self.adapter
+        if {"threshold_update": "learned", **named, **options}["threshold_update"] != "density":
+            options.pop("target_density", None)  # of a threshold that is held
+        if not self.adapter.get("gate", named.get("gate", True)):
+            plain = JumpLoraConfig()
+            for name in GATE_OPTIONS & named.keys():
+                if named[name] != getattr(plain, name):
+                    raise ValueError(
+                        f"method {self.name!r} has no gate, and {name}={named[name]!r} is one's: leave it out"
+                    )
+        config = dataclasses.replace(config, **options) if config else JumpLoraConfig(**{**(given or {}), **options})
+        config.given = frozenset(named)
+        return config
 
     def make_strategies(self, given: "Sequence[Strategy | str] | None" = None) -> list[Strategy]:
         """The strategies of a run.
@@ -130,8 +161,9 @@ _TABLE: dict[str, Method] = {
     "jumplora-ella": Method("incremental", {"gate": True}, (Ella,), paper="ELLA + JumpLoRA (arXiv 2604.16171)"),
     "jumplora-hard": Method(
         "incremental",
-        {"gate": True, "isolation": "hard", "threshold_update": "density"},
+        {"gate": True, "isolation": "hard"},
         paper="JumpLoRA, off the earlier tasks' entries (ours)",
+        defaults={"threshold_update": "density"},
     ),
     "migu": Method("incremental", {"gate": False}, (Migu,), paper="MIGU (arXiv 2406.17245)"),
     "gorp": Method("incremental", {"gate": False}, (Gorp,), paper="GORP (arXiv 2507.02503)"),
@@ -152,10 +184,10 @@ _TABLE: dict[str, Method] = {
     "jumplora-kfac": Method("incremental", {"gate": True}, (KFac,), paper="arXiv 1805.07810 + JumpLoRA"),
     "jumplora-best": Method(
         "incremental",
-        {"gate": True, "threshold_update": "density"},
+        {"gate": True},
         (partial(KFac, memory=64),),
         paper="held density and low-rank curvature (ours, docs/study.md)",
-        defaults={"target_density": 0.3},
+        defaults={"threshold_update": "density", "target_density": 0.3},
     ),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
 }

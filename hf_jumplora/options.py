@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from ._compat import CHECKPOINTING
 from .data import load_tasks
 from .escape import terminal
-from .methods import METHODS, get_method, strategy_name
+from .methods import GATE_OPTIONS, METHODS, get_method, strategy_name
 from .strategies import Strategy
 from .tuner import JumpLoraConfig
 
@@ -62,6 +62,12 @@ class StreamArguments:
         return load_tasks(self.stream or "", **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]})
 
 
+ADAPTER_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "threshold_scope", "threshold_update", "initial_density", "target_density",
+    "density_schedule", "gate_start", "gate_end", "isolation",
+)  # fmt: skip
+
+
 @dataclass
 class MethodArguments:
     """The method and the options of its adapters (see `JumpLoraConfig`; their defaults are the published ones)."""
@@ -69,22 +75,29 @@ class MethodArguments:
     method: str = field(
         default="jumplora-best", metadata={"help": f"One of: {', '.join(METHODS)}; or of an installed package."}
     )
-    r: int = field(default=8, metadata={"help": "Rank of each task's update."})
-    lora_alpha: float = field(default=32, metadata={"help": "scaling = lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
+    r: int | None = field(default=None, metadata={"help": "Rank of each task's update. Default: 8."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "scaling = lora_alpha / r. Default: 32."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout on the update's input. Default: 0."})
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers to adapt, or all-linear."}
     )
-    threshold_scope: str = field(default="global", metadata={"help": "'global', 'block' or 'layer'."})
-    threshold_update: str = field(default="learned", metadata={"help": "'learned', 'density' or 'frozen'."})
+    threshold_scope: str | None = field(default=None, metadata={"help": "'global' (default), 'block' or 'layer'."})
+    threshold_update: str | None = field(
+        default=None, metadata={"help": "'learned', 'density' or 'frozen'. Default: the method's."}
+    )
     initial_density: float | None = field(default=None, metadata={"help": "Entries kept at the threshold's start."})
     target_density: float | None = field(default=None, metadata={"help": "Entries kept by threshold_update=density."})
-    density_schedule: str = field(
-        default="constant", metadata={"help": "From initial_density to target_density: 'constant', 'linear', 'cubic'."}
+    density_schedule: str | None = field(
+        default=None,
+        metadata={"help": "From initial_density to target_density: 'constant' (default), 'linear', 'cubic'."},
     )
-    gate_start: float = field(default=0.2, metadata={"help": "The gate's ramp starts at this fraction of the steps."})
-    gate_end: float = field(default=0.8, metadata={"help": "... and ends at this one."})
-    isolation: str = field(default="none", metadata={"help": "'hard': stay off the entries of all earlier tasks."})
+    gate_start: float | None = field(
+        default=None, metadata={"help": "The gate's ramp starts at this fraction of the steps. Default: 0.2."}
+    )
+    gate_end: float | None = field(default=None, metadata={"help": "... and ends at this one. Default: 0.8."})
+    isolation: str | None = field(
+        default=None, metadata={"help": "'hard': stay off the entries of all earlier tasks. Default: the method's."}
+    )
     strategy: list[str] | None = field(
         default=None,
         metadata={"help": "Options of the method's strategies: NAME.OPTION=VALUE ..., for example kfac.weight=50."},
@@ -98,14 +111,11 @@ class MethodArguments:
             self.ella_weight = None
 
     def adapter_config(self, default_targets: list[str] | None = None) -> JumpLoraConfig:
-        """The adapters' config. Options of the gate are left out for methods that have none."""
-        names, method = ["r", "lora_alpha", "lora_dropout"], get_method(self.method)
-        if method.adapter.get("gate", True):
-            names += ["threshold_scope", "threshold_update", "initial_density", "target_density", "density_schedule"]
-            names += ["gate_start", "gate_end", "isolation"]
-        options: dict[str, Any] = {name: getattr(self, name) for name in names} | method.adapter
+        """The adapters' config. Raises what [`Method.adapter_config`] raises."""
         targets = self.target_modules or default_targets
-        return JumpLoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **options)
+        options = {name: value for name in ADAPTER_OPTIONS if (value := getattr(self, name)) is not None}
+        options["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
+        return get_method(self.method).adapter_config(options)
 
     def strategies(self) -> list[Strategy] | None:
         """None for the method's own strategies with their own options.
@@ -118,13 +128,15 @@ class MethodArguments:
     def plans(self, compare: list[str]) -> dict[str, tuple[JumpLoraConfig, list[Strategy] | None]]:
         """{method: (adapter config, strategies)} of this method and of others to compare it with.
 
-        Options that only some of the methods have are those methods' alone.
+        Options that only some of the methods have, or leave to their users, are those methods' alone.
         """
         plans = {self.method: (self.adapter_config(), self.strategies())}
         for name in compare:
             known = [strategy_name(make) for make in get_method(name).strategies]
             options = [option for option in self.strategy or () if option.split(".")[0] in known]
-            other = dataclasses.replace(self, method=name, strategy=options)
+            method = get_method(name)
+            unused = {*method.adapter, *(() if method.adapter.get("gate", True) else GATE_OPTIONS)} & {*ADAPTER_OPTIONS}
+            other = dataclasses.replace(self, method=name, strategy=options, **dict.fromkeys(unused))
             plans[name] = (other.adapter_config(), other.strategies())
         return plans
 

@@ -10,7 +10,8 @@ import reprlib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
@@ -164,36 +165,58 @@ class RunFile(_Part):
         return self
 
 
-# Training arguments that shape a result: those that a run stores, and the only ones that a run.json may bring.
-RESULT_ARGUMENTS = frozenset((
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "warmup_ratio", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim",
-    "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16",
-    "fp16", "tf32", "dataloader_drop_last", "train_sampling_strategy", "neftune_noise_alpha", "full_determinism",
-    "average_tokens_across_devices", "gate_learning_rate", "factor_optimizer", "loraplus_lr_ratio", "riemannian_reg",
-    "max_length", "eval_mode", "eval_tasks",
-    # of TRL's SFTConfig and DPOConfig
-    "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss", "loss_type",
-    "truncation_mode", "shuffle_dataset", "beta", "label_smoothing", "loss_weights", "f_divergence_type",
-    "f_alpha_divergence_coef", "max_prompt_length", "max_completion_length", "ld_alpha", "discopop_tau",
-    "use_weighting",
+# Training arguments that do not shape a result: a run does not store them, and a run.json must not name them.
+HARMLESS = frozenset((
+    # where it writes, whom it tells
+    "output_dir", "model_card_template", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "report_to", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir",
+    "logging_nan_inf_filter", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "debug",
+    "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "trust_remote_code",
+    # checkpoints
+    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model", "ignore_data_skip",
+    "enable_jit_checkpoint", "resume_from_checkpoint", "restore_callback_states_from_checkpoint",
+    # workers, processes (`world_size` and `sharding` are stored), memory and speed
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataset_num_proc", "use_cpu", "local_rank", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp",
+    "fsdp_config", "deepspeed", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend",
+    "torch_compile_mode", "torch_empty_cache_steps", "use_cache",
+    # what scripts, not the Trainer, look at
+    "do_train", "do_eval", "do_predict", "eval_on_start",
 ))  # fmt: skip
-_OF_A_TASK = {"world_size", "sharding"}
+# Of the others a stack may bring numbers, switches and choices, and these of other types.
+_WORDS = frozenset((
+    "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "train_sampling_strategy", "eval_strategy",
+    "metric_for_best_model", "packing_strategy", "loss_type", "loss_weights", "truncation_mode", "f_divergence_type",
+))  # fmt: skip
+
+
+def may_bring(name: str, hint: Any) -> bool:
+    """Whether a run.json may set the training argument `name`, whose field has the type `hint`."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = all(kind in (bool, int, float, type(None)) or get_origin(kind) is Literal for kind in kinds)
+    return name not in HARMLESS and (plain or name in _WORDS)
 
 
 def stored_arguments(path: str | Path, settings: dict[str, Any], args_class: type) -> dict[str, Any]:
-    """The training arguments among the settings of a run.json that `args_class` takes: a stack is data, it does not
-    say where to write, whom to tell or what to start.
+    """The training arguments among the settings of a run.json that a run takes from there: a stack is data, it does not
+    say where to write, whom to tell or what to start. Arguments of other types are compared alone.
 
     Raises:
-        ValueError: it names another argument, or a value is not of its argument's type.
+        ValueError: it names an argument that no run stores, or a value is not of its argument's type.
     """
     stored = {key[5:]: value for key, value in settings.items() if key.startswith("args.")}
-    if unknown := sorted(stored.keys() - RESULT_ARGUMENTS - _OF_A_TASK):
+    if unknown := sorted(stored.keys() & HARMLESS):
         raise ValueError(f"{path} names the training argument {short(unknown[0])}, which is not for a stack to set")
     hints, own = get_type_hints(args_class), {f.name for f in fields(args_class) if f.init}  # type: ignore[arg-type]
     for key in stored.keys() & own:
-        check_type(hints[key], stored[key], f"{path}: args.{key}")
+        if may_bring(key, hints[key]):
+            check_type(hints[key], stored[key], f"{path}: args.{key}")
+        else:
+            del stored[key]
     return stored
 
 

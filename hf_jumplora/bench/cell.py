@@ -27,7 +27,6 @@ from ..stack.disk import write_json
 from ..stack.manifest import library_versions
 from ..strategies import Strategy
 from ..trainer import ContinualRun, ContinualTrainingArguments
-from ..tuner import JumpLoraConfig
 from .data import bench_tasks
 from .encoder import encoder_setting
 from .protocol import Budget, next_point, tuned_option
@@ -112,7 +111,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
         model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"]), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
     steps = budget.tune_steps if tune else budget.steps
-    adapter = method.adapter | variant.get("adapter", {})
+    adapter = method.adapter_config({"target_modules": targets, **variant.get("adapter", {})})
     count = sum(not task.held_out for task in tasks)
     clock = _Clock(strategies)
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +135,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
         )
         run = ContinualRun(
             model, tasks, name, args, tokenizer, data_collator=collator, strategies=strategies, callbacks=[clock],
-            adapter_config=JumpLoraConfig(**{"r": 8, "lora_alpha": 32, "target_modules": targets, **adapter}),
+            adapter_config=adapter,
         )  # fmt: skip
         result = run.train().metrics
     rows = result["matrix"][1:]

@@ -149,7 +149,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"the adapter has no option {sorted(unknown)[0]!r}")
             if unknown := set(variant.get("training", {})) - set(TRAINING):
                 raise ValueError(f"training may have {', '.join(TRAINING)}; got {sorted(unknown)[0]!r}")
-            JumpLoraConfig(**get_method(variant["method"]).adapter | variant["adapter"])
+            get_method(variant["method"]).adapter_config(variant["adapter"])
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         variants[name] = variant

@@ -14,7 +14,6 @@ import torch
 
 from ..memory import UNDER, Plan, estimate, model_config
 from ..methods import get_method
-from ..tuner import JumpLoraConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--r", type=int, default=8, help="rank (default 8)")
     parser.add_argument("--target_modules", nargs="+", help="adapted layers; default: query and value; or all-linear")
-    parser.add_argument("--isolation", choices=("none", "hard"), default="none")
+    parser.add_argument("--isolation", choices=("none", "hard"), help="default: the method's")
     parser.add_argument("--tasks", type=int, default=0, help="finished tasks below the one in training (default 0)")
     parser.add_argument("--density", type=float, help="a task's; default: as many entries as A and B have parameters")
     parser.add_argument("--under", nargs="+", choices=UNDER, default=list(UNDER), help="default: all")
@@ -51,15 +50,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--density is a fraction between 0 and 1, got {args.density}")
     targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
     method = get_method(args.method)
-    options = {"r": args.r, "target_modules": targets, "isolation": args.isolation, **method.adapter}
+    adapter = method.adapter_config({"r": args.r, "target_modules": targets, "isolation": args.isolation})
     if args.density is None:
-        args.density = method.defaults.get("target_density")
+        args.density = adapter.target_density
     plan = Plan(
         args.processes, args.batch, args.length, getattr(torch, args.dtype), args.gradient_checkpointing, args.tasks,
         args.density, args.method,
     )  # fmt: skip
     config = model_config(args.model, args.revision)
-    rows = {name: row for name, row in estimate(config, JumpLoraConfig(**options), plan).items() if name in args.under}
+    rows = {name: row for name, row in estimate(config, adapter, plan).items() if name in args.under}
     print(json.dumps(rows, indent=2) if args.json else text(args, rows))
 
 

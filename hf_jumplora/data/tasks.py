@@ -5,9 +5,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow.ipc
 from datasets import Dataset
 
 from ..metrics.text import TEXT_METRICS, fold
@@ -70,6 +72,13 @@ class Task:
 
     def fingerprint(self) -> str:
         """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
+        return self._fingerprint(_hash_rows)
+
+    def former_fingerprint(self) -> str:
+        """As earlier versions had it: with the data set's own fingerprint, which depends on how it was made."""
+        return self._fingerprint(lambda digest, rows: digest.update(rows._fingerprint.encode()))
+
+    def _fingerprint(self, hash_rows: Callable) -> str:
         names = ("train_dataset", "eval_dataset", "source", "held_out", "compute_metrics", "trainer_cls", "args")
         skip = {*names, "preprocess_logits_for_metrics"}
         options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
@@ -78,7 +87,7 @@ class Task:
             if isinstance(part, list):
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode())
             elif isinstance(part, Dataset):
-                digest.update(part._fingerprint.encode())
+                hash_rows(digest, part)
         return digest.hexdigest()[:16]
 
     def scoring(self) -> dict[str, Callable]:
@@ -119,6 +128,8 @@ class PastTask(Task):
     def fingerprint(self) -> str:
         """As the stack's run.json has it."""
         return self.digest
+
+    former_fingerprint = fingerprint
 
 
 @dataclass
@@ -238,6 +249,17 @@ def row_count(rows: Any) -> int | None:
         return 0 if rows is None else len(rows)
     except TypeError:
         return None
+
+
+def _hash_rows(digest: Any, rows: Dataset) -> None:
+    """Into a hash, the content of all rows: the same however the data set was made, read or cut into files."""
+    for batch in rows.with_format("arrow").iter(1000):
+        batch = batch.select(sorted(batch.column_names)).replace_schema_metadata(None)
+        batch = batch.take(list(range(len(batch)))).combine_chunks()  # copied: no offsets of what it was a part of
+        sink = BytesIO()
+        with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_table(batch)
+        digest.update(sink.getbuffer())
 
 
 def _rows(task: Task):

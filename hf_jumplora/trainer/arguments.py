@@ -1,11 +1,13 @@
 """`ContinualTrainingArguments`: `TrainingArguments` and what a sequence of tasks needs on top."""
 
+import hashlib
 import os
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from ..schema import HARMLESS, may_bring
 from .backend import check_compiler, take_fsdp
 
 
@@ -85,6 +87,39 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     @property
     def place_model_on_device(self) -> bool | None:
         return False if self.cut_base else super().place_model_on_device
+
+
+# Stored at their defaults too, which change from version to version; the card shows them.
+_ALWAYS = frozenset((
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
+    "dataloader_drop_last", "train_sampling_strategy", "gate_learning_rate", "factor_optimizer", "loraplus_lr_ratio",
+    "riemannian_reg", "max_length", "eval_mode", "eval_tasks",
+))  # fmt: skip
+
+
+def result_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """{name: value} of all arguments that shape a result and differ from their defaults; of one that a stack may not
+    bring (see [`may_bring`]) a hash."""
+    hints, found = get_type_hints(type(args)), {}
+    for f in fields(args):
+        value = getattr(args, f.name)
+        at_default = value == _default(f) or (is_dataclass(value) and value == type(value)())
+        if f.name in HARMLESS or (at_default and f.name not in _ALWAYS):
+            continue
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+        found[f.name] = value if may_bring(f.name, hints[f.name]) else f"sha256 {digest}"
+    return found
+
+
+def default_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """{name: default} of all arguments of the class of `args`."""
+    return {f.name: _default(f) for f in fields(args)}
+
+
+def _default(f: Any) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def argument(args: TrainingArguments, name: str) -> Any:

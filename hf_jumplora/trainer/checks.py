@@ -1,7 +1,9 @@
 """Checks of a plan before the first step: what cannot work is an error that names the option and what to do."""
 
 import copy
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,6 +140,7 @@ def _check_adapters(plan: RunPlan) -> None:
     for strategy in plan.strategies:
         if not isinstance(strategy, Strategy):
             raise ValueError(f"strategies takes Strategy objects such as KFac(weight=10.0), got {strategy!r}")
+        _check_identity(strategy)
         strategy.check(plan.method.mode, config)
     for strategy in plan.strategies:
         others = [other for other in plan.strategies if other is not strategy]
@@ -147,6 +150,20 @@ def _check_adapters(plan: RunPlan) -> None:
         raise ValueError(
             f"isolation='hard' gives each entry to one task, and {len(plan.tasks)} tasks that keep {share:.0%} each "
             f"need more entries than there are: target_density must be below {1 / len(plan.tasks):.3f}"
+        )
+
+
+def _check_identity(strategy: Strategy) -> None:
+    """Raise ValueError unless the repr of a strategy names all its options: a restarted run knows it by that."""
+    known = {f.name for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else set()
+    known |= {"seed", "general"}
+    hidden = [k for k, value in vars(strategy).items() if k not in known and not (k[0] == "_" or callable(value))]
+    own = "__repr__" in vars(type(strategy)) and not dataclasses.is_dataclass(strategy)
+    if (hidden and not own) or re.search(r" at 0x[0-9a-f]+", repr(strategy)):
+        raise ValueError(
+            f"strategy {type(strategy).__name__}: its repr, {repr(strategy)[:100]}, by which a restarted run knows it, "
+            f"does not say what {hidden[0] if hidden else 'an option'} is: make the class a dataclass, with options as "
+            "fields and what it learns as fields with init=False, repr=False"
         )
 
 

@@ -22,6 +22,10 @@ from ..stack.verify import check_task, state_file, task_description, verify
 from ..tuner import JumpLoraConfig
 from .plan import RunPlan, check_tasks, make_plan
 from .record import METRICS, RUN, in_use, read_metrics, rewrite, task_settings
+from .task_trainer import ContinualSeq2SeqTrainer, ContinualTrainer
+
+
+_TRAINERS = {cls.__name__: cls for cls in (ContinualTrainer, ContinualSeq2SeqTrainer)}
 
 
 def find_stack(path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -156,6 +160,8 @@ def plan_from_stack(
     if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path, trust_remote_code=False)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
+    adapter.given = frozenset(settable)  # what the stack's adapters are is what its run was told
+    own["trainer_cls"] = own["trainer_cls"] or _TRAINERS.get(settings.get("trainer", ""), ContinualTrainer)
     return make_plan(base_model, everything, manifest.method, args, processing_class, adapter_config=adapter, **own)
 
 
@@ -163,9 +169,11 @@ def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any]
     """Take tasks that were planned, but neither trained nor given now, out of run.json and metrics.json."""
     known = task_settings(settings)
     planned = [task for task in tasks if not getattr(task, "held_out", False) and task.name not in finished]
-    now = [f"{task.name} {task.fingerprint()}" for task in planned]
+    now = [
+        {f"{task.name} {known_as}" for known_as in (task.fingerprint(), task.former_fingerprint())} for task in planned
+    ]
     keep = len(finished)
-    while keep < min(len(known), len(finished) + len(now)) and known[keep] == now[keep - len(finished)]:
+    while keep < min(len(known), len(finished) + len(now)) and known[keep] in now[keep - len(finished)]:
         keep += 1
     if keep == len(known) or any(folder.glob("checkpoints/*/checkpoint-*")):
         return

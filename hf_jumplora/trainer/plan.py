@@ -16,19 +16,13 @@ from ..methods import Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
 from ..tuner.gguf import as_plain_floats
-from .arguments import ContinualTrainingArguments, argument
+from .arguments import ContinualTrainingArguments, argument, default_arguments, result_arguments
 from .backend import sharding
+from .callbacks import early_stopping
 from .task_trainer import ContinualTrainer
 
 
-_RESULT_SETTINGS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16",
-    "dataloader_drop_last", "train_sampling_strategy", "gate_learning_rate", "factor_optimizer",
-    "loraplus_lr_ratio", "riemannian_reg", "max_length", "eval_mode",
-    "eval_tasks",
-)  # fmt: skip
+_SAMPLE = "Task 1:  the Größe of\n\tit's 2,345.67 €? don't-know\u00a0ﬁ 漢字 </s> <pad>"
 
 
 @dataclass(frozen=True)
@@ -117,10 +111,19 @@ class RunPlan:
         """The settings that identify a resumable run: what must be the same for a restarted one to continue."""
         skip = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"}
         settings = {f"adapter.{key}": value for key, value in self.config.to_dict().items() if key not in skip}
-        settings |= {f"args.{key}": getattr(self.args, key) for key in _RESULT_SETTINGS if hasattr(self.args, key)}
+        settings |= {f"args.{key}": value for key, value in result_arguments(self.args).items()}
         settings |= {"args.world_size": self.args.world_size, "args.sharding": sharding(self.args)}
         settings["method"] = self.method.name
-        settings["strategies"] = [repr(strategy) for strategy in self.strategies]
+        settings["strategies"] = [describe_strategy(strategy) for strategy in self.strategies]
+        settings["trainer"] = self.trainer_cls.__name__
+        if self.tokenizer is not None:
+            settings["tokenizer"] = tokenizer_identity(self.tokenizer)
+        if self.collator is not None:
+            settings["collator"] = getattr(self.collator, "__qualname__", type(self.collator).__qualname__)
+        if stopping := early_stopping(self.callbacks):
+            settings["early_stopping"] = [
+                [callback.early_stopping_patience, callback.early_stopping_threshold] for callback in stopping
+            ]
         settings["base_model"] = getattr(self.model, "name_or_path", "")
         settings["base_dtype"] = str(getattr(self.model, "dtype", ""))
         quantization = getattr(getattr(self.model, "config", None), "quantization_config", None)
@@ -129,19 +132,23 @@ class RunPlan:
         texts = [task.fingerprint() for task in self.held_out if isinstance(task, LanguageModelTask)]
         if texts and any(strategy.general is not None for strategy in self.strategies):
             settings["general"] = texts
-        for number, task in enumerate(self.tasks):
-            settings[f"task {number}"] = f"{task.name} {self._fingerprint(task)}"
-        return settings
+        return settings | {f"task {n}": self._identity(task, task.fingerprint()) for n, task in enumerate(self.tasks)}
 
-    def _fingerprint(self, task: Task) -> str:
-        """Of the task, and of how it is trained where that is not as the run's other tasks are."""
+    def former_settings(self) -> dict[str, Any]:
+        """What settings were called by earlier versions, or are where they are not stored: the fingerprints of tasks,
+        and the defaults of training arguments."""
+        defaults = {f"args.{key}": value for key, value in default_arguments(self.args).items()}
+        tasks = {f"task {n}": self._identity(task, task.former_fingerprint()) for n, task in enumerate(self.tasks)}
+        return defaults | tasks
+
+    def _identity(self, task: Task, fingerprint: str) -> str:
+        """Name and fingerprint of a task, and how it is trained where that is not as the run's other tasks are."""
         if task.trainer_cls is None and task.args is None:
-            return task.fingerprint()
+            return f"{task.name} {fingerprint}"
         cls, args = self.trainer_of(task)
-        own = {key: getattr(args, key) for key in _RESULT_SETTINGS if hasattr(args, key)}
-        name = getattr(cls, "func", cls).__name__
-        text = json.dumps([task.fingerprint(), name, own], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        own = [fingerprint, getattr(cls, "func", cls).__name__, result_arguments(args)]
+        text = json.dumps(own, sort_keys=True, default=str)
+        return f"{task.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def general_texts(self) -> list[str]:
         """The training texts of the held-out plain texts: what a strategy with `general=True` keeps.
@@ -202,3 +209,22 @@ def check_tasks(tasks: list[Any]) -> None:
                 f"tasks takes Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
                 "from a stream file"
             )
+
+
+def describe_strategy(strategy: Strategy) -> str:
+    """A strategy with all its options, by which a restarted run knows it."""
+    seed = f" seed={strategy.seed}" if strategy.seed and " seed=" not in repr(strategy).replace("(", " ") else ""
+    return f"{strategy!r}{seed}"
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of what a tokenizer (a processor's too; of another processor, its settings) makes of texts: its tokens and
+    special tokens, its chat template, and the ids of a sample. Other versions of its files give the same."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not hasattr(tokenizer, "get_vocab"):
+        known = [type(tokenizer).__name__, tokenizer.to_json_string() if hasattr(tokenizer, "to_json_string") else ""]
+    else:
+        special = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")]
+        template = str(getattr(tokenizer, "chat_template", None))
+        known = [sorted(tokenizer.get_vocab().items()), special, template, tokenizer(_SAMPLE).input_ids]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

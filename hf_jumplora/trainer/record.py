@@ -93,7 +93,7 @@ class RunFolder:
         Raises:
             ValueError: the folder belongs to another run, see [`check_settings`].
         """
-        check_settings(self.path, settings)
+        check_settings(self.path, settings, self.plan.former_settings())
         drop_states(self.path, self.stack_tasks)
 
     def read(self, model: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -207,15 +207,17 @@ def task_settings(settings: dict[str, Any]) -> list[str]:
     return [settings[f"task {number}"] for number in range(count)]
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any]) -> None:
     """Write run.json, or compare it with the one that is there. A run that trained nothing yet may change its settings;
     later ones may add tasks at the end. The number of processes may change from task to task, but not inside one.
+
+    former: see [`RunPlan.former_settings`].
 
     Raises:
         ValueError: the folder holds work of a run with other settings; the message says which differ and how.
     """
     path = folder / RUN
-    settings = json.loads(json.dumps(settings, default=str))
+    settings, former = json.loads(json.dumps([settings, former], default=str))
     finish_sealed(folder, TOP_FILES)
     if not (folder / MANIFEST).is_file():
         _check_free(folder)
@@ -230,6 +232,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds a stack but no {RUN}: it cannot be continued; use another output_dir")
     before = check(RunFile, path, read_sealed(folder, RUN))
     added = {key for key in settings if key.startswith("task ") and key not in before}
+    if "trainer" not in before:  # by a version that stored fewer settings
+        added |= settings.keys() - before.keys()
     finished = len(read_manifest(folder).tasks) if (folder / MANIFEST).is_file() else 0
     inside = sorted(folder.glob(f"checkpoints/task_{finished:03d}/checkpoint-*"))
     moved = [key for key in PROCESSES if key in before and before[key] != settings.get(key)]
@@ -243,6 +247,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         )
     # The base is known by its weights (`check_base`): on another machine it may stand elsewhere.
     ignored = added | set(PROCESSES) | ({"base_model"} if finished else set())
+    for key in former:  # tasks by the fingerprints of then; training arguments that are not stored by their defaults
+        if (key.startswith("task ") and before.get(key) == former[key]) or (
+            key.startswith("args.") and before.get(key, former[key]) == settings.get(key, former[key])
+        ):
+            ignored.add(key)
     differ = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
         for key in sorted({*before, *settings} - ignored)
@@ -253,7 +262,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds a run with other settings ({'; '.join(differ)}). Use another output_dir, or the settings "
             "of that run to continue it; tasks can be added at the end of the list only"
         )
-    if added and get_method(settings["method"]).mode == "joint":
+    if any(key.startswith("task ") for key in added) and get_method(settings["method"]).mode == "joint":
         raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
     if added or moved:
         rewrite(folder, {RUN: {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}}})

@@ -1,5 +1,6 @@
 """`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
 
+import copy
 import functools
 import time
 import warnings
@@ -114,9 +115,10 @@ class ContinualRun:
 
     def _follow(self, plan: RunPlan) -> None:
         check(plan)
-        for strategy in plan.strategies:
+        for number, strategy in enumerate(plan.strategies):
             if strategy.general is True:
-                strategy.general = plan.general_texts()
+                plan.strategies[number] = copy.copy(strategy)  # the same strategy in another run gets that one's text
+                plan.strategies[number].general = plan.general_texts()
         self.plan, self.model = plan, plan.model
         self.args, self.output_dir = plan.args, plan.output_dir
         self.record = RunFolder(plan)
@@ -145,7 +147,7 @@ class ContinualRun:
         base_model: str | Path | nn.Module | None = None,
         processing_class: Any = None,
         revision: str | None = None,
-        trainer_cls: type = ContinualTrainer,
+        trainer_cls: type | None = None,
         args_cls: type = ContinualTrainingArguments,
         strategies: list[Strategy] | list[str] | None = None,
         data_collator: Any = None,
@@ -163,7 +165,8 @@ class ContinualRun:
             output_dir: where the stack is copied to and continued. It may be `path` itself.
             base_model: a model, a folder or an id; None takes the one that the stack names.
             processing_class: None takes the base model's tokenizer. revision: of the repository.
-            trainer_cls, args_cls: as the stack was trained with (`ContinualSFTTrainer` and `SFTConfig`).
+            trainer_cls, args_cls: as the stack was trained with, where those are not the package's own
+                (`ContinualSFTTrainer` and `SFTConfig`).
             strategies: needed when the stack was trained with others than the method's own.
             options: further training arguments (push_to_hub, save_steps, ...).
 

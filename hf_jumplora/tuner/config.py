@@ -1,7 +1,7 @@
 """`JumpLoraConfig`: PEFT's field names where PEFT has one."""
 
 import enum
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -115,6 +115,16 @@ class JumpLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Set when the task is finished: layer name -> [bytes, sha256] of its saved support."},
     )
+
+    def __new__(cls, *args, **options):
+        """Remembers which options were named, `given`: a method that prescribes one must not beat its user in silence.
+        Of a copy (`dataclasses.replace`), which names all, those that are not at their defaults."""
+        config = super().__new__(cls)
+        known = {f.name: f.default for f in fields(cls) if f.init}
+        copied = known.keys() <= options.keys()
+        named = {k: v for k, v in options.items() if v is not None and not (copied and v == known[k])}
+        config.given = frozenset(named)  # not a field: never saved
+        return config
 
     def __post_init__(self):
         super().__post_init__()

@@ -95,12 +95,14 @@ def test_bad_config_option(line, message, capsys):
 
 
 def test_method_arguments():
-    """Options of the gate reach gated methods only, so that one line serves a comparison; ELLA's weight where it means
+    """Options of the gate are for gated methods, and reach only those in a comparison; ELLA's weight where it means
     something."""
     options = {"isolation": "hard", "threshold_update": "density", "target_density": 0.1}
     gated = MethodArguments("jumplora", **options).adapter_config(["q"])
     assert (gated.isolation, gated.target_density, gated.target_modules) == ("hard", 0.1, {"q"})
-    assert MethodArguments("inclora", **options).adapter_config().isolation == "none"
+    with pytest.raises(ValueError, match="method 'inclora' has no gate"):
+        MethodArguments("inclora", **options).adapter_config()
+    assert MethodArguments("jumplora", **options).plans(["inclora"])["inclora"][0].isolation == "none"
     assert MethodArguments("ella").strategies() is None
     assert MethodArguments("jumplora-ella", strategy=["ella.weight=5"]).strategies() == [Ella(5)]
     with pytest.raises(ValueError, match=r"'ella\.weight=5': method 'jumplora' has no strategies"):
