@@ -76,9 +76,11 @@ class Method:
         """
         if given is not None and not isinstance(given, (JumpLoraConfig, dict)):
             raise ValueError(f"adapter_config is a JumpLoraConfig (gate=False: plain LoRA), got {type(given).__name__}")
-        config = given if isinstance(given, JumpLoraConfig) else None
-        named = {name: getattr(config, name) for name in config.given} if config else dict(given or {})
-        named = {name: value for name, value in named.items() if value is not None}
+        start = given if isinstance(given, JumpLoraConfig) else JumpLoraConfig()
+        if isinstance(given, dict):
+            named = {name: value for name, value in given.items() if value is not None}
+        else:
+            named = {name: getattr(start, name) for name in start.given}
         for name, value in self.adapter.items():
             if named.get(name, value) != value:
                 raise ValueError(
@@ -89,13 +91,12 @@ class Method:
         if {"threshold_update": "learned", **named, **options}["threshold_update"] != "density":
             options.pop("target_density", None)  # of a threshold that is held
         if not self.adapter.get("gate", named.get("gate", True)):
-            plain = JumpLoraConfig()
             for name in GATE_OPTIONS & named.keys():
-                if named[name] != getattr(plain, name):
+                if named[name] != getattr(JumpLoraConfig(), name):
                     raise ValueError(
                         f"method {self.name!r} has no gate, and {name}={named[name]!r} is one's: leave it out"
                     )
-        config = dataclasses.replace(config, **options) if config else JumpLoraConfig(**{**(given or {}), **options})
+        config = dataclasses.replace(start, **{**named, **options})
         config.given = frozenset(named)
         return config
 

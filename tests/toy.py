@@ -152,6 +152,7 @@ def run_and_die(base: str, output_dir: str, method: str, moment: str, options: d
             if Path(output_dir).parent.name == folder and self.state.global_step == int(number[0]):
                 os._exit(9)
 
+    Dies.__name__ = ContinualTrainer.__name__  # to the run that continues it is the same one
     trainer_cls = Dies if what == "checkpoint" else None
     run = make_run(base, output_dir, method, callbacks=callbacks, trainer_cls=trainer_cls, **options)
     index = int(folder[5:])

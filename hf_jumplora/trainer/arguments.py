@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..schema import HARMLESS, may_bring
 from .backend import check_compiler, take_fsdp
@@ -105,7 +106,7 @@ def result_arguments(args: TrainingArguments) -> dict[str, Any]:
     hints, found = get_type_hints(type(args)), {}
     for f in fields(args):
         value = getattr(args, f.name)
-        at_default = value == _default(f) or (is_dataclass(value) and value == type(value)())
+        at_default = value == _default(f) or (isinstance(value, AcceleratorConfig) and value == AcceleratorConfig())
         if f.name in HARMLESS or (at_default and f.name not in _ALWAYS):
             continue
         digest = hashlib.sha256(repr(value).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..data import LanguageModelTask, Task, TextTask
 from ..data.tasks import PastTask
-from ..methods import get_method
+from ..methods import GATE_OPTIONS, get_method
 from ..schema import RunFile, check, check_adapter_config, short, stored_arguments
 from ..stack.disk import MANIFEST, copy_atomic, file_sha256, read_sealed, sealed_path
 from ..stack.load import download, find_manifest, load_base
@@ -160,7 +160,8 @@ def plan_from_stack(
     if processing_class is None and any(isinstance(task, (TextTask, LanguageModelTask)) for task in tasks):
         processing_class = AutoTokenizer.from_pretrained(base_model.name_or_path, trust_remote_code=False)
     adapter = JumpLoraConfig(**{key: value for key, value in config.items() if key in settable})
-    adapter.given = frozenset(settable)  # what the stack's adapters are is what its run was told
+    # What the stack's adapters are is what its run was told; without a gate, earlier versions took its options too.
+    adapter.given = frozenset(settable - (set() if adapter.gate else GATE_OPTIONS))
     own["trainer_cls"] = own["trainer_cls"] or _TRAINERS.get(settings.get("trainer", ""), ContinualTrainer)
     return make_plan(base_model, everything, manifest.method, args, processing_class, adapter_config=adapter, **own)
 

@@ -123,10 +123,11 @@ class JumpLoraConfig(PeftConfig):
         known = {f.name: f.default for f in fields(cls) if f.init}
         copied = known.keys() <= options.keys()
         named = {k: v for k, v in options.items() if v is not None and not (copied and v == known[k])}
-        config.given = frozenset(named)  # not a field: never saved
+        vars(config)["given"] = frozenset(named)  # not a field: never saved
         return config
 
     def __post_init__(self):
+        self.given: frozenset[str] = vars(self)["given"]
         super().__post_init__()
         self.peft_type = JumpLoraPeftType.JUMPLORA  # type: ignore[assignment]
         for name in ("target_modules", "exclude_modules"):  # PEFT's habit: saved as lists, kept as sets
