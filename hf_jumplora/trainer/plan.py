@@ -115,7 +115,7 @@ class RunPlan:
         settings |= {"args.world_size": self.args.world_size, "args.sharding": sharding(self.args)}
         settings["method"] = self.method.name
         settings["strategies"] = [describe_strategy(strategy) for strategy in self.strategies]
-        settings["trainer"] = self.trainer_cls.__name__
+        settings["trainer"] = getattr(self.trainer_cls, "func", self.trainer_cls).__name__
         if self.tokenizer is not None:
             settings["tokenizer"] = tokenizer_identity(self.tokenizer)
         if self.collator is not None:
