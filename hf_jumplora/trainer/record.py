@@ -6,16 +6,14 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..hub import stack_card, task_card
 from ..methods import get_method
@@ -45,6 +43,7 @@ from ..stack.save import drop_states, save_task
 from ..stack.verify import check_task, state_file, task_description, verify
 from ..strategies.base import join_states
 from .arguments import argument
+from .checkpoints import drop_checkpoints
 from .plan import RunPlan
 from .predictions import Answers, keep_own, write_answers
 from .processes import on_main
@@ -337,60 +336,6 @@ def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
     """The accuracy matrix so far, row 0 before any training; empty for a new run. None for `tasks` that were added."""
     result = read_metrics(folder)
     return [row + [None] * (tasks - len(row)) for row in result["matrix"]] if result else []
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a finished task; what else is there, such as the event files of a tracker, stays."""
-    for path in folder.glob("*/checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (*folder.glob("*"), folder):
-        with contextlib.suppress(OSError):  # not empty
-            path.rmdir()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a task. A process that is killed while it writes one, or a power cut soon
-    after, leaves files missing, empty or cut: such a checkpoint does not count, and the one before it does."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if (problem := _incomplete(path)) is None:
-            return path
-        logger.warning("%s is not complete (%s): it is not used", path, problem)
-    return None
-
-
-def _incomplete(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to go on exactly where it was written; None if nothing."""
-    try:
-        if not read_json(checkpoint / TRAINER_STATE_NAME):  # written last
-            return f"{TRAINER_STATE_NAME} is empty"
-    except (ValueError, OSError) as error:
-        return str(error)
-    engine = any(checkpoint.glob("global_step*"))  # DeepSpeed keeps the optimizer's state there
-    for needed in (
-        *(() if engine else ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors")),
-        "rng_state*.pth",
-    ):
-        if not any(checkpoint.glob(needed)):
-            return f"{needed} is missing"
-    for path in sorted(checkpoint.rglob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            return f"{path.name}: {error}"
-    for path in sorted(checkpoint.rglob("*.pt*")):
-        if path.is_file() and not _whole_zip(path):
-            return f"{path.name} is damaged, cut or empty"
-    return None
-
-
-def _whole_zip(path: Path) -> bool:
-    """Whether a file of torch.save is whole: it is a zip archive with a check sum of each part."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
-        return False
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from ..stack.load import merge_finished
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, sharding
 from .callbacks import HistoryCallback, LogLines, early_stopping
+from .checkpoints import newest_checkpoint
 from .plan import RunPlan
 from .processes import quiet
-from .record import newest_checkpoint
 
 
 def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], checkpoints: Path) -> tuple[Any, int]:

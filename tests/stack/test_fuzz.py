@@ -22,8 +22,8 @@ from hf_jumplora.stack import merge_stack, read_manifest, write_manifest
 from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.files import total_update
 from hf_jumplora.stack.operations import open_tasks
+from hf_jumplora.trainer.checkpoints import newest_checkpoint
 from hf_jumplora.trainer.from_stack import check_stack
-from hf_jumplora.trainer.record import newest_checkpoint
 
 
 VALUES = [

@@ -15,7 +15,8 @@ from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import RECORD, Pusher, read_record
 from hf_jumplora.stack import export_sparse, merge_stack, read_manifest, subset, verify_stack, write_manifest
 from hf_jumplora.stack.disk import file_sha256, read_sealed, write_beside
-from hf_jumplora.trainer.record import in_use, newest_checkpoint
+from hf_jumplora.trainer.checkpoints import newest_checkpoint
+from hf_jumplora.trainer.record import in_use
 
 
 QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}

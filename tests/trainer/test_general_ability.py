@@ -127,10 +127,10 @@ def test_general_text_is_the_zeroth_task(strategy, toy_base, tmp_path):
     for wanted in (None, True):
         made = strategy(weight=300.0, general=wanted)
         run = with_strategy(toy_base, tmp_path / str(wanted), [*toy.tasks(1), general()], made)
-        assert made.general == (wanted and [row["text"] for row in texts("very", 8)])
+        assert run.plan.strategies[0].general == (wanted and [row["text"] for row in texts("very", 8)])
         before, after = run.train().metrics["general"]
         change[wanted] = abs(after["wiki cross_entropy"] - before["wiki cross_entropy"])
-        assert made.tasks == (2 if wanted else 1)
+        assert run.plan.strategies[0].tasks == (2 if wanted else 1)
     assert change[True] < change[None] / 2
     other = [*toy.tasks(1), general(train=6)]
     run = with_strategy(toy_base, tmp_path / "True", other, strategy(weight=300.0, general=True))

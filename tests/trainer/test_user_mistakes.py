@@ -16,7 +16,8 @@ from hf_jumplora.data import Encoder
 from hf_jumplora.methods import METHODS
 from hf_jumplora.stack import merge_stack
 from hf_jumplora.strategies import KFac
-from hf_jumplora.trainer.record import in_use, newest_checkpoint
+from hf_jumplora.trainer.checkpoints import newest_checkpoint
+from hf_jumplora.trainer.record import in_use
 from hf_jumplora.trainer.scoring import score_labels
 
 
