@@ -134,7 +134,7 @@ class ContinualRun:
     config = property(lambda self: self.plan.config)
     strategies = property(lambda self: self.plan.strategies)
     encoder = property(lambda self: self.plan.encoder)
-    data_collator = property(lambda self: self.plan.data_collator)
+    data_collator = property(lambda self: self.plan.batches)
     manifest = property(lambda self: self.record.manifest)
 
     @classmethod

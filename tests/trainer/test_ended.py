@@ -154,7 +154,7 @@ def test_streamed_data(toy_base, tmp_path):
 def test_the_same_model_again(toy_base, tmp_path):
     """A run changes its model in place: another one does not train on what is left in it."""
     run = toy.make_run(toy_base, tmp_path / "first", stream=toy.tasks(1))
-    assert pickle.loads(pickle.dumps(run.plan.batches))([{"input_ids": [1], "labels": [1]}])  # for spawned workers
+    assert pickle.loads(pickle.dumps(run.data_collator))([{"input_ids": [1], "labels": [1]}])  # for spawned workers
     run.train()
     with pytest.raises(ValueError, match="load the base model again"):
         toy.make_run(run.model.get_base_model(), tmp_path / "second")
