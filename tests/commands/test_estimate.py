@@ -252,7 +252,7 @@ def test_command(tmp_path, capsys):
         (["llama-2-7b", "--method", "ewc"], "the memory of method 'ewc' is not known"),
         (["llama-2-7b", "--method", "nonsense"], "unknown method 'nonsense'"),
         (["llama-2-7b", "--target_modules", "q_pro"], "Near names: o_proj, q_proj"),
-        (["llama-2-7b", "--method", "inclora", "--isolation", "hard"], "needs gate=True"),
+        (["llama-2-7b", "--method", "inclora", "--isolation", "hard"], "has no gate, and isolation"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
