@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_jumplora import JumpLoraConfig, finish_adapter, load_stack
 from hf_jumplora.stack import Manifest, export_sparse, save_task, switch_tasks, write_manifest
-from hf_jumplora.stack.manifest import describe_base, library_versions
+from hf_jumplora.stack.base import describe_base
+from hf_jumplora.stack.manifest import layer_shapes, library_versions
 from hf_jumplora.stack.operations import open_tasks
 from hf_jumplora.tuner import set_mix, set_threshold
 
@@ -30,7 +31,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def make_stack(folder: Path, base: Path, tasks: int, rank: int, density: float) -> Path:
     """A stack of random tasks that keep `density` of the entries."""
     model = LlamaForCausalLM.from_pretrained(base)
-    manifest, parents = None, []
+    described, manifest, parents = describe_base(model), None, []
     for number in range(tasks):
         torch.manual_seed(number)
         config = JumpLoraConfig(
@@ -46,7 +47,9 @@ def make_stack(folder: Path, base: Path, tasks: int, rank: int, density: float) 
         name = f"task_{number:03d}"
         finish_adapter(model, "default", name)
         parents.append(name)
-        manifest = manifest or Manifest(describe_base(model), "jumplora", True, versions=library_versions())
+        if manifest is None:
+            described["layers"] = layer_shapes(model)
+            manifest = Manifest(described, "jumplora", True, versions=library_versions())
         manifest.tasks.append(save_task(model, name, name, folder, {}, f"# {name}\n", {}))
     write_manifest(folder, manifest)
     return folder

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_jumplora.stack import Manifest, load_stack, read_manifest, save_task, write_manifest
+from hf_jumplora.stack.base import describe_base
 from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.load import merge_finished
-from hf_jumplora.stack.manifest import describe_base
+from hf_jumplora.stack.manifest import layer_shapes
 from hf_jumplora.tuner import JumpLoraConfig, finish_adapter, fold_finished, set_mix, set_threshold
 
 
@@ -110,13 +111,14 @@ def write_stack(args, folder: Path) -> None:
     """A stack of `args.tasks` finished tasks on disk."""
     base_model(args).save_pretrained(folder / "base")
     model, manifest = LlamaForCausalLM.from_pretrained(folder / "base"), None
+    described = describe_base(model)
     for index in range(args.tasks):
         name = f"task_{index:03d}"
         model = add_task(model, index, init_weights=False)
         set_threshold(model, "default", DENSITY)
         set_mix(model, "default", 1.0)
         finish_adapter(model, "default", name)
-        manifest = manifest or Manifest(describe_base(model), "jumplora", True)
+        manifest = manifest or Manifest({**described, "layers": layer_shapes(model)}, "jumplora", True)
         manifest.tasks.append(save_task(model, name, name, folder, {"index": index}, "", {}))
     write_manifest(folder, manifest)
 

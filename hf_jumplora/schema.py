@@ -46,13 +46,22 @@ class _Part(BaseModel):
 Schema = TypeVar("Schema", bound=_Part)
 
 
+class _Weight(_Part):
+    sha256: Sha256
+    dtype: Identifier
+    shape: list[Annotated[int, Field(ge=0, le=2**53)]] = Field(max_length=16)
+    probe: list[float] = Field(max_length=4)
+
+
 class _Base(_Part):
     name_or_path: BaseName
     revision: Revision | None
     architecture: Identifier
     dtype: Line = ""
     layers: dict[LayerName, Annotated[list[Size], Field(min_length=2, max_length=2)]] = Field(max_length=100_000)
-    probe: list[float] = Field([], max_length=16)
+    probe: list[float] = Field([], max_length=16)  # of earlier versions
+    weights: dict[LayerName, _Weight | None] = Field({}, max_length=200_000)
+    config: dict[Line, Any] = Field({}, max_length=10_000)
 
 
 class _Entry(_Part):

@@ -101,7 +101,8 @@ def gated_linear(
     if not isinstance(mix, torch.Tensor):
         if mix == 0 and free is None:
             return low_rank_linear(x, weight, bias, A, B, log_tau, scaling)
-        mix = torch.full((1,), mix, device=x.device)  # filled there: nothing is copied, nothing waits
+        # filled there: nothing is copied, nothing waits
+        mix = torch.full((1,), mix, dtype=torch.float32, device=x.device)
     if mix.device != x.device or mix.dtype != torch.float32 or mix.dim() != 1:
         mix = mix.to(x.device, torch.float32, non_blocking=True).reshape(1)
     fold = backend == "triton-fold"

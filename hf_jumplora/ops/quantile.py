@@ -17,7 +17,7 @@ _INSIDE = 1 << 22  # entries of a bracket that are kept: 16 MiB
 
 def _sample(blocks) -> tuple[torch.Tensor, int]:
     """(sorted magnitudes of some entries, number of all entries)."""
-    sample, count, stride = torch.empty(0), 0, 61
+    sample, count, stride = torch.empty(0, dtype=torch.float32), 0, 61
     for block in blocks():
         sample = torch.cat([sample, block.detach().to(torch.float32).reshape(-1)[::stride].abs().cpu()])
         count += block.numel()
@@ -29,7 +29,7 @@ def _sample(blocks) -> tuple[torch.Tensor, int]:
 def _within(blocks, k: int, low: float, high: float) -> float | None:
     """The k-th magnitude in one pass if it lies in (low, high]; None where it does not, or this cannot be said."""
     count = kept = 0
-    above, inside, total = torch.zeros((), dtype=torch.int64), [], torch.zeros(())
+    above, inside, total = torch.zeros((), dtype=torch.int64), [], torch.zeros((), dtype=torch.float32)
     for block in blocks():
         flat = block.detach().to(torch.float32).reshape(-1)
         total = total.to(flat.device) + flat.sum()

@@ -31,7 +31,7 @@ def low_rank(
     size, total = min(M.shape), float(M.double().square().sum())
     if not total:
         k = min(rank or 1, size)
-        return torch.zeros(k, M.shape[1]), torch.zeros(M.shape[0], k), 1.0
+        return M.new_zeros(k, M.shape[1]), M.new_zeros(M.shape[0], k), 1.0
     width = size if size <= _EXACT or (energy is not None and energy >= 1) else min(size, (rank or 32) + 16)
     while True:
         if 2 * width >= size:

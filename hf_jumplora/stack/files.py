@@ -75,7 +75,7 @@ class TaskFile:
 
         factors: (A, B) in place of the file's, with its scaling.
         """
-        total = torch.zeros(self.shapes[layer])
+        total = torch.zeros(self.shapes[layer], dtype=torch.float32)
         self.add_update(total, layer, factors)
         return total
 
@@ -110,7 +110,7 @@ class TaskFile:
 def total_update(tasks: list[TaskFile], layer: str) -> torch.Tensor:
     """Sum of the updates of a layer in the order of the stack: float32 [out, in]."""
     shape = next(task.shapes[layer] for task in tasks if layer in task.shapes)
-    total = torch.zeros(shape)
+    total = torch.zeros(shape, dtype=torch.float32)
     for task in tasks:
         if layer in task.shapes:
             task.add_update(total, layer)

@@ -24,15 +24,9 @@ from torch import nn
 from ..tuner import fold_finished, named_layers
 from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
+from .base import MERGED, check_base, merged_before
 from .disk import MANIFEST
-from .manifest import (
-    MERGED,
-    Manifest,
-    check_base,
-    is_folder,
-    merged_before,
-    read_manifest,
-)
+from .manifest import Manifest, is_folder, read_manifest
 from .save import STRATEGIES
 from .verify import check_task, not_a_task, task_config, verify
 
@@ -101,9 +95,8 @@ def load_base(
         ValueError: it cannot be loaded, or is another model; the message names `where` the stack is.
     """
     if base_model is None:
-        base_model = manifest.base_model["name_or_path"]
+        base_model = named_base(manifest, where)
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
-        base_is_here(manifest.base_model["name_or_path"], where)
     dtype = manifest.base_model.get("dtype")
     if dtype in ("float32", "bfloat16", "float16") and not {"dtype", "torch_dtype"} & model_kwargs.keys():
         model_kwargs["dtype"] = dtype
@@ -140,13 +133,22 @@ def architecture_class(name: str) -> Any:
     return found if known and isinstance(getattr(found, "config_class", None), type) else None
 
 
-def base_is_here(name: str, where: str) -> None:
-    """Raise ValueError, asking for base_model=, when a stack's base was loaded from a folder that is not there."""
-    if is_folder(name) and not os.path.isdir(name):
-        raise ValueError(
-            f"{where}: its base model was loaded from a folder, {name}, which is not on this machine; pass base_model= "
-            "(its folder or its id)"
-        )
+def named_base(manifest: Manifest, where: str) -> str:
+    """The folder or id of the base that a stack names; a run's own copy is found beside a stack that was moved.
+
+    Raises:
+        ValueError: it is a folder that is not there.
+    """
+    name: str = manifest.base_model["name_or_path"]
+    if not is_folder(name) or os.path.isdir(name):
+        return name
+    beside = os.path.join(where, os.path.basename(name))
+    if os.path.isdir(beside):
+        return beside
+    raise ValueError(
+        f"{where}: its base model was loaded from a folder, {name}, which is not on this machine; pass base_model= "
+        "(its folder or its id)"
+    )
 
 
 def open_stack(
@@ -259,9 +261,9 @@ def attach(
 
 
 def merge_finished(model: PeftModel, adapters: list[str]) -> None:
-    """Fold finished tasks into a float base, where they cost nothing; over a quantised base they stay live."""
+    """Fold finished tasks into a float base, where they cost nothing; quantised or offloaded layers keep them live."""
     for _, layer in named_layers(model):
-        if layer.quantization_backend is None:
+        if layer.quantization_backend is None and not layer.offloaded():
             layer.finished.merge(adapters)
 
 

@@ -13,15 +13,12 @@ from torch import nn
 
 from ..schema import StackFile, check, read_json, short
 from ..tuner import named_layers
-from ..tuner.peft_compat import in_out_features
-from ..tuner.sharded_parameters import full_shape, whole
 from .disk import MANIFEST, check_seal, file_sha256, finish_sealed, sealed_text, waiting, write_atomic
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
-MERGED = "hf_jumplora_merged"  # key of a merged model's config
 TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json")
 
 
@@ -29,8 +26,8 @@ TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.pn
 class Manifest:
     """The content of stack.json.
 
-    base_model: name_or_path, revision, architecture, dtype that it was trained in, a few weights (probe), layers
-    {name: [out, in]} that are adapted.
+    base_model: name_or_path, revision, architecture, dtype that it was trained in, what each weight is known by
+    (`weights`, see `base.identity`), the `config` that shapes results, layers {name: [out, in]} that are adapted.
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
     is a model of its own for its task (perlora): one is loaded, by name.
@@ -133,97 +130,6 @@ def portable(folder: str | os.PathLike, manifest: Manifest) -> tuple[Manifest, d
 def layer_shapes(model: nn.Module) -> dict[str, list[int]]:
     """{layer name: [out, in]} of the adapted layers."""
     return {name: [layer.out_features, layer.in_features] for name, layer in named_layers(model)}
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What identifies the base of a PeftModel."""
-    base = model.get_base_model()  # type: ignore[operator]
-    config = getattr(base, "config", None)
-    name = getattr(base, "name_or_path", None) or getattr(config, "name_or_path", "") or ""
-    return {
-        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
-        "revision": getattr(config, "_commit_hash", None),
-        "architecture": type(base).__name__,
-        "dtype": str(getattr(base, "dtype", "")).removeprefix("torch."),
-        "layers": layer_shapes(model),
-        "probe": weight_probe(base, layer_shapes(model)),
-    }
-
-
-def untouched_weight(base: nn.Module, adapted) -> str | None:
-    """Name of the first weight that no adapter touches."""
-    for name, weight in base.named_parameters():
-        if (
-            len(full_shape(weight)) > 1
-            and weight.is_floating_point()
-            and not any(name.startswith(f"{a}.") for a in adapted)
-        ):
-            return name
-    return None
-
-
-def probe_values(weight: torch.Tensor) -> list[float]:
-    """Sixteen values of a weight."""
-    values = whole(weight).flatten()
-    return values[:: max(1, values.numel() // 16)][:16].tolist()
-
-
-def weight_probe(base: nn.Module, adapted) -> list[float]:
-    """Sixteen values of the first weight that no adapter touches: they tell two bases of the same shape apart."""
-    name = untouched_weight(base, adapted)
-    return probe_values(base.get_parameter(name)) if name else []
-
-
-def probe_differs(expected: list[float], found: list[float]) -> bool:
-    """Whether two probes are of different models; the same base in bf16 is the same base."""
-    near = 1e-2 * max(map(abs, expected), default=0)
-    return any(abs(a - b) > near for a, b in zip(expected, found, strict=False))
-
-
-def check_base(manifest: Manifest, base: nn.Module, where: str) -> None:
-    """Raise ValueError, naming what was expected and found, if `base` is not the model a stack was trained on."""
-    expected = manifest.base_model
-    if type(base).__name__ != expected["architecture"]:
-        raise ValueError(f"{where} was trained on a {expected['architecture']}; this base is a {type(base).__name__}")
-    revision = getattr(getattr(base, "config", None), "_commit_hash", None)
-    if None not in (revision, expected["revision"]) and revision != expected["revision"]:
-        raise ValueError(
-            f"{where} was trained on revision {expected['revision']} of {expected['name_or_path']}; this is {revision}"
-        )
-    check_not_merged(manifest, getattr(base, "config", None), where)
-    check_shapes(manifest, base, where)
-    if probe_differs(expected.get("probe", []), weight_probe(base, expected["layers"])):
-        raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
-
-
-def merged_before(config: Any, tasks: list[dict[str, Any]]) -> list[str]:
-    """What a merged model's config lists under `MERGED`: the adapters in its weights, by the sha256 of their files."""
-    return [*(getattr(config, MERGED, None) or []), *(task["files"]["adapter_model.safetensors"] for task in tasks)]
-
-
-def check_not_merged(manifest: Manifest, config: Any, where: str) -> None:
-    """Raise ValueError when a base has one of the stack's updates in its weights already: it would count twice."""
-    merged = set(merged_before(config, []))
-    for task in manifest.tasks:
-        if task["files"]["adapter_model.safetensors"] in merged:
-            raise ValueError(
-                f"{where}: task {task['name']!r} is in the weights of this base already (a merged model); pass the "
-                "base that the stack was trained on"
-            )
-
-
-def check_shapes(manifest: Manifest, base: nn.Module, where: str) -> None:
-    """Raise ValueError, naming the layer, unless the adapted layers are there and have the shapes of the manifest."""
-    modules = dict(base.named_modules())
-    for name, shape in manifest.base_model["layers"].items():
-        found = _features(modules[name]) if name in modules else None
-        if found != shape:
-            raise ValueError(f"{where}: layer {name} should be [out, in] = {shape}, this base model has {found}")
-
-
-def _features(module: nn.Module) -> list[int | None]:
-    in_features, out_features = in_out_features(module)
-    return [out_features, in_features]
 
 
 def stack_support_sha256(support: dict[str, list] | None) -> str:

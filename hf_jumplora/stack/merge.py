@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,20 +13,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..schema import read_json, short
-from .disk import MANIFEST, copy_atomic, write_json
-from .files import only_updates, total_update
-from .load import architecture_class, base_is_here, why_not
-from .manifest import (
+from .base import (
     MERGED,
-    Manifest,
+    check_config,
     check_not_merged,
     check_shapes,
+    differing_weights,
     merged_before,
-    probe_differs,
-    probe_values,
-    untouched_weight,
+    refuse_weights,
 )
+from .disk import MANIFEST, copy_atomic, write_json
+from .files import only_updates, total_update
+from .load import architecture_class, named_base, why_not
+from .manifest import Manifest
 from .operations import free_folder, new_folder, open_tasks
+from .weights import identity, probe_differs, probe_values, untouched_weight
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -99,10 +101,10 @@ def merge_stack(
     only_updates(chosen, "a merge on disk")
     source = _base_folder(manifest, base_model, str(path))
     skeleton = _skeleton(manifest, source, str(path))
-    shards = [Shard(file) for file in _weight_files(source)]
+    shards = [Shard(file) for file in weight_files(source)]
     modules, folders = dict(skeleton.named_modules()), {task.folder for task in chosen}
     where = {layer: _find(shards, f"{layer}.weight", source) for task in chosen for layer in task.shapes}
-    _check_probe(manifest, skeleton, shards, source, str(path))
+    _check_weights(manifest, skeleton, shards, source, str(path))
     with new_folder(out) as temporary:
         for file in source.iterdir():  # not copied: files in folders, and weights that transformers does not load
             other = file.suffix == ".safetensors" and file not in [shard.path for shard in shards]
@@ -123,7 +125,7 @@ def merge_stack(
     return len(where)
 
 
-def _weight_files(source: Path) -> list[Path]:
+def weight_files(source: Path) -> list[Path]:
     """The files that transformers loads a model's weights from: other .safetensors files beside them are none of it.
 
     Raises:
@@ -148,11 +150,9 @@ def _weight_files(source: Path) -> list[Path]:
 
 def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where: str) -> Path:
     given = base_model is not None
-    name = str(base_model) if given else manifest.base_model["name_or_path"]
+    name = str(base_model) if given else named_base(manifest, where)
     if os.path.isdir(name):
         return Path(name)
-    if not given:
-        base_is_here(name, where)
     revision = None if given else manifest.base_model["revision"]
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_OTHER_WEIGHTS)))
@@ -182,22 +182,44 @@ def _skeleton(manifest: Manifest, source: Path, where: str) -> nn.Module:
         model = architecture(config)
     check_not_merged(manifest, config, where)
     check_shapes(manifest, model, where)
+    check_config(manifest, config, where)
     return model
 
 
-def _find(shards: list[Shard], name: str, source: Path) -> tuple[Shard, str]:
-    """The shard that holds a weight, and the weight's name there: the model's own, or without the model's prefix."""
+def _place(shards: list[Shard], name: str) -> tuple[Shard, str] | None:
     for wanted in (name, name.split(".", 1)[-1]):
         for shard in shards:
             if wanted in shard.tensors:
                 return shard, wanted
+    return None
+
+
+def _find(shards: list[Shard], name: str, source: Path) -> tuple[Shard, str]:
+    """The shard that holds a weight, and the weight's name there: the model's own, or without the model's prefix."""
+    place = _place(shards, name)
+    if place is not None:
+        return place
     raise ValueError(
         f"{source} has no weight {name}: its files name it differently from the model. Use "
         "load_stack(..., merge=True).save_pretrained(...)"
     )
 
 
-def _check_probe(manifest: Manifest, skeleton: nn.Module, shards: list[Shard], source: Path, where: str) -> None:
+def _check_weights(manifest: Manifest, skeleton: nn.Module, shards: list[Shard], source: Path, where: str) -> None:
+    """Raise ValueError unless the files hold the base's weights: all that they name as the model does."""
+    if (expected := manifest.base_model.get("weights")) is not None:
+        found: dict[str, Any] = {}
+        for name, entry in expected.items():
+            place = _place(shards, name)
+            if entry is None or place is None:
+                found[name] = None
+                continue
+            shard, key = place
+            value, dtype = shard.read(key), getattr(torch, entry["dtype"])
+            rounds = torch.promote_types(value.dtype, dtype) == value.dtype  # as loading it in `dtype` did
+            found[name] = identity(value.to(dtype) if rounds else value)
+        refuse_weights(manifest, differing_weights(expected, found), where)
+        return
     name = untouched_weight(skeleton, manifest.base_model["layers"])
     if name is None:
         return

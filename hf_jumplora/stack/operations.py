@@ -212,7 +212,7 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
     (_, a, tasks_a), (_, b, tasks_b) = open_tasks(first), open_tasks(second)
     of_b = {task.name: task for task in tasks_b}
     names_a, names_b = {task.name for task in tasks_a}, set(of_b)
-    keys = ("architecture", "layers", "probe")
+    keys = {"architecture", "layers", "probe", "weights", "config"} & a.base_model.keys() & b.base_model.keys()
     rows = {task.name: _compare(task, of_b[task.name]) for task in tasks_a if task.name in of_b}
     return {
         "base": any(a.base_model.get(key) != b.base_model.get(key) for key in keys),

@@ -42,7 +42,7 @@ class Ewc(L2):
         parameters = dict(self.parameters(model, adapter))
         fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
         generator, count = torch.Generator().manual_seed(self.tasks), 0
-        draw = lambda counts: torch.rand(sum(counts), generator=generator)  # noqa: E731
+        draw = lambda counts: torch.rand(sum(counts), generator=generator, dtype=torch.float32)  # noqa: E731
         with evaluation(model):
             for inputs in examples(self.examples):  # one at a time: the square is of each example's gradient
                 likelihood = sampled_log_likelihood(model, inputs, model(**inputs)["logits"], draw)

@@ -209,7 +209,8 @@ def by_shape(function: Callable, rank: int, *matrices: dict[str, torch.Tensor]) 
 def _test_matrix(dim: int, rank: int, device: torch.device) -> torch.Tensor:
     """Orthonormal [dim, 4 rank + 8], the same for every layer of this size and in every process."""
     width = min(dim, 4 * rank + 8)
-    return torch.linalg.qr(torch.randn(dim, width, generator=torch.Generator().manual_seed(0))).Q.to(device)
+    start = torch.randn(dim, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return torch.linalg.qr(start).Q.to(device)
 
 
 def roots(sketches: torch.Tensor, rank: int) -> torch.Tensor:

@@ -15,7 +15,8 @@ def output_directions(update: torch.Tensor, count: int) -> torch.Tensor:
     always the same. Directions of singular values below 1e-6 of the largest are left out.
     """
     width = min(count + 8, *update.shape)
-    start = torch.randn(update.shape[1], width, generator=torch.Generator().manual_seed(0)).to(update)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(update.shape[1], width, generator=generator, dtype=torch.float32).to(update)
     Q = torch.linalg.qr(update @ start).Q
     for _ in range(2):
         Q = torch.linalg.qr(update @ torch.linalg.qr(update.T @ Q).Q).Q

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..data import LanguageModelTask, Task, row_count
+from ..stack.source import check_in_memory
 from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
 from .backend import sharding
@@ -64,6 +65,7 @@ def check(plan: RunPlan) -> None:
     _check_adapters(plan)
     _check_arguments(plan)
     check_backend(plan)
+    check_in_memory(plan.model)
     # The adapter is added and removed again: targets, ranks and layer types that cannot work show now.
     filled = copy.deepcopy(plan.config)
     get_peft_model(plan.model, filled).unload()

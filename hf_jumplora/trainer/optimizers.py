@@ -66,7 +66,7 @@ def _own_group(optimizer: Optimizer, params: list[nn.Parameter], **options: floa
 def _precondition(pairs: list, damping: float, *_: Any) -> None:
     """g_A <- (B^T B + damping I)^-1 g_A and g_B <- g_B (A A^T + damping I)^-1 (arXiv 2402.02347), as in PEFT."""
     for A, B in pairs:
-        eye = damping * torch.eye(A.shape[0], device=A.device)
+        eye = damping * torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
         if A.grad is not None:
             A.grad.copy_(torch.linalg.solve(B.T @ B + eye, A.grad))
         if B.grad is not None:

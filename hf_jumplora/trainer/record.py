@@ -21,6 +21,7 @@ from ..metrics.derived import derive
 from ..report.folder import HISTORY, PREDICTIONS
 from ..report.report import PICTURES, write_report
 from ..schema import MetricsFile, RunFile, check, read_json
+from ..stack.base import check_base, describe_base
 from ..stack.disk import (
     MANIFEST,
     finish_sealed,
@@ -33,13 +34,13 @@ from ..stack.disk import (
 from ..stack.manifest import (
     TOP_FILES,
     Manifest,
-    check_base,
-    describe_base,
+    layer_shapes,
     library_versions,
     read_manifest,
     write_manifest,
 )
 from ..stack.save import drop_states, save_task
+from ..stack.source import KEPT, differences, keep_base, source_folder
 from ..stack.verify import check_task, state_file, task_description, verify
 from ..strategies.base import join_states
 from .arguments import argument
@@ -65,7 +66,8 @@ class RunFolder:
     """What a run has measured and finished, in memory and on disk; the only writer of its folder.
 
     matrix: a row before training and one after each task, [tasks]. general: with each row, {"task metric": score}.
-    trained: task.json of each finished task. manifest: None until the first task is finished.
+    trained: task.json of each finished task. base: what stack.json says of the base model.
+    manifest: None until the first task is finished.
     repo_id: the stack's name on the Hub, for the cards.
     """
 
@@ -75,6 +77,7 @@ class RunFolder:
         self.general: list[dict[str, float]] = []
         self.trained: list[dict[str, Any]] = []
         self.manifest: Manifest | None = None
+        self.base: dict[str, Any] = {}
         self.repo_id = plan.args.hub_model_id if plan.args.push_to_hub else None
 
     @property
@@ -107,6 +110,7 @@ class RunFolder:
         self.matrix = read_matrix(self.path, len(self.plan.tasks))[: len(tasks) + 1]
         self.general, self.trained = self._read_general()[: len(self.matrix)], []
         if not tasks:
+            self.base = self._describe(model)
             return [], {}
         self.manifest = read_manifest(self.path)
         check_base(self.manifest, model, str(self.path))
@@ -122,6 +126,18 @@ class RunFolder:
             self.trained.append({key: info[key] for key in info if key not in ("folder", "support_sha256")})
         state = state_file(self.path, tasks)
         return tasks, {} if state is None else load_file(state)
+
+    def _describe(self, model: Any) -> dict[str, Any]:
+        """What stack.json says of the base. One that is not what it calls itself is copied into the run's folder."""
+        described, source = describe_base(model), source_folder(model)
+        if source is None:
+            if described["name_or_path"]:
+                why = "it is no model of transformers, or there are no safetensors files here"
+                logger.warning("the base is not compared with %s: %s", described["name_or_path"], why)
+        elif differ := differences(model, source):
+            on_main(lambda: keep_base(model, differ, self.path, self.plan.tokenizer))
+            described |= {"name_or_path": str((self.path / KEPT).resolve()), "revision": None}
+        return described
 
     def _read_general(self) -> list[dict[str, float]]:
         """Without the scores of held-out tasks that are other ones now."""
@@ -154,7 +170,8 @@ class RunFolder:
         self.trained.append(info)
         if self.manifest is None:
             separate = self.plan.method.mode == "separate"
-            self.manifest = Manifest(describe_base(model), self.plan.method.name, self.plan.additive, separate=separate)
+            base = {**self.base, "layers": layer_shapes(model)}
+            self.manifest = Manifest(base, self.plan.method.name, self.plan.additive, separate=separate)
         on_main(lambda: self._commit(model, f"task_{index:03d}"))
         if not PartialState().is_main_process:
             self.manifest = read_manifest(self.path)

@@ -175,7 +175,9 @@ class JumpLoraConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file, **kwargs):
-        return check_adapter_config(path_json_file, read_json(path_json_file), cls)
+        values = check_adapter_config(path_json_file, read_json(path_json_file), cls)
+        values.pop("runtime_config", None)  # of other types of adapters, as PEFT does
+        return values
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

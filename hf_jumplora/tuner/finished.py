@@ -25,6 +25,7 @@ class Updates(Protocol):
 
     def get_base_layer(self) -> nn.Module: ...
     def base_device(self) -> torch.device | None: ...
+    def offloaded(self) -> bool: ...
     def closure(self, adapters: Any, without: Any = ()) -> list[str]: ...
     def support(self, adapter: str) -> torch.Tensor: ...
     def add_updates(self, total: torch.Tensor, adapters: list[str]) -> None: ...
@@ -98,7 +99,7 @@ class FinishedUpdates:
         if self.sum is not None and not missing:
             total = self.sum.to(device, copy=True)
         else:
-            total = torch.zeros(layer.out_features, layer.in_features, device=device)
+            total = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float32, device=device)
         layer.add_updates(total, [name for name in names if name not in self.folded])
         return total
 
@@ -132,7 +133,7 @@ class FinishedUpdates:
                 raise ValueError(f"{sorted(missing)} cannot be folded: adapter {name!r} does not stand on them")
         for name in names:
             if self.sum is None:
-                self.sum = torch.zeros(layer.out_features, layer.in_features)
+                self.sum = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float32)
             layer.add_updates(self.sum, [name])
             if name in layer.jumplora_support:
                 bits = pack_bits(layer.support(name)).cpu()
@@ -143,12 +144,17 @@ class FinishedUpdates:
     # ---- in the base weight ---------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
-        """Raise ValueError, saying what to do instead, when the base is quantised."""
+        """Raise ValueError, saying what to do instead, when the base is quantised or offloaded."""
         if self.layer.quantization_backend is not None:
             raise ValueError(
                 f"layer {self.layer.layer_name} is quantised ({self.layer.quantization_backend.backend_name}): merging "
                 "would quantise the updates away. Keep the adapters live, or load the base model in bf16 or float32 "
                 "and merge there (load_stack(..., dtype='bfloat16', merge=True), without quantization_config)"
+            )
+        if self.layer.offloaded():
+            raise ValueError(
+                f"the weight of layer {self.layer.layer_name} is not in memory (device_map has offloaded it): keep the "
+                "adapters live, load without device_map, or merge on disk (hf-jumplora merge)"
             )
 
     def merge(self, adapters: Sequence[str], safe: bool = False) -> None:
@@ -171,8 +177,9 @@ class FinishedUpdates:
         merged = wide + delta.to(weight.device)
         if safe and not torch.isfinite(merged.to(weight.dtype)).all():  # float16 overflows where float32 does not
             raise ValueError(
-                f"layer {self.layer.layer_name}: with the updates of {names} the merged weight has entries that are "
-                f"not finite in {weight.dtype}. Nothing was merged"
+                f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken: with the updates of "
+                f"{names} layer {self.layer.layer_name} has entries that are not finite in {weight.dtype}. Nothing was "
+                "merged"
             )
         weight.copy_(merged)
         self.original, self.merged = kept, names
@@ -226,7 +233,7 @@ class FinishedUpdates:
         touched, weight = self._touched, self._weight()
         if self.original is None:  # unmerged: before, or when the updates were computed
             self.original = weight.to("cpu", copy=True)
-        total = torch.zeros(touched.index.numel(), device=weight.device)
+        total = torch.zeros(touched.index.numel(), dtype=torch.float32, device=weight.device)
         names = [name for name in adapters if name in self.layer.configs]
         for name in names:
             place, values = touched.updates[name]

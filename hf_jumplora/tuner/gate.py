@@ -35,8 +35,8 @@ class JumpGate(_Float32):
 
     def __init__(self):
         super().__init__()
-        self.log_tau = nn.Parameter(torch.full((1,), PUBLISHED_LOG_TAU))
-        self.register_buffer("mix", torch.zeros(1))
+        self.log_tau = nn.Parameter(torch.full((1,), PUBLISHED_LOG_TAU, dtype=torch.float32))
+        self.register_buffer("mix", torch.zeros(1, dtype=torch.float32))
         self._known: tuple[torch.Tensor, int, float] | None = None
 
     def set_mix(self, f: float) -> None:

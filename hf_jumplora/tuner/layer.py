@@ -92,7 +92,7 @@ class JumpLoraLayer(AdapterUpdates):
         """
         self._register(adapter, config, len(A), alpha)
         device = self.base_device()
-        if device is None or device.type == "meta":  # an offloaded base: its adapters stay where they are
+        if device is None:  # an offloaded base: its adapters stay where they are
             device = A.device
         for factors, values in ((self.jumplora_A, A), (self.jumplora_B, B)):
             factors[adapter] = nn.Parameter(values.to(device, torch.float32, copy=True), requires_grad=False)
@@ -162,7 +162,7 @@ class JumpLoraLayer(AdapterUpdates):
         if device is None:
             device = self.base_device()
         meta = torch.device("meta")
-        if device is None or device == meta:
+        if device is None:
             return
         for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.jumplora_free):
             if adapter_name in container and container[adapter_name].device not in (meta, device):

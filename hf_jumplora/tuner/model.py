@@ -20,8 +20,10 @@ from .gate import JumpGate
 from .layer import JumpLoraLayer, Linear
 from .lookup import named_layers
 from .peft_compat import real_parameters, set_active
+from .sharded_parameters import full_shape
 
 
+_CONV = (nn.Conv1d, nn.ConvTranspose1d)
 ADAPTER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*")
 
 
@@ -75,6 +77,7 @@ class JumpLoraModel(BaseTuner):
                 f"adapter {adapter_name!r} is finished: its update is its saved support and cannot be trained on. Add "
                 f"a new adapter with parent_adapters=[{adapter_name!r}] instead"
             )
+        everything = not config.inference_mode and str(config.target_modules).lower() == "all-linear"  # PEFT expands it
         _keep_differentiable(model, config)
         self._load_parents(model, config)
         self._gates: dict[str, JumpGate] = {}  # of this adapter, by gate_key
@@ -83,6 +86,8 @@ class JumpLoraModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {_near_names(model, config.target_modules)}") from error
         _check_tied(model)
+        if everything:
+            _tell_of_experts(model)
 
     def _load_parents(self, model: nn.Module, config: JumpLoraConfig) -> None:
         """Parents that are not in the model yet are loaded from the folders beside the adapter's own."""
@@ -179,10 +184,9 @@ class JumpLoraModel(BaseTuner):
         return True
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(new_module, JumpLoraLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:  # a module that is unloaded has its own weight; PEFT would set one, which not every module can take
-            setattr(parent, child_name, new_module)
+        # A layer has moved its adapter already, a module that is unloaded has its own weight. PEFT would move the layer
+        # to the device of the weight, "meta" for an offloaded one, and set a weight, which not every module can take.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: adapters are float32 from the start and stay so (docs/decisions.md)."""
@@ -277,6 +281,24 @@ def _check_tied(model: nn.Module) -> None:
                 "both: leave it out of target_modules, or untie them in the base model first (a copy of the weight, "
                 "and tie_word_embeddings=False in its config)"
             )
+
+
+def _tell_of_experts(model: nn.Module) -> None:
+    """Warn of weights that are no linear layers, as the experts of transformers 5 are: "all-linear" leaves them out."""
+    total, names = 0, {}
+    for name, parameter in model.named_parameters():
+        if ".jumplora_" not in name:
+            size = full_shape(parameter).numel()
+            total += size
+            if len(full_shape(parameter)) == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _CONV):
+                names[name] = size
+    if names:
+        warnings.warn(
+            f'target_modules="all-linear" adapts linear layers alone: {sum(names.values()) / total:.0%} of the weights '
+            f"are experts kept as 3D parameters ({next(iter(names))}, ...), which JumpLoRA cannot adapt; they stay as "
+            "they are",
+            stacklevel=2,
+        )
 
 
 def rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:

@@ -45,7 +45,7 @@ OVERRIDDEN = {
     "_cast_adapter_dtype": "PEFT casts adapters to float32 or back; ours are float32 and stay so",
     "_enable_peft_forward_hooks": "the only place where `adapter_names=` can be refused",
     "_get_adapter_state_dict": "a shared gate must be saved as one copy per layer",
-    "_replace_module": "PEFT sets `weight` of what it puts in, which fails for the wrapper of trained tokens",
+    "_replace_module": "PEFT moves layers to the device of offloaded weights, and sets `weight` of what it unloads",
     "_check_merge_allowed": "a quantised layer is refused before the first weight is changed",
     "_move_adapter_to_device_of_base_layer": "PEFT also casts to the base's dtype: in bf16 the support would change",
 }

@@ -40,8 +40,14 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         return self.finished.merged
 
     def base_device(self) -> torch.device | None:
-        """The device of the base weight, None if it cannot be told."""
-        return base_device(self)
+        """The device of the base weight; None if it cannot be told, or the weight is offloaded (on "meta")."""
+        device = base_device(self)
+        return None if device is not None and device.type == "meta" else device
+
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the base weight elsewhere (device_map with "disk", or "cpu" beside a GPU)."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return isinstance(weight, torch.Tensor) and weight.is_meta
 
     def gate(self, adapter: str) -> JumpGate:
         """The gate of an adapter, shared with the other layers of its scope."""
@@ -160,7 +166,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
     def update(self, adapter: str) -> torch.Tensor:
         """scaling * E as it acts now: float32 [out, in], without gradient. Raises ValueError if folded."""
         if adapter in self.jumplora_support:
-            kept = torch.zeros(self.out_features, self.in_features, device=self.jumplora_A[adapter].device)
+            kept = self.jumplora_A[adapter].new_zeros(self.out_features, self.in_features)
             self.add_updates(kept, [adapter])
             return kept
         E = self.product(adapter)

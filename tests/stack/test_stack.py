@@ -430,8 +430,10 @@ def test_a_path_that_is_nowhere(tmp_path):
 
 @pytest.mark.parametrize("other", [False, True], ids=["in-bf16", "other-weights"])
 def test_a_base_of_the_same_shape(other):
-    """The same base in bf16 is the same base; another one of the same shape is not."""
-    from hf_jumplora.stack.manifest import Manifest, check_base, weight_probe
+    """Stacks of earlier versions: the same base in bf16 is the same base; another one of the same shape is not."""
+    from hf_jumplora.stack.base import check_base
+    from hf_jumplora.stack.manifest import Manifest
+    from hf_jumplora.stack.weights import weight_probe
 
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8))

@@ -265,3 +265,18 @@ def test_trl_tasks_are_evaluated_and_go_on(kind, toy_base, tmp_path):
         processing_class=toy.tokenizer(), report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     assert [info["name"] for info in again.train().metrics["trained"]] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("method", ["jumplora", "kfac"])
+def test_default_dtype_in_bf16(method, toy_base, tmp_path):
+    """torch.set_default_dtype changes no threshold and no sum of updates."""
+    files = []
+    for dtype in (torch.float32, torch.bfloat16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            toy.make_run(toy_base, tmp_path / str(dtype), method, stream=toy.tasks(2), eval_tasks="seen").train()
+        finally:
+            torch.set_default_dtype(before)
+        files.append((tmp_path / str(dtype) / "task_001" / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]

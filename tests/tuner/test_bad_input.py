@@ -1,8 +1,11 @@
 """What a user can get wrong, and that the message names it."""
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_jumplora.tuner import JumpLoraConfig, finish_adapter
 
@@ -114,3 +117,15 @@ def test_name_taken_by_another_package(monkeypatch):
     monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "JUMPLORA", LoraConfig)
     with pytest.raises(RuntimeError, match="JUMPLORA"):
         register()
+
+
+def test_experts_that_are_no_linear_layers():
+    """transformers 5 keeps experts as 3D parameters: "all-linear" says what share of the weights it leaves out."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    make = lambda: MixtralForCausalLM(MixtralConfig(**sizes))  # noqa: E731
+    with pytest.warns(UserWarning, match=r"adapts linear layers alone: 79% of the weights are experts .*gate_up_proj"):
+        get_peft_model(make(), JumpLoraConfig(r=2, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(make(), JumpLoraConfig(r=2, target_modules=["q_proj"]))

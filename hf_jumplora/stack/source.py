@@ -1,0 +1,189 @@
+"""Whether a base in memory is what the folder or Hub id that it names holds; if it is not, the run keeps a copy."""
+
+import copy
+import itertools
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..tuner.model import gate_key
+from .base import base_name, config_differences, first, result_config
+from .disk import explained, sync_folder
+from .merge import weight_files
+from .weights import named_tensors
+
+
+KEPT = "base"  # folder of a run's copy
+_SAVE = "save it, and its tokenizer, with save_pretrained(folder), load it from there, and start the run with that"
+
+
+def check_in_memory(base: nn.Module) -> None:
+    """Before a run: what neither the named source nor a copy could bring back when the stack is loaded.
+
+    Raises:
+        ValueError: the model is compiled, a part of it is offloaded, tokens were added to it, or a buffer that is
+            computed from its config has other values; the message says what to do.
+    """
+    if "_orig_mod" in {part for name, _ in base.named_modules() for part in name.split(".")}:
+        raise ValueError(
+            "the base is compiled, or a part of it is, which gives its layers other names: pass the model itself, and "
+            "torch_compile=True in the arguments"
+        )
+    if offloaded := [name for name, weight in base.named_parameters() if weight.is_meta]:
+        raise ValueError(
+            f"{offloaded[0]} is not in memory: device_map has offloaded it, and what is offloaded cannot be trained "
+            "on. Load the base without device_map, quantised, or with recipes/accelerate/zero3_offload.yaml"
+        )
+    check_buffers(base)
+    folder = source_folder(base)
+    for text in _config_differences(base, folder) if folder else ():
+        if re.match(r"config: (\w+\.)*vocab_size is", text):
+            raise ValueError(
+                f"the base has another vocabulary than {base_name(base)}, which it calls itself ({text}): {_SAVE}"
+            )
+
+
+def check_buffers(base: nn.Module) -> None:
+    """Compare what a model computes from its config (rotary frequencies) with what a new one computes.
+
+    Raises:
+        ValueError: it differs: no file holds it. A cast alone is a warning.
+    """
+    saved = {name for name, _ in base.named_parameters()} | base.state_dict(keep_vars=True).keys()
+    computed = {name: buffer for name, buffer in base.named_buffers() if name not in saved}
+    if not computed or not isinstance(base, PreTrainedModel):
+        return
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        fresh = dict(type(base)(copy.deepcopy(base.config)).named_buffers())
+    for name, found in computed.items():
+        expected = fresh.get(name, found).to(found.device)
+        if expected.shape != found.shape or not torch.allclose(expected.to(found.dtype), found, rtol=1e-4):
+            raise ValueError(
+                f"the buffer {name} of the base is not what its config gives, and no file holds it: change the "
+                "config instead, or load the base again"
+            )
+        if expected.dtype != found.dtype:
+            warnings.warn(
+                f"the buffer {name} of the base was cast to {found.dtype}; a stack is loaded with {expected.dtype} "
+                "there, and answers a little differently: load the base with from_pretrained(..., dtype=)",
+                stacklevel=2,
+            )
+
+
+def source_folder(base: nn.Module) -> Path | None:
+    """The folder with the safetensors files of the model that `base` calls itself; None without one on this disk, and
+    for a model that is not transformers' own class: it may be made of one, and call itself that."""
+    name = base_name(base)
+    if not name or not isinstance(base, PreTrainedModel):
+        return None
+    found: Any = name
+    if not os.path.isdir(name):
+        revision = getattr(getattr(base, "config", None), "_commit_hash", None)
+        files = ("model.safetensors", "model.safetensors.index.json")
+        cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
+        found = next((Path(path).parent for path in cached if isinstance(path, str)), None)
+    try:
+        return Path(found) if found and weight_files(Path(found)) else None
+    except ValueError:  # no safetensors
+        return None
+
+
+def differences(base: nn.Module, folder: Path) -> list[str]:
+    """What a base in memory has other than the files of a folder, in words. Every process must call it.
+
+    Values are compared in the dtype they have in memory; quantised weights are left out.
+    """
+    files = {key: file for path in weight_files(folder) for file in [safe_open(path, "pt")] for key in file.keys()}  # noqa: SIM118
+    names: dict[int, list[str]] = {}  # of tied weights
+    for name, weight in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    tied = {found[0]: found for found in names.values()}
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+
+    def stored(name: str) -> torch.Tensor | None:
+        for own in tied.get(name, [name]):
+            for key in (own, own.removeprefix(prefix), prefix + own):
+                if key in files:
+                    return files[key].get_tensor(key)
+        return None
+
+    rest = {n: t for n, t in named_tensors(base) if t is not None and not _equal(stored(n), t)}
+    differ = _config_differences(base, folder)
+    for name, value in _as_saved(base, rest):
+        there = stored(name)
+        if there is None:
+            differ.append(f"{name} is not in its files")
+        elif there.shape != value.shape:
+            differ.append(f"{name} has the shape {[*there.shape]} there, {[*value.shape]} here")
+        elif not _equal(there, value):
+            differ.append(f"{name} has other values")
+    return differ
+
+
+def _as_saved(base: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by the names and in the form that files have: transformers joins experts and renames when it loads."""
+    for _, block in itertools.groupby(weights, lambda name: gate_key(name, "block")):
+        yield from revert_weight_conversion(base, {name: weights[name] for name in block}).items()  # type: ignore[arg-type]
+
+
+def _config_differences(base: nn.Module, folder: Path) -> list[str]:
+    config: Any = getattr(base, "config", None)
+    if not (folder / "config.json").is_file():
+        return []
+    there = type(config).from_pretrained(str(folder))
+    return [f"config: {text}" for text in config_differences(result_config(there), result_config(config))]
+
+
+def _equal(there: torch.Tensor | None, value: torch.Tensor) -> bool:
+    """Whether a file's value is that in memory, which may have been loaded in half precision and made wider again, as
+    PEFT's `prepare_model_for_kbit_training` does."""
+    loaded = (value.dtype, torch.bfloat16, torch.float16) if value.is_floating_point() else (value.dtype,)
+    return there is not None and any(
+        torch.equal(there.to(value.device, dtype).to(value.dtype), value) for dtype in loaded
+    )
+
+
+def keep_base(base: Any, differ: list[str], run: Path, tokenizer: Any) -> None:
+    """Write a base that is not what it calls itself (`differ`) to `run`/base, whole or not at all, and check the copy.
+
+    Raises:
+        ValueError: it is quantised or spread over processes, or does not load again as it is. OSError: no room.
+    """
+    target, why = run / KEPT, f"the base in memory is not {base_name(base)}, which it calls itself: {first(differ)}"
+    if getattr(base, "is_quantized", False) or any(map(_cut, base.parameters())):
+        raise ValueError(f"{why}. It is quantised or cut into pieces and is not copied: {_SAVE}")
+    if target.is_dir() and not differences(base, target):
+        return
+    warnings.warn(f"{why}. A copy in {target} is the base of this stack", stacklevel=2)
+    temporary = run / f".{KEPT}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explained(target):
+            for part in (base, tokenizer):
+                if part is not None:
+                    part.save_pretrained(str(temporary))
+            sync_folder(temporary, files=True)
+        if lost := differences(base, temporary):
+            raise ValueError(f"{why}. It cannot be saved so that it loads again as it is: {first(lost)}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync_folder(run)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cut(weight: Any) -> bool:
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
