@@ -4,11 +4,14 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
 
+from ..metrics.text import fold
+from ..schema import short
 from .tasks import LanguageModelTask, Task, TextTask
 
 
@@ -25,17 +28,65 @@ class Encoder:
     def __init__(self, tokenizer, max_length: int, seq2seq: bool):
         self.tokenizer, self.max_length, self.seq2seq = tokenizer, max_length, seq2seq
         self.truncated: Counter[str] = Counter()
+        self._answers: dict[tuple[str, str], list[int]] = {}
 
     def longest_answer(self, task: TextTask) -> int:
         """Tokens of the longest answer a task can have."""
-        return task.max_answer or max(len(self.answer_ids(label)) for label in task.labels)
+        return task.max_answer or max(len(self.answer_ids(task, label)) for label in task.labels)
 
-    def answer_ids(self, label: str) -> list[int]:
-        """Tokens of an answer, with the end-of-sequence token."""
+    def answer_ids(self, task: TextTask, answer: str) -> list[int]:
+        """Tokens of an answer, with the end-of-sequence token: in a causal model those that follow the prompt's in the
+        text "... Answer: positive", which need not be those of " positive".
+
+        Raises:
+            ValueError: the tokenizer joins the end of the prompt with the answer.
+        """
+        end = self.tokenizer.eos_token_id
+        prompt = "" if self.seq2seq else task.render("x")
+        if (known := self._answers.get((prompt, answer))) is not None:
+            return known
         if self.seq2seq:
-            ids = self.tokenizer(text_target=label).input_ids
-            return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
-        return [*self.tokenizer(" " + label, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+            ids = self.tokenizer(text_target=answer).input_ids
+            ids = ids if ids[-1:] == [end] else [*ids, end]
+        else:
+            before, ids = self._start(prompt), self._start(f"{prompt} {answer}")
+            if ids[: len(before)] != before:
+                raise ValueError(
+                    f"task {task.name!r}: the tokenizer joins the end of the prompt with the answer {short(answer)}: "
+                    f"let the prompt end in another way than {prompt[-10:]!r} (a colon, and no space behind it)"
+                )
+            ids = [*ids[len(before) :], end]
+        return self._answers.setdefault((prompt, answer), ids)
+
+    def _start(self, text: str) -> list[int]:
+        """Tokens of a text that goes on: without what the tokenizer appends to each."""
+        ids = self.tokenizer(text).input_ids
+        return ids[: len(ids) - self._appended]
+
+    @cached_property
+    def _appended(self) -> int:
+        """How many tokens the tokenizer appends to every text (an end of sequence, a separator)."""
+        text, whole = (self.tokenizer("x", add_special_tokens=special).input_ids for special in (False, True))
+        return next((len(whole) - i for i in range(len(text), len(whole)) if whole[i - len(text) : i] == text), 0)
+
+    def check_labels(self, task: TextTask, generated: bool) -> None:
+        """Raise ValueError unless the task's labels differ as tokens and, where answers are `generated`, can be read
+        back from them."""
+        by_tokens: dict[tuple[int, ...], str] = {}
+        for label in task.labels:
+            ids = self.answer_ids(task, label)
+            first = by_tokens.setdefault(tuple(ids), label)
+            if first != label:
+                raise ValueError(
+                    f"task {task.name!r}: labels {first!r} and {label!r} are the same tokens to the tokenizer, "
+                    f"{self.tokenizer.convert_ids_to_tokens(ids)}: no model can tell them apart; call them otherwise"
+                )
+            written = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if generated and fold(written) != fold(label):
+                raise ValueError(
+                    f"task {task.name!r}: the tokenizer writes label {label!r} as {written!r}, so that no generated "
+                    "answer can equal it: give it another name, or eval_mode='score'"
+                )
 
     def prompt_ids(self, task: TextTask, text: str) -> list[int]:
         """Tokens of a prompt, its text cut so that any answer still fits.
@@ -46,7 +97,8 @@ class Encoder:
         room = self.max_length
         if not self.seq2seq:
             room -= self.longest_answer(task)
-        ids = self.tokenizer(task.render(text)).input_ids
+        encode = (lambda text: self.tokenizer(text).input_ids) if self.seq2seq else self._start
+        ids = encode(task.render(text))
         if len(ids) <= room:
             return ids
         self.truncated[task.name] += 1
@@ -60,7 +112,7 @@ class Encoder:
                     "them"
                 )
             keep = max(0, keep - (len(ids) - room))
-            ids = self.tokenizer(task.render(self.tokenizer.decode(pieces[:keep]))).input_ids
+            ids = encode(task.render(self.tokenizer.decode(pieces[:keep])))
         return ids
 
     def pieces(self, texts: Iterable[str]) -> list[list[int]]:
@@ -84,7 +136,7 @@ class Encoder:
             return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in pieces])
         rows, longest = [], self.longest_answer(task)
         for row in task.train_dataset:
-            prompt, answer = self.prompt_ids(task, row[task.text_column]), self.answer_ids(row[task.label_column])
+            prompt, answer = self.prompt_ids(task, row[task.text_column]), self.answer_ids(task, row[task.label_column])
             self.truncated[task.name] += len(answer) > longest
             answer = answer[:longest]
             if self.seq2seq:

@@ -13,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from ..data import LanguageModelTask, Task, row_count
+from ..data import LanguageModelTask, Task, TextTask, row_count
 from ..stack.source import check_in_memory
 from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
+from .arguments import argument
 from .backend import sharding
 from .callbacks import early_stopping
 from .plan import RunPlan
@@ -88,6 +89,9 @@ def _check_tasks(plan: RunPlan) -> None:
         raise ValueError("text tasks need processing_class (the tokenizer)")
     if plan.text_tasks and plan.tokenizer.eos_token_id is None:
         raise ValueError("text tasks need a tokenizer with an end-of-sequence token (eos_token): it ends the answers")
+    for task in plan.text_tasks:
+        if isinstance(task, TextTask) and task.labels:
+            plan.encoder.check_labels(task, argument(plan.args, "eval_mode") == "generate" and bool(task.eval_dataset))
     plain = [task.name for task in plan.text_tasks if isinstance(task, LanguageModelTask)]
     if plain and not can_continue(plan.model):
         raise ValueError(

@@ -1,12 +1,15 @@
 """Evaluation of text tasks against the slowest way to do it: one row, one label at a time, no padding, no cache."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 import toy
+from peft import get_peft_model
+from transformers import MambaConfig, MambaForCausalLM
 
-from hf_jumplora import LanguageModelTask, TextTask
+from hf_jumplora import JumpLoraConfig, LanguageModelTask, TextTask
 from hf_jumplora.data import Encoder
 from hf_jumplora.metrics.text import fold, rouge_l
 from hf_jumplora.trainer import evaluate_task, scoring
@@ -15,6 +18,7 @@ from hf_jumplora.trainer.scoring import evaluate_text, generate_answers, score_l
 
 # One to three tokens, and one label that starts like another: the end of sequence decides.
 LABELS = ["tiny", "very dark", "very dark new", "huge slow fast", "wild"]
+ADAPTED = {"causal": ["q_proj"], "seq2seq": ["q"], "gpt2": ["c_attn"], "bf16": ["q_proj"]}
 TEXTS = ["the cat", "very very new dog", "bee", "the elk = : | fox gnu hen ant", "hen", "new bee cat", "gnu the"]
 
 
@@ -63,7 +67,7 @@ def test_score_is_the_label_of_highest_likelihood(model, encoder, task, kind):
     """Of any two labels, for prompts and labels of different lengths in one batch; end of sequence included."""
     prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
     assert len({len(p) for p in prompts}) > 3
-    scores = {x: [log_likelihood(model, encoder, p, encoder.answer_ids(x)) for p in prompts] for x in LABELS}
+    scores = {x: [log_likelihood(model, encoder, p, encoder.answer_ids(task, x)) for p in prompts] for x in LABELS}
     compared = 0
     for a, b in itertools.permutations(LABELS, 2):
         task.labels = [a, b]
@@ -82,7 +86,8 @@ def test_score_with_labels_of_one_token(model, encoder, task):
     task.labels = ["tiny", "wild", "pale"]
     prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
     best = [
-        max(task.labels, key=lambda x, p=p: log_likelihood(model, encoder, p, encoder.answer_ids(x))) for p in prompts
+        max(task.labels, key=lambda x, p=p: log_likelihood(model, encoder, p, encoder.answer_ids(task, x)))
+        for p in prompts
     ]
     found = score_labels(model, encoder, task, prompts)
     assert sum(a == b for a, b in zip(found, best, strict=True)) >= (6 if model.dtype == torch.bfloat16 else 7)
@@ -93,7 +98,7 @@ def test_generate_is_greedy(model, encoder, task):
     if model.dtype == torch.bfloat16:
         pytest.skip("ties between logits fall another way in another batch")
     prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
-    longest = max(len(encoder.answer_ids(label)) for label in LABELS)
+    longest = max(len(encoder.answer_ids(task, label)) for label in LABELS)
     expected = []
     for prompt in prompts:
         ids, decoder, new = torch.tensor([prompt]), torch.tensor([[0]]), []
@@ -106,6 +111,63 @@ def test_generate_is_greedy(model, encoder, task):
         expected.append(encoder.tokenizer.decode(new, skip_special_tokens=True))
     assert len(set(expected)) > 1
     assert generate_answers(model, encoder, task, prompts) == expected
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_length": 60},
+        {"min_new_tokens": 3},
+        {"suppress_tokens": [*range(3, 90)]},
+        {"forced_eos_token_id": 3},
+        {"forced_bos_token_id": 5},
+        {"bad_words_ids": [[word] for word in range(3, 90)]},
+        {"num_beams": 3, "length_penalty": 9.0},
+        {"do_sample": True, "temperature": 50.0},
+        {"max_length": 3, "eos_token_id": [*range(96)]},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_greedy_whatever_the_base_says(option, model, encoder, task, kind):
+    """Its generation_config decides the tokens that end an answer, and is as it was afterwards; with an adapter too."""
+    if kind == "bf16":
+        pytest.skip("as causal")
+    prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
+    plain, kept = generate_answers(model, encoder, task, prompts), copy.deepcopy(model.generation_config)
+    adapted = get_peft_model(model, JumpLoraConfig(r=2, target_modules=ADAPTED[kind]))
+    try:
+        for name, value in option.items():
+            setattr(model.generation_config, name, value)
+        for asked in (model, adapted):
+            found = generate_answers(asked, encoder, task, prompts)
+            if "eos_token_id" not in option:
+                assert found == plain
+            else:  # each answer ends at once
+                assert all(len(answer.split()) <= 1 for answer in found)
+        assert all(getattr(model.generation_config, name) == value for name, value in option.items())
+    finally:
+        adapted.unload()
+        model.generation_config = kept
+
+
+def test_score_without_a_cache(monkeypatch):
+    """A state space model's cache takes one token at a time: labels of several tokens run with their prompts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.5}
+    model = MambaForCausalLM(MambaConfig(vocab_size=96, pad_token_id=0, eos_token_id=1, **sizes)).eval()
+    encoder = Encoder(toy.tokenizer(), 64, seq2seq=False)
+    rows = [{"sentence": text, "label": LABELS[0]} for text in TEXTS]
+    task = TextTask("a", rows, rows, labels=LABELS, instruction="size", prompt=toy.PROMPT)
+    prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
+    answers = [encoder.answer_ids(task, label) for label in LABELS]
+    scores = [torch.tensor([log_likelihood(model, encoder, p, answer) for p in prompts]) for answer in answers]
+    used, find = [], scoring._score_whole
+    monkeypatch.setattr(scoring, "_score_whole", lambda *given: used.append(find(*given)) or used[-1])
+    assert score_labels(model, encoder, task, prompts) == [LABELS[i] for i in torch.stack(scores).argmax(0)]
+    torch.testing.assert_close(used, [scores], rtol=1e-4, atol=1e-4)
+    assert len(generate_answers(model, encoder, task, prompts)) == len(TEXTS)
 
 
 @pytest.mark.parametrize("mode", ["generate", "score"])
@@ -144,6 +206,30 @@ def test_plain_text(batch_size, model, encoder, kind):
 def test_plain_text_of_nothing(model, encoder):
     with pytest.raises(ValueError, match="no eval text has two tokens"):
         evaluate_text(model, encoder, LanguageModelTask("a", None, [{"text": ""}], held_out=True))
+
+
+@pytest.mark.parametrize(("labels", "batch_size"), [(LABELS, 3), (LABELS, 1), (LABELS[:1], 4)])
+def test_sequences_at_once(labels, batch_size, model, encoder, task):
+    """`per_device_eval_batch_size` on a CPU, whatever the number of labels."""
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs.get("input_ids", kwargs.get("labels")))), with_kwargs=True
+    )
+    try:
+        task.labels, task.eval_dataset = labels, [{**row, "label": labels[0]} for row in task.eval_dataset]
+        evaluate_task(model, encoder, task, "score", batch_size)
+    finally:
+        hook.remove()
+    assert max(sizes) == batch_size
+
+
+def test_batches_by_tokens():
+    """Elsewhere than on a CPU as many rows as have about so many tokens with padding; a longer one passes alone."""
+    sizes, gpu = {0: 100, 1: 10, 2: 90, 3: 12, 4: 11, 5: 5000, 6: 100}, torch.device("cuda")
+    assert scoring._batches(sizes, 2, torch.device("cpu")) == [[1, 4], [3, 2], [0, 6], [5]]
+    assert scoring._batches(sizes, 2, gpu, 50) == [[1, 4, 3], [2], [0], [6], [5]]
+    assert scoring._batches(sizes, 2, gpu) == [[1, 4, 3, 2, 0, 6], [5]]
+    assert scoring._batches(dict.fromkeys(range(100), 100), 2, gpu)[0] == [*range(40)]
 
 
 # ---- counting ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import re
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers
 import toy
+from transformers import PreTrainedTokenizerFast
 
 from hf_jumplora import LanguageModelTask, Task, TextTask, load_tasks
 from hf_jumplora.data import Encoder, collate, pad_rows
@@ -85,11 +87,83 @@ def test_truncation_with_a_subword_tokenizer():
     for max_length in range(90, 130, 3):
         encoder = Encoder(tokenizer, max_length, False)
         ids = encoder.prompt_ids(example, text)
-        room = max_length - max(len(encoder.answer_ids(label)) for label in example.labels)
+        room = max_length - max(len(encoder.answer_ids(example, label)) for label in example.labels)
         assert room - 6 <= len(ids) <= room  # a whole character may go
         shown = tokenizer.decode(ids, skip_special_tokens=True)
         assert shown.startswith("Task Instruction: size\nOptions: tiny | very huge\nText: the na")
         assert shown.endswith("\nAnswer:")
+
+
+def spaced(*joined, end=None):
+    """Characters and a few words, as of a tokenizer that puts a space before what it encodes alone (SentencePiece).
+
+    joined: pairs of pieces that become one. end: appended to every text.
+    """
+    pieces = ["<unk>", "</s>", "\u2581", *"abcdefghijklmnopqrstuvwxyzA:\n"]
+    merges = []
+    for word in ("\u2581\u2581", "positive", "negative"):
+        merges += [(word[:n], word[n]) for n in range(1, len(word))]
+    merges += [("\u2581", word) for word in ("positive", "negative")] + list(joined)
+    pieces += dict.fromkeys(a + b for a, b in merges)
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>")
+    )
+    space = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    made.normalizer = tokenizers.normalizers.Sequence(space)
+    shown = [
+        tokenizers.decoders.Replace("\u2581", " "),
+        tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(" ", 1, 0),
+    ]
+    made.decoder = tokenizers.decoders.Sequence(shown)
+    if end:
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("end", [None, "</s>"], ids=["plain", "appends-an-end"])
+def test_answers_are_tokens_of_the_whole_text(end):
+    """Encoded alone, " positive" would begin with two spaces; an end that the tokenizer appends to each text is no part
+    of a prompt that an answer follows."""
+    encoder = Encoder(spaced(end=end), 64, seq2seq=False)
+    made = TextTask("a", [{"sentence": "b", "label": "positive"}], labels=["positive", "negative"], prompt="{text}\nA:")
+    whole = spaced()("b\nA: positive").input_ids
+    (row,) = encoder.train_rows(made)
+    assert row["input_ids"] == [*whole, encoder.tokenizer.eos_token_id]
+    assert words(encoder, encoder.answer_ids(made, "positive")) == ["\u2581positive", "</s>"]
+    assert words(encoder, encoder.prompt_ids(made, "b")) == ["\u2581", "b", "\n", "A", ":"]
+    encoder.check_labels(made, generated=True)
+
+
+def test_answers_that_the_tokenizer_joins_with_the_prompt():
+    for prompt, joined in (("{text}\nA: ", ()), ("{text}\nA:", ((":", "\u2581"),))):
+        made = TextTask("a", [{"sentence": "b", "label": "x"}], labels=["x"], prompt=prompt)
+        with pytest.raises(
+            ValueError, match=r"task 'a': the tokenizer joins the end of the prompt with the answer 'x'"
+        ):
+            Encoder(spaced(*joined), 64, seq2seq=False).answer_ids(made, "x")
+
+
+@pytest.mark.parametrize("seq2seq", [False, True], ids=["causal", "seq2seq"])
+def test_labels_of_the_same_tokens(seq2seq, toy_base, toy_t5, tmp_path):
+    """No model can tell them apart: refused when the run is made."""
+    rows = [{"sentence": "cat", "label": "lion"}]
+    made = TextTask("a", rows, labels=["lion", "tiger"], prompt=toy.PROMPT)
+    with pytest.raises(
+        ValueError, match=r"'lion' and 'tiger' are the same tokens to the tokenizer, \['<unk>', '</s>'\]"
+    ):
+        toy.make_run(toy_t5 if seq2seq else toy_base, tmp_path, stream=[made])
+
+
+def test_labels_that_cannot_be_read_back(toy_base, tmp_path):
+    """A generated answer could never be right; the likelihoods of labels still can."""
+    rows = [{"sentence": "cat", "label": "lion"}] * 32
+    made = TextTask("a", rows, rows, labels=["lion", "cat"], prompt=toy.PROMPT)
+    with pytest.raises(
+        ValueError, match=r"writes label 'lion' as '', so that no generated answer .* eval_mode='score'"
+    ):
+        toy.make_run(toy_base, tmp_path, stream=[made], eval_mode="generate")
+    toy.make_run(toy_base, tmp_path, stream=[made], eval_mode="score")
 
 
 @pytest.mark.parametrize("seq2seq", [False, True], ids=["causal", "seq2seq"])
