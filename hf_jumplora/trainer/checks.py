@@ -89,9 +89,10 @@ def _check_tasks(plan: RunPlan) -> None:
         raise ValueError("text tasks need processing_class (the tokenizer)")
     if plan.text_tasks and plan.tokenizer.eos_token_id is None:
         raise ValueError("text tasks need a tokenizer with an end-of-sequence token (eos_token): it ends the answers")
-    for task in plan.text_tasks:
-        if isinstance(task, TextTask) and task.labels:
-            plan.encoder.check_labels(task, argument(plan.args, "eval_mode") == "generate" and bool(task.eval_dataset))
+    generates = argument(plan.args, "eval_mode") == "generate"
+    for text in plan.text_tasks:
+        if isinstance(text, TextTask) and text.labels:
+            plan.encoder.check_labels(text, generates and bool(text.eval_dataset))
     plain = [task.name for task in plan.text_tasks if isinstance(task, LanguageModelTask)]
     if plain and not can_continue(plan.model):
         raise ValueError(

@@ -94,7 +94,7 @@ def share_of_rows(rows: int) -> list[int]:
 
 def _batches(sizes: dict[int, int], at_once: int, device: torch.device, tokens: int = TOKENS) -> list[list[int]]:
     """Rows {number: tokens} in batches of rows of similar length, the shortest first: `at_once` rows on a CPU,
-    elsewhere as many as have about `tokens` tokens when padded. Equally many in all processes, see [`share_of_rows`]."""
+    elsewhere as many as have about `tokens` tokens when padded. Equally many in all processes."""
     batches: list[list[int]] = []
     for i in sorted(sizes, key=lambda i: sizes[i]):
         most = at_once if device.type == "cpu" else tokens // sizes[i]  # the longest so far
