@@ -16,6 +16,7 @@ import yaml
 
 from hf_jumplora import ContinualTrainingArguments, load_stack
 from hf_jumplora.bench.encoder import LabelEmbeddingClassifier, accuracy, embed
+from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.data.streams import load_tasks, read_stream
 from hf_jumplora.options import MethodArguments, StreamArguments, parse_recipe
 from hf_jumplora.strategies import Ella
@@ -371,17 +372,18 @@ def test_llama2_cl_with_own_model_and_stream(toy_base, tmp_path, monkeypatch, ca
     assert len(load_stack(tmp_path / "out").peft_config) == 2
 
 
-def test_llama2_cl_with_smollm2(toy_base, tmp_path, monkeypatch, capsys):
+def test_llama2_cl_with_smollm2(tmp_path, monkeypatch, capsys):
     """`--model smollm2` alone trains it on the demo's tasks; without its package one line says what to install."""
     llama2_cl = recipe("llama2_cl")
+    base = str(build_tiny_llama(recipe("demo_stream").demo_corpus(), tmp_path / "base", layers=1, steps=1))
     line = ["--model", "smollm2", "--cache_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     line += ["--max_steps", "5", "--max_eval", "2", "--compare", "inclora", "--use_cpu", "True"]
     monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
-    monkeypatch.setattr(llama2_cl, "smollm2", lambda: Path(toy_base))
+    monkeypatch.setattr(llama2_cl, "smollm2", lambda: Path(base))
     llama2_cl.main()
     assert "trained on   animals  places  moods  foods" in capsys.readouterr().out
     assert (tmp_path / "out" / "jumplora-best" / "task_003").is_dir()
-    assert json.loads((tmp_path / "out" / "inclora" / "run.json").read_text())["base_model"] == toy_base
+    assert json.loads((tmp_path / "out" / "inclora" / "run.json").read_text())["base_model"] == base
 
     def missing():
         raise FileNotFoundError("SmolLM2 needs two packages")
