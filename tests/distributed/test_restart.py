@@ -10,6 +10,7 @@ import pytest
 import toy
 from test_run import files
 
+from hf_jumplora import ContinualTrainer
 from hf_jumplora.stack import read_manifest, verify_stack
 
 
@@ -79,14 +80,16 @@ def test_other_number_of_processes(toy_base, tmp_path):
     """Allowed between tasks, and recorded. Inside a task it is refused, with what to do."""
     folder = tmp_path / "run"
     die([job(toy_base, folder, "cpu2", kill=["task_001", 5, [0, 1]])], tmp_path, "cpu2")
+    # The trainer class counts too, by its name: the worker's.
+    one = {"stream": toy.tasks(2, 32, 7), "adapter": HELD, "trainer_cls": type("Watched", (ContinualTrainer,), {})}
     options = {**OPTIONS, "per_device_train_batch_size": 4}
-    alone = toy.make_run(toy_base, folder, stream=toy.tasks(2, 32, 7), adapter=HELD, **options)
+    alone = toy.make_run(toy_base, folder, **one, **options)
     with pytest.raises(ValueError, match=r"interrupted inside a task \(args.world_size: 2 there, 1 now.*or delete"):
         alone.train()
     assert read_manifest(folder).task_names == ["size"]
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ValueError, match="per_device_train_batch_size: 2 there, 4 now"):
-        toy.make_run(toy_base, folder, stream=toy.tasks(2, 32, 7), adapter=HELD, **options).train()
-    toy.make_run(toy_base, folder, stream=toy.tasks(2, 32, 7), adapter=HELD, **OPTIONS).train()
+        toy.make_run(toy_base, folder, **one, **options).train()
+    toy.make_run(toy_base, folder, **one, **OPTIONS).train()
     infos = [json.loads((folder / task / "task.json").read_text()) for task in ("task_000", "task_001")]
     assert [(i["processes"], i["sharding"], i["effective_batch"]) for i in infos] == [(2, "ddp", 4), (1, "none", 2)]
