@@ -33,6 +33,10 @@ class Lwf(Strategy):
                 f"temperature={self.temperature}, every={self.every}"
             )
 
+    def __repr__(self):  # as before there was `every`, so that runs begun then go on
+        every = f", every={self.every}" if self.every != 1 else ""
+        return f"Lwf(weight={self.weight}, temperature={self.temperature}{every})"
+
     def check(self, mode, config):
         if mode != "incremental":
             raise ValueError(

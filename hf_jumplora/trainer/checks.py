@@ -114,6 +114,11 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
     for option, why in _NOT_IN_A_RUN.items():
         if getattr(args, option):
             raise ValueError(f"{option}: {why}")
+    if args.label_smoothing_factor and getattr(plan.model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{where}: label_smoothing_factor takes the labels out of the inputs, from which an encoder-decoder makes "
+            "its decoder's: leave it out"
+        )
     if None in (row_count(task.train_dataset), row_count(task.eval_dataset)):
         if args.max_steps <= 0:
             raise ValueError(f"{where} has a streamed data set, whose length is not known: give max_steps")

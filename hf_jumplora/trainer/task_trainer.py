@@ -216,7 +216,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if finite is not None and not finite:
             raise FloatingPointError(
                 f"a loss was not finite at or shortly before step {self.state.global_step} of {self.state.max_steps}: "
-                "training has diverged and was stopped. Lower the learning rate or the strategies' weights. Finished "
+                "training has diverged and was stopped (or a batch had no label to learn from: all of them -100, as "
+                "where max_length cuts an answer off). Lower the learning rate or the strategies' weights. Finished "
                 "tasks are safe"
             )
 

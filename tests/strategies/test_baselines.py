@@ -233,6 +233,7 @@ def test_lwf(base, request, relative_error):
     assert found[3] is None
     torch.testing.assert_close(found[2], 3 * penalty / 2)
     assert Lwf(0.0).penalty(model, batch, "default", output) is None
+    assert (repr(Lwf()), repr(Lwf(every=3))[-9:]) == ("Lwf(weight=1.0, temperature=2.0)", " every=3)")
     first = get_peft_model(toy.load_base(request.getfixturevalue(base)), JumpLoraConfig(r=2, target_modules=targets))
     assert lwf.penalty(first, batch, "default", output) is None
 

@@ -210,6 +210,20 @@ def test_curvature_of_a_layer_that_no_answer_depends_on(toy_t5, tmp_path):
     assert len(toy.make_run(toy_t5, tmp_path, "jumplora-best", stream=toy.tasks(2)).train().metrics["trained"]) == 2
 
 
+def test_label_smoothing_of_an_encoder_decoder(toy_t5, tmp_path):
+    """The Trainer takes the labels out of the inputs, and a T5 makes its decoder's of them."""
+    with pytest.raises(ValueError, match="label_smoothing_factor takes the labels out"):
+        toy.make_run(toy_t5, tmp_path, stream=toy.tasks(2), label_smoothing_factor=0.1)
+
+
+def test_a_batch_without_labels_is_named(toy_base, tmp_path):
+    row = {"input_ids": [3, 4, 5], "attention_mask": [1] * 3}
+    rows = Dataset.from_list([{**row, "labels": [3, 4, 5]}] * 15 + [{**row, "labels": [-100] * 3}])
+    run = toy.make_run(toy_base, tmp_path, "inclora", [Task("a", rows)], per_device_train_batch_size=1)
+    with pytest.raises(FloatingPointError, match="or a batch had no label to learn from"):
+        run.train()
+
+
 def test_seq2seq_scores_do_not_depend_on_the_batch():
     """Learned absolute positions: short prompts are padded on the right, as in training."""
     torch.manual_seed(0)
