@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
-from .strategies import LayerSize, Lwf
+from .strategies import LayerSize
 from .strategies.moments import tokens_at_once
 from .tuner import JumpLoraConfig, named_layers
 
@@ -304,8 +304,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
             needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
         # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.
         loss = max(loss, 24 * at_once * plan.length * size.vocabulary)
-    if plan.tasks and any(isinstance(s, Lwf) for s in strategies):  # both models' answers, every token one of them
-        loss = max(loss, (24 + width) * tokens * size.vocabulary)
+    loss = max([loss, *(s.logit_bytes(tokens * size.vocabulary, width, plan.tasks) for s in strategies)])
     if adapter.isolation == "hard" and plan.tasks:
         memory += size.entries // 8
     # Blocks of D, E and a gradient, which entries are near the threshold, the tokens transposed.

@@ -36,12 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="`eval STACK --help` lists them")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the scores, a line for each task."""
+def merged_and_encoder(
+    stack: str, base_model: str | None, tasks: list[str] | None, revision: str | None, max_length: int = 512
+) -> tuple[Any, Any]:
+    """(base model with a stack's updates merged in, [`Encoder`] with its tokenizer and at most `max_length` tokens).
+
+    Raises:
+        ValueError, OSError: as `load_stack`.
+    """
     from transformers import AutoTokenizer
 
-    from ..data import Encoder, LanguageModelTask, TextTask
+    from ..data import Encoder
     from ..stack.load import load_stack, open_stack
+
+    _, manifest, _ = open_stack(stack, tasks, revision)
+    model: Any = load_stack(stack, base_model, tasks, revision, merge=True)
+    named = {} if base_model else {"revision": manifest.base_model["revision"]}
+    tokenizer = AutoTokenizer.from_pretrained(base_model or manifest.base_model["name_or_path"], **named)
+    length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    return model, Encoder(tokenizer, length, model.config.is_encoder_decoder)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the scores, a line for each task."""
+    from ..data import LanguageModelTask, TextTask
     from ..trainer.scoring import evaluate_task, evaluate_text
 
     options, stream = parse_recipe((EvalArguments, StreamArguments), args.options, prog="hf-jumplora eval STACK")
@@ -50,12 +68,9 @@ def run(args: argparse.Namespace) -> None:
     tasks = [task for task in stream.load() if task.eval_dataset is not None]
     if not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
-    _, manifest, _ = open_stack(args.stack, options.tasks, options.revision)
-    model: Any = load_stack(args.stack, options.base_model, options.tasks, options.revision, merge=True)
-    named = {} if options.base_model else {"revision": manifest.base_model["revision"]}
-    tokenizer = AutoTokenizer.from_pretrained(options.base_model or manifest.base_model["name_or_path"], **named)
-    length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
-    encoder = Encoder(tokenizer, length, model.config.is_encoder_decoder)
+    model, encoder = merged_and_encoder(
+        args.stack, options.base_model, options.tasks, options.revision, options.max_length
+    )
     scores: dict[str, dict[str, float]] = {}
     for task in tasks:
         if isinstance(task, LanguageModelTask):

@@ -9,7 +9,6 @@ is lost: the retained energy is printed for each layer, and with --stream the ch
 
 import argparse
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -74,11 +73,11 @@ def _prepare(args: argparse.Namespace) -> Callable[[], list[tuple[str, float, fl
     """A function for after the export: (task, accuracy of the stack, accuracy of the export) of each task with an eval
     set. What can be wrong with stream, base and texts shows here, before anything is written."""
     from peft import PeftModel
-    from transformers import AutoTokenizer
 
-    from ..data import Encoder, TextTask, load_tasks
-    from ..stack.load import load_base, load_stack, open_stack
+    from ..data import TextTask, load_tasks
+    from ..stack.load import load_base, open_stack
     from ..trainer.scoring import evaluate_task
+    from .eval import merged_and_encoder
 
     # All training rows: where the stream lists no labels, they are those of these rows.
     stream = load_tasks(args.stream, args.data_dir, max_eval=args.max_eval)
@@ -86,11 +85,7 @@ def _prepare(args: argparse.Namespace) -> Callable[[], list[tuple[str, float, fl
     if not tasks:
         raise ValueError(f"{args.stream}: no task with answers has an eval set")
     folder, manifest, _ = open_stack(args.stack, args.tasks, args.revision)
-    model: Any = load_stack(args.stack, args.base_model, args.tasks, args.revision, merge=True)
-    named = {} if args.base_model else {"revision": manifest.base_model["revision"]}
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model or manifest.base_model["name_or_path"], **named)
-    length = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
-    encoder = Encoder(tokenizer, length, model.config.is_encoder_decoder)
+    model, encoder = merged_and_encoder(args.stack, args.base_model, args.tasks, args.revision)
     for task in tasks:
         for row in task.eval_dataset:
             encoder.prompt_ids(task, row[task.text_column])

@@ -118,6 +118,11 @@ class Strategy:
         """Bytes that its penalty needs at once, at its peak, beyond a step without it."""
         return 0
 
+    def logit_bytes(self, logits: int, width: int, tasks: int) -> int:
+        """Bytes that the loss and its penalty need of a step's logits at once, `logits` numbers of `width` bytes each;
+        0: no more than the loss alone."""
+        return 0
+
     def reset(self) -> None:
         """Forget what was learned: a run calls this before its first task, so that strategies can be used again."""
         fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()

@@ -76,3 +76,7 @@ class Lwf(Strategy):
     def memory_bytes(self, layers, tasks):
         """None are kept: what it compares with is computed in the step."""
         return 0
+
+    def logit_bytes(self, logits, width, tasks):
+        """Both models' answers and their log-probabilities in float32."""
+        return (24 + width) * logits if tasks else 0

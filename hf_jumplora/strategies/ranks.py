@@ -16,6 +16,7 @@ def soft_threshold(g: torch.Tensor, width: float) -> torch.Tensor:
     return g.sign() * (g.abs() - width).clamp_(min=0)
 
 
+@dataclass
 class RankGates(Strategy):
     """The update is s B diag(g) A with a trained g [r] of each layer, and g <- T_w(g), the soft threshold of width w,
     after each optimizer step. What is 0 in the end is gone from the finished adapter, which is an ordinary one.
@@ -27,7 +28,7 @@ class RankGates(Strategy):
     the loss as well.
     """
 
-    layers: list[tuple[JumpLoraLayer, str]]
+    layers: list[tuple[JumpLoraLayer, str]] = field(default_factory=list, init=False, repr=False)
 
     def width(self, rate: float) -> float:
         """Of the soft threshold after step number `self.step` + 1, at this learning rate of g."""
@@ -57,7 +58,8 @@ class RankGates(Strategy):
         self.layers = []
         for name, layer in named_layers(model, adapter):
             generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
-            layer.gate_ranks(adapter, torch.randn(len(layer.jumplora_A[adapter]), generator=generator))
+            r = len(layer.jumplora_A[adapter])
+            layer.gate_ranks(adapter, torch.randn(r, generator=generator, dtype=torch.float32))
             self.layers.append((layer, adapter))
 
     def on_optimizer(self, optimizer):
@@ -86,7 +88,6 @@ class SoRA(RankGates):
     """
 
     weight: float = 1.0
-    layers: list[tuple[JumpLoraLayer, str]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self):
         if self.weight < 0:
@@ -104,7 +105,6 @@ class CoDyRA(RankGates):
     tuning = ("largest", (5e-3, 5e-2, 5e-4, 5e-1))
 
     largest: float = 5e-3
-    layers: list[tuple[JumpLoraLayer, str]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self):
         if self.largest < 0:

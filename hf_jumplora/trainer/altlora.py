@@ -52,7 +52,8 @@ class AltLora(Optimizer):
     ) -> None:  # fmt: skip
         """P [r, n] is A, or B turned over; other [m, r] the other factor."""
         beta1, beta2 = self.betas
-        gram = other.T @ other + self.damping * torch.eye(other.shape[1], device=other.device)
+        gram = other.T @ other
+        gram.diagonal().add_(self.damping)
         if "momentum" not in state:
             state["momentum"], state["other"] = torch.zeros_like(P), other.clone()
         carried = other.T @ state["other"] @ state["momentum"]

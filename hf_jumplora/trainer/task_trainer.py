@@ -222,9 +222,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             )
 
     def get_decay_parameter_names(self, model):
-        return [
-            name for name in super().get_decay_parameter_names(model) if "jumplora_g" not in name
-        ]  # gates, of entries and of ranks
+        gates = ("jumplora_gate.", "jumplora_g.")  # of entries, of ranks
+        return [name for name in super().get_decay_parameter_names(model) if not any(gate in name for gate in gates)]
 
     def create_optimizer(self, *args, **kwargs):
         fresh = self.optimizer is None

@@ -4,7 +4,7 @@ import pytest
 import toy
 
 from hf_jumplora.stack import read_manifest
-from hf_jumplora.strategies import Ella, Ewc, ILora, KFac, LayerSize, Migu, Replay, Strategy
+from hf_jumplora.strategies import Ella, Ewc, ILora, KFac, LayerSize, Lwf, Migu, Replay, SoRA, Strategy
 
 
 def test_requirements_are_known():
@@ -51,6 +51,8 @@ def test_memory():
     assert KFac().workspace_bytes([few, all_changed], 1) == 16 * 24
     assert KFac().workspace_bytes([LayerSize(6, 4, 2, gate=False)], 1) == 0
     assert Ewc().memory_bytes([few], 1) is None
+    assert [Lwf().logit_bytes(100, 2, tasks) for tasks in (0, 1)] == [0, 2600]
+    assert SoRA().memory_bytes([few, all_changed], 0) == 4 * (2 + 2)
 
 
 def test_a_list_of_strategies_can_be_used_again(toy_base, tmp_path):
