@@ -17,7 +17,7 @@ class Ewc(L2):
     are the latest parameters. State: F, one float per parameter, whatever the number of tasks.
     """
 
-    requires = frozenset({"whole_model"})
+    requires = frozenset({"whole_model", "softmax"})
 
     weight: float = 1000.0
     decay: float = 1.0

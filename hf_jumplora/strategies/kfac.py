@@ -67,7 +67,7 @@ class KFac(Strategy):
     base model knows. True: the run's own general text. Give the same ones when a run is restarted.
     """
 
-    requires = frozenset({"forward"})
+    requires = frozenset({"forward", "softmax"})
     tuning = ("weight", (10.0, 50.0, 250.0, 2.0, 0.5))
 
     weight: float = 10.0

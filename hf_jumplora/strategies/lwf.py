@@ -22,6 +22,8 @@ class Lwf(Strategy):
     every: n adds the penalty, n times as heavy, to the last of every n steps alone: a cheaper estimate of the same.
     """
 
+    requires = frozenset({"softmax"})
+
     weight: float = 1.0
     temperature: float = 2.0
     every: int = 1

@@ -300,12 +300,12 @@ def _moments(model, adapter, examples, tokens, seed, rank):
         with evaluation(model), torch.set_grad_enabled(seed is not None):
             for batch in batches(examples, tokens, seq2seq, _pad_token(config)):
                 inputs, masks, last = batch.inputs, batch.masks, (None, "")
-                logits = model(**inputs)["logits"]
-                count += len(logits)
+                output = model(**inputs)
+                count += len(batch.numbers) if seed is None else len(output["logits"])
                 first = False
                 if seed is not None:
                     draw = functools.partial(uniforms, seed, batch.numbers)
-                    likelihood = sampled_log_likelihood(model, inputs, logits, draw)
+                    likelihood = sampled_log_likelihood(model, inputs, output["logits"], draw)
                     # Not of parameters: under ZeRO-3 they have no gradient of their own shape.
                     grads = torch.autograd.grad(likelihood, [edge for _, edge in outputs], allow_unused=True)
                     for (name, _), g in zip(outputs, grads, strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -157,12 +158,36 @@ def _check_adapters(plan: RunPlan) -> None:
     for strategy in plan.strategies:
         others = [other for other in plan.strategies if other is not strategy]
         strategy.check_run(others, plan.args, sharding(plan.args))
+        if "softmax" in strategy.requires and (other := _no_softmax(plan)):
+            raise ValueError(
+                f"{strategy!r} takes the model's logits for those of a softmax over answers, and {other}: use a method "
+                "without it, such as inclora, jumplora or ella"
+            )
     share = config.target_density if config.isolation == "hard" else None
     if share is not None and share * len(plan.tasks) > 1:
         raise ValueError(
             f"isolation='hard' gives each entry to one task, and {len(plan.tasks)} tasks that keep {share:.0%} each "
             f"need more entries than there are: target_density must be below {1 / len(plan.tasks):.3f}"
         )
+
+
+def _no_softmax(plan: RunPlan) -> str | None:
+    """What a model's answers are, in words, where they are not the classes of a softmax."""
+    name, config = type(plan.model).__name__, getattr(plan.model, "config", None)
+    if name.endswith("ForQuestionAnswering"):
+        return f"{name} answers with places in a text"
+    if (kind := getattr(config, "problem_type", None)) in ("regression", "multi_label_classification"):
+        return f"the model's problem_type is {kind!r}"
+    if not name.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return None
+    if getattr(config, "num_labels", 2) == 1:
+        return f"{name} with num_labels=1 answers with a number"
+    for task in plan.tasks:
+        row = task.train_dataset[0] if isinstance(task.train_dataset, Dataset) else {}
+        label = row.get("labels", row.get("label"))
+        if isinstance(label[0] if isinstance(label, list) and label else label, float):
+            return f"a label of task {task.name!r} is {label!r}, no class"
+    return None
 
 
 def _check_identity(strategy: Strategy) -> None:

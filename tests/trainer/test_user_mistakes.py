@@ -9,7 +9,14 @@ import toy
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
 from hf_jumplora.data import Encoder
@@ -214,6 +221,39 @@ def test_label_smoothing_of_an_encoder_decoder(toy_t5, tmp_path):
     """The Trainer takes the labels out of the inputs, and a T5 makes its decoder's of them."""
     with pytest.raises(ValueError, match="label_smoothing_factor takes the labels out"):
         toy.make_run(toy_t5, tmp_path, stream=toy.tasks(2), label_smoothing_factor=0.1)
+
+
+NEEDS_CLASSES = {"jumplora-best": True, "ewc": True, "lwf": True, "drift": False, "jumplora": False}
+
+
+@pytest.mark.parametrize("method", NEEDS_CLASSES)
+@pytest.mark.parametrize(
+    ("model_class", "options", "labels", "message"),
+    [
+        (BertForQuestionAnswering, {}, {"start_positions": 1, "end_positions": 2}, "answers with places in a text"),
+        (BertForSequenceClassification, {"num_labels": 1}, {"labels": 1.0}, "num_labels=1 answers with a number"),
+        (
+            BertForSequenceClassification,
+            {"problem_type": "regression"},
+            {"labels": [1.0, 0.5]},
+            "problem_type is 'regression'",
+        ),
+        (BertForSequenceClassification, {"num_labels": 3}, {"labels": [1.0, 0.0, 1.0]}, "a label of task 'a' is"),
+    ],
+    ids=["places", "number", "regression", "several"],
+)
+def test_answers_that_are_no_classes(method, model_class, options, labels, message, tmp_path):
+    """Curvature and distillation of a softmax would be those of another likelihood, in silence."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = model_class(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=40, **options))
+    task = Task("a", Dataset.from_list([{"input_ids": [3, 4, 5], "attention_mask": [1] * 3, **labels}] * 32))
+    config = JumpLoraConfig(r=2, target_modules=["query"])
+    make = lambda: ContinualRun(model, [task], method, toy.arguments(tmp_path), adapter_config=config)  # noqa: E731
+    if NEEDS_CLASSES[method]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    else:
+        assert len(make().train().metrics["trained"]) == 1
 
 
 def test_a_batch_without_labels_is_named(toy_base, tmp_path):
