@@ -38,6 +38,7 @@ class Task:
     held_out: not trained on; a run evaluates it before the first task and after each one (general ability).
     trainer_cls, args: where the task is trained by another trainer than the run's, or with other arguments. The class
     is made by `make_continual`; a `functools.partial` of it gives what else it takes (GRPO: `reward_funcs`).
+    strategies: `Strategy` objects of this task alone, beside the run's; they remember nothing for later tasks.
 
     `metric="preference_accuracy"` scores rows of preferences ("prompt", "chosen", "rejected", as TRL's DPO takes them)
     without a trainer: how often the chosen answer is likelier than the rejected one.
@@ -53,6 +54,7 @@ class Task:
     preprocess_logits_for_metrics: Callable | None = field(default=None, kw_only=True)
     trainer_cls: Callable[..., Any] | None = field(default=None, kw_only=True, repr=False)
     args: Any = field(default=None, kw_only=True, repr=False)
+    strategies: Any = field(default=(), kw_only=True, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.name, str) or len(self.name) > MAX_NAME or not _NAME.fullmatch(self.name):
@@ -80,7 +82,7 @@ class Task:
 
     def _fingerprint(self, hash_rows: Callable) -> str:
         names = ("train_dataset", "eval_dataset", "source", "held_out", "compute_metrics", "trainer_cls", "args")
-        skip = {*names, "preprocess_logits_for_metrics"}
+        skip = {*names, "strategies", "preprocess_logits_for_metrics"}
         options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
         digest = hashlib.sha256(json.dumps([options, row_count(self.train_dataset)], sort_keys=True).encode())
         for part in (self.train_dataset, self.eval_dataset):

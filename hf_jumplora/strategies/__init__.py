@@ -17,6 +17,7 @@ from .osf import Osf
 from .ranks import CoDyRA, SoRA
 from .replay import Replay
 from .slao import Slao
+from .unlearn import Unlearn
 
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "Slao",
     "SoRA",
     "Strategy",
+    "Unlearn",
 ]

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from torch.utils.data import Subset
 
 from .l2 import L2
 from .moments import evaluation
-from .replay import Replay, joined
+from .replay import Replay, joined, some_rows
 
 
 @dataclass
@@ -90,8 +88,7 @@ class ILora(Replay):
         count = min(size, len(self.rows))
         chosen = random.Random(f"{self.seed} {self.tasks} {self.draws}").sample(range(len(self.rows)), count)
         self.draws += 1
-        rows = self.rows.select(chosen) if isinstance(self.rows, Dataset) else Subset(self.rows, chosen)
-        return next(self.examples(count, rows, count))
+        return next(self.examples(count, some_rows(self.rows, chosen), count))
 
     @contextmanager
     def _slow_adapter(self, model: nn.Module, adapter: str) -> Iterator[None]:

@@ -60,10 +60,15 @@ class Replay(Strategy):
                 "hand: give the earlier tasks with their data, or use a method without replay"
             )
         kept = zip(earlier, self.memory([len(rows) for rows in earlier]), strict=True)
-        return [rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen) for rows, chosen in kept]
+        return [some_rows(rows, chosen) for rows, chosen in kept]
 
     def training_data(self, dataset: Any, index: int, earlier: list[Any]) -> Any:
         return joined([dataset, *self.replayed(earlier)])
+
+
+def some_rows(rows: Any, chosen: list[int]) -> Any:
+    """The rows of a data set with these numbers."""
+    return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
 
 
 def joined(parts: list[Any]) -> Any:

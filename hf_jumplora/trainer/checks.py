@@ -112,6 +112,7 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
         raise ValueError(f"{where} has {own[0]} of its own, and {what}: leave it out")
     if own and (kind := sharding(args)) != sharding(plan.args):
         raise ValueError(f"{where}: args say {kind}, those of the run {sharding(plan.args)}; they must agree")
+    _check_own_strategies(plan, task)
     for option, why in _NOT_IN_A_RUN.items():
         if getattr(args, option):
             raise ValueError(f"{option}: {why}")
@@ -123,7 +124,7 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
     if None in (row_count(task.train_dataset), row_count(task.eval_dataset)):
         if args.max_steps <= 0:
             raise ValueError(f"{where} has a streamed data set, whose length is not known: give max_steps")
-        for strategy in plan.strategies:
+        for strategy in plan.strategies_of(task):
             if "training_data" in strategy.hooks:
                 raise ValueError(f"{where} has a streamed data set, with which {strategy!r} cannot mix rows")
     if not task.held_out:
@@ -139,6 +140,20 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
         )
 
 
+def _check_own_strategies(plan: RunPlan, task: Task) -> None:
+    if not isinstance(task.strategies, (list, tuple)) or (task.strategies and plan.method.mode == "joint"):
+        raise ValueError(
+            f"task {task.name!r}: strategies is a list of Strategy objects, for a task that is trained by itself (not "
+            f"in joint training, and the method is {plan.method.name!r}), got {task.strategies!r}"
+        )
+    for strategy in task.strategies:
+        remembers = getattr(type(strategy), "state_dict", None) is not Strategy.state_dict
+        if isinstance(strategy, Strategy) and (remembers or "past_factors" in strategy.requires):
+            raise ValueError(
+                f"task {task.name!r}: {strategy!r} remembers a task for later ones: give it to the run (strategies=...)"
+            )
+
+
 def _check_adapters(plan: RunPlan) -> None:
     """The adapters' config, and whether the strategies go with it and with each other."""
     config = plan.config
@@ -150,13 +165,13 @@ def _check_adapters(plan: RunPlan) -> None:
             )
     if config.parent_adapters or config.support:
         raise ValueError("parent_adapters and support are set by the run itself; leave them out of adapter_config")
-    for strategy in plan.strategies:
+    for strategy in plan.all_strategies:
         if not isinstance(strategy, Strategy):
             raise ValueError(f"strategies takes Strategy objects such as KFac(weight=10.0), got {strategy!r}")
         _check_identity(strategy)
         strategy.check(plan.method.mode, config)
-    for strategy in plan.strategies:
-        others = [other for other in plan.strategies if other is not strategy]
+    for strategy in plan.all_strategies:
+        others = [other for other in plan.all_strategies if other is not strategy]
         strategy.check_run(others, plan.args, sharding(plan.args))
         if "softmax" in strategy.requires and (other := _no_softmax(plan)):
             raise ValueError(
@@ -252,7 +267,7 @@ def check_backend(plan: RunPlan) -> None:
                 "TextTask, leave its eval_dataset out, or train with DDP"
             )
     if kind in ("zero3", "fsdp2"):
-        for strategy in plan.strategies:
+        for strategy in plan.all_strategies:
             if "whole_model" in strategy.requires:
                 raise ValueError(
                     f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "

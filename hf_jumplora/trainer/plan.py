@@ -99,6 +99,15 @@ class RunPlan:
         """(trainer class, arguments) of a task, or of all tasks at once (None): the run's, unless it has its own."""
         return getattr(task, "trainer_cls", None) or self.trainer_cls, getattr(task, "args", None) or self.args
 
+    @property
+    def all_strategies(self) -> list[Strategy]:
+        """The run's, then those of single tasks."""
+        return [*self.strategies, *(strategy for task in self.tasks for strategy in task.strategies)]
+
+    def strategies_of(self, task: Task | None) -> list[Strategy]:
+        """Those that act while a task is trained: the run's, then its own."""
+        return [*self.strategies, *(task.strategies if task else ())]
+
     def seed(self, index: int) -> int:
         """Of task number `index`: a restarted run draws the same numbers."""
         return self.args.seed + 1000 * index
@@ -143,10 +152,11 @@ class RunPlan:
 
     def _identity(self, task: Task, fingerprint: str) -> str:
         """Name and fingerprint of a task, and how it is trained where that is not as the run's other tasks are."""
-        if task.trainer_cls is None and task.args is None:
+        if task.trainer_cls is None and task.args is None and not task.strategies:
             return f"{task.name} {fingerprint}"
         cls, args = self.trainer_of(task)
         own = [fingerprint, getattr(cls, "func", cls).__name__, result_arguments(args)]
+        own += [describe_strategy(strategy) for strategy in task.strategies]
         text = json.dumps(own, sort_keys=True, default=str)
         return f"{task.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -36,10 +36,10 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     set_seed(plan.seed(index))
     model = new_adapter(model, copy.deepcopy(plan.config), index, plan.method.mode, plan.folds)
     mixed = train_sets[index]
-    for strategy in plan.strategies:
+    task = plan.tasks[index] if plan.method.mode != "joint" else None
+    for strategy in plan.strategies_of(task):
         mixed = strategy.training_data(mixed, index, train_sets[:index])
     before = set(model.peft_config)
-    task = plan.tasks[index] if plan.method.mode != "joint" else None
     options = {"train_dataset": mixed, **_evaluation(plan, task)}
     trainer: Any = task_trainer(plan, model, checkpoints, index, task, trains=True, **options)
     trainer.own_rows = row_count(train_sets[index]) or 0
@@ -148,8 +148,8 @@ def task_trainer(
         options["data_collator"] = plan.batches
     try:
         return trainer_cls(
-            model=model, args=args, processing_class=plan.tokenizer, strategies=plan.strategies, callbacks=callbacks,
-            **options,
+            model=model, args=args, processing_class=plan.tokenizer, strategies=plan.strategies_of(task),
+            callbacks=callbacks, **options,
         )  # fmt: skip
     except (TypeError, AttributeError) as error:  # SFTTrainer itself, or ContinualSFTTrainer without an SFTConfig
         name = getattr(trainer_cls, "func", trainer_cls).__name__
