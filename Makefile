@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-all test-layers test-runs test-gpu test-versions quality bench
+.PHONY: demo demo-real test test-all test-layers test-runs test-gpu test-versions quality docs bench
 demo: $(VENV)/.installed
 	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
 
@@ -56,6 +56,11 @@ quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The documentation site, in build/docs; a broken link or a page that cannot be read is an error.
+docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -e ".[docs]"
+	$(VENV)/bin/zensical build --clean --strict
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/run.py

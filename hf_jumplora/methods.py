@@ -1,6 +1,6 @@
 """The methods people compare, by name: how adapters follow one another, with which config and strategies.
 
-Another package adds a method under the entry-point group `hf_jumplora.methods` (CONTRIBUTING.md).
+Another package adds a method under the entry-point group `hf_jumplora.methods` (docs/new-method.md).
 """
 
 import contextlib

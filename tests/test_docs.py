@@ -15,10 +15,12 @@ import yaml
 
 import hf_jumplora
 from hf_jumplora.cli import COMMANDS
+from hf_jumplora.methods import METHODS
 
 
 ROOT = Path(hf_jumplora.__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.S | re.M)
 
 
@@ -69,12 +71,44 @@ def test_commands(text):
             assert not unknown, line
 
 
+def anchors(page):
+    """The ids of a page's headings, as the site and GitHub make them."""
+    titles = re.findall(r"^#+ +(.+)$", re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M), re.M)
+    words = [re.sub(r"[^\w\- ]", "", re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", title)).lower() for title in titles]
+    return {"-".join(word.split(" ")) for word in words}
+
+
 def test_links():
-    """Pages that are linked to are there."""
-    missing = [
-        f"{page.name}: {target}"
-        for page in PAGES
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-        if not target.startswith("http") and not (page.parent / target).exists()
-    ]
-    assert missing == []
+    """Pages and headings that are linked to are there; the site's pages link to nothing outside of it."""
+    wrong = []
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            there = (page.parent / target).resolve() if target else page
+            inside = page.parent != DOCS or there.is_relative_to(DOCS)
+            if not (inside and there.exists() and (not anchor or anchor in anchors(there))):
+                wrong.append(f"{page.name}: {target}#{anchor}")
+    assert wrong == []
+
+
+def test_navigation():
+    """Every page is in the site's navigation, once."""
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = [file for section in sections for pages in section.values() for page in pages for file in page.values()]
+    assert sorted(listed) == [page.name for page in sorted(DOCS.glob("*.md"))]
+
+
+def test_papers():
+    """The paper-to-code map has every method with its papers, and the files that it names are there."""
+    text = (DOCS / "papers.md").read_text()
+    numbers = {number for method in METHODS.values() for number in re.findall(r"\d{4}\.\d{5}", method.paper)}
+    assert [word for word in [*(f"`{name}`" for name in METHODS), *sorted(numbers)] if word not in text] == []
+    for file in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert (ROOT / file).exists() or (ROOT / "hf_jumplora" / "strategies" / file).exists(), file
+
+
+def test_reference():
+    """The API reference has every public name."""
+    text = (DOCS / "api.md").read_text()
+    assert [name for name in hf_jumplora.__all__ if not re.search(rf"\b{name}\b", text)] == []

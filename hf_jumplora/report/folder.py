@@ -37,7 +37,9 @@ class StoredRun:
 
     @property
     def name(self) -> str:
-        return f"{self.path.resolve().name} ({self.metrics['method']})"
+        """The folder's name, and the method where that says something else."""
+        folder, method = self.path.resolve().name, self.metrics["method"]
+        return folder if folder == method else f"{folder} ({method})"
 
     def answers(self, stage: int) -> dict[tuple[str, int], dict[str, Any]]:
         """{(task, row): {"predicted", "correct"}} of the model after so many tasks; empty where none were stored."""

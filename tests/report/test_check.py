@@ -67,10 +67,11 @@ def test_general_ability(tmp_path, capsys):
 
 def test_against(tmp_path, capsys):
     good = write_run(tmp_path / "good", NAMES, matrix=GOOD)
-    bad = write_run(tmp_path / "bad", NAMES, matrix=BAD)
+    bad = write_run(tmp_path / "jumplora", NAMES, matrix=BAD)
     loose = ["--max_forgetting", 100, "--max_task_loss", 100]
     assert failed(check(capsys, bad, "--against", good, *loose)[1]) == ["against good (jumplora)"]
-    assert check(capsys, good, "--against", bad, *loose)[0] == 0
+    code, result = check(capsys, good, "--against", bad, *loose)
+    assert (code, result["checks"][-1]["check"]) == (0, "against jumplora")  # the folder's name is the method's
 
 
 @pytest.mark.parametrize(("lost", "ships"), [(3, True), (30, False)])
