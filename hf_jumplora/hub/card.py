@@ -8,11 +8,12 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..escape import cell
+from ..metrics.units import units_of
 from ..report.report import (
     GENERAL,
-    METRIC_NAMES,
     NOT_MEASURED,
     data_rows,
+    figures,
     general_rows,
     markdown,
     matrix_rows,
@@ -55,11 +56,14 @@ def _metric(result: dict[str, Any], name: str) -> str:
     return next((info["metric"] for info in result.get("data", ()) if info["name"] == name), None) or "accuracy"
 
 
-def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-    """(info, score in % after the last task) of each trained task that was evaluated."""
-    columns = dict(zip(result["tasks"], result["matrix"][-1], strict=True))
-    scores = [(info, columns.get(info["name"])) for info in result["trained"]]
-    return [(info, round(100 * score, 2)) for info, score in scores if score is not None]
+def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float, str]]:
+    """(info, score after the last task, what it is: "accuracy in %") of each trained task that was evaluated."""
+    columns = {
+        name: (float(unit.show(score, 2)), _metric(result, name) + " in %" * unit.share)
+        for name, score, unit in zip(result["tasks"], result["matrix"][-1], units_of(result), strict=True)
+        if score is not None
+    }
+    return [(info, *columns[info["name"]]) for info in result["trained"] if info["name"] in columns]
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -88,10 +92,10 @@ def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardDat
                 dataset_type=_dataset(info) or info["name"],
                 dataset_name=info["name"],
                 metric_type=_metric(result, info["name"]),
-                metric_name=f"{_metric(result, info['name'])} in % after the last task",
+                metric_name=f"{what} after the last task",
                 metric_value=score,
             )
-            for info, score in _scores(result)
+            for info, score, what in _scores(result)
         ]
         or None,
     )  # fmt: skip
@@ -100,10 +104,8 @@ def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardDat
 def eval_results(result: dict[str, Any]) -> str | None:
     """`.eval_results/*.yaml`: the Hub's newer form of results, which knows data sets of the Hub only; None without."""
     entries = [
-        EvalResultEntry(
-            dataset, info["name"], score, notes=f"{_metric(result, info['name'])} in % after the last task of the stack"
-        )
-        for info, score in _scores(result)
+        EvalResultEntry(dataset, info["name"], score, notes=f"{what} after the last task of the stack")
+        for info, score, what in _scores(result)
         if (dataset := _dataset(info))
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
@@ -149,11 +151,7 @@ def stack_card(
         not_measured=NOT_MEASURED,
         data=markdown(data_rows(result)) if len(data_rows(result)) > 1 else "",
         warning=warning(result),
-        metrics=[
-            (name, f"{100 * result[key]:.2f}", result["formulas"][key])
-            for key, name in METRIC_NAMES.items()
-            if key in result
-        ],
+        metrics=[(*figure, result["formulas"][key]) for key, figure in figures(result, 2).items()],
         pairs=markdown(pairs(result)) if len(pairs(result)) > 1 else "",
         verdict=_verdict(result),
         pictures=list(pictures),

@@ -241,7 +241,8 @@ def snapshot(
     manifest.tasks = manifest.tasks[: index + 1]
     trained = whole["trained"][: index + 1]
     continual = all(info["name"] in whole["tasks"] for info in trained)  # joint training has one stage of another name
-    result = derive(whole["matrix"][: index + 2], whole["tasks"], continual)
+    metrics = {info["name"]: info["metric"] for info in whole.get("data", ())}
+    result = derive(whole["matrix"][: index + 2], whole["tasks"], continual, metrics)
     result |= {"method": whole["method"], "trained": trained, "general": whole.get("general", [])[: index + 2]}
     result |= {key: whole[key] for key in ("data", "held_out") if key in whole}
     with tempfile.TemporaryDirectory() as name:

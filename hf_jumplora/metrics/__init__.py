@@ -12,7 +12,7 @@ Matrix = Sequence[Sequence[float | None]]
 FORMULAS = {
     "average_accuracy": "AA = mean_j a[T-1][j]",
     "backward_transfer": "BWT = mean_{j<T-1} (a[T-1][j] - a[j][j])",
-    "forgetting": "mean_{j<T-1} (max_{i<T-1} a[i][j] - a[T-1][j])",
+    "forgetting": "mean_{j<T-1} (max_{j<=i<T-1} a[i][j] - a[T-1][j])",
     "forward_transfer_gem": "FWT (GEM) = mean_{j>0} (a[j-1][j] - z[j])",
     "forward_transfer_scratch": "FWT (scratch) = mean_j (a[j][j] - u[j])",
     "forward_transfer_jumplora": "FWT (JumpLoRA code) = mean_j (a[T-1][j] - u[j])",
@@ -46,8 +46,8 @@ def backward_transfer(a: Matrix) -> float:
 
 
 def forgetting(a: Matrix) -> float:
-    """mean_{j<T-1} (max_{i<T-1} a[i][j] - a[T-1][j]); tasks that were not evaluated yet (None) are left out."""
-    best = (max(value for row in a[:-1] if (value := row[j]) is not None) for j in range(len(a) - 1))
+    """mean_{j<T-1} (max_{j<=i<T-1} a[i][j] - a[T-1][j]): since task j was learned, whatever it scored before."""
+    best = (max(_score(a, i, j) for i in range(j, len(a) - 1)) for j in range(len(a) - 1))
     return _mean(top - _score(a, -1, j) for j, top in enumerate(best))
 
 

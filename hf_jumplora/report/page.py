@@ -9,21 +9,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..escape import terminal
-from ..metrics import FORMULAS
+from ..metrics.units import units_of
 from ..stack.manifest import write_atomic
 from .folder import StoredRun
-from .report import general_rows
+from .report import METRIC_NAMES, figures, general_rows, measured_as
 from .verdict import judge, says
 
 
 EXAMPLES, LETTERS = 3, 400  # a task's rows that turned from right to wrong, and how much of a text is shown
-FIGURES = {
-    "average_accuracy": "Average accuracy (AA)",
-    "backward_transfer": "Backward transfer (BWT)",
-    "forgetting": "Forgetting",
-    "forward_transfer_gem": "Forward transfer (FWT)",
-    "learning_accuracy": "Learning accuracy",
-}
 
 
 def write_page(path: Path, runs: list[StoredRun]) -> None:
@@ -41,7 +34,7 @@ def write_page(path: Path, runs: list[StoredRun]) -> None:
 
         average = average_over_time(runs)
     page = environment.get_template("page.html.j2").render(
-        runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=FIGURES, formulas=FORMULAS
+        runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=METRIC_NAMES
     )
     write_atomic(path, page)
 
@@ -52,6 +45,9 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
     content = {
         "name": stored.name,
         "metrics": metrics,
+        "figures": figures(metrics),
+        "measured": measured_as(metrics),
+        "units": units_of(metrics),
         "rows": list(zip(["before training", *names], metrics["matrix"], strict=True)),
         "verdict": judge(stored),
         "general": general_rows(metrics) if len(metrics["matrix"]) > 1 else [],

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..metrics.units import common, units_of
 from .folder import StoredRun
 
 
@@ -18,14 +19,15 @@ PANELS = {"loss": "loss", "penalty": "penalty", "density": "density", "threshold
 def accuracy_over_time(metrics: dict[str, Any]) -> str:
     """The score of each task from the moment it was learned."""
     figure, axes = _figure(8, 4.2)
-    stages = len(metrics["matrix"]) - 1
+    stages, unit = len(metrics["matrix"]) - 1, common(units_of(metrics))
+    scale = 100 if unit and unit.share else 1
     for j, task in enumerate(metrics["tasks"]):
         points = [(i, metrics["matrix"][i][j]) for i in range(j + 1, stages + 1)]
-        points = [(i, 100 * value) for i, value in points if value is not None]
+        points = [(i, scale * value) for i, value in points if value is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", ms=3.5, lw=1.6, color=_color(j), label=_short(task))
     axes.set_xlabel("tasks trained")
-    axes.set_ylabel("score in %")
+    axes.set_ylabel("score in %" if scale == 100 else unit.name if unit else "score")
     axes.set_xticks(range(1, stages + 1))
     _legend(axes)
     return _svg(figure)
@@ -34,18 +36,20 @@ def accuracy_over_time(metrics: dict[str, Any]) -> str:
 def average_over_time(runs: list[StoredRun]) -> str:
     """Of several runs, the mean score over the tasks trained so far."""
     figure, axes = _figure(8, 3.6)
+    unit = common(unit for run in runs for unit in units_of(run.metrics))
+    scale = 100 if unit and unit.share else 1
     for number, run in enumerate(runs):
         matrix, points = run.metrics["matrix"], []
         for i in range(1, len(matrix)):
             seen = [value for value in matrix[i][:i] if value is not None]
             if len(seen) == i or (seen and len(matrix) == 2):
-                points.append((i, 100 * sum(seen) / len(seen)))
+                points.append((i, scale * sum(seen) / len(seen)))
         if points:
             axes.plot(
                 *zip(*points, strict=True), marker="o", ms=3.5, lw=1.8, color=_color(number), label=_short(run.name)
             )
     axes.set_xlabel("tasks trained")
-    axes.set_ylabel("mean score so far, in %")
+    axes.set_ylabel("mean score so far, in %" if scale == 100 else f"mean {unit.name if unit else 'score'} so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return _svg(figure)

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..escape import cell, code, plot
+from ..metrics.units import PERCENT, Unit, common, unit_of, units_of
 from ..stack.disk import write_atomic
 
 
@@ -19,19 +21,23 @@ METRIC_NAMES = {
 }
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def figures(result: dict[str, Any], digits: int = 1) -> dict[str, tuple[str, str]]:
+    """{metric of metrics.json: (its name, its value)} of those that there are."""
+    unit = common(units_of(result)) or PERCENT
+    named = METRIC_NAMES if unit.share else {k: n.replace("accuracy", unit.name) for k, n in METRIC_NAMES.items()}
+    return {key: (name, unit.show(result[key], digits)) for key, name in named.items() if key in result}
 
 
 def matrix_rows(result: dict[str, Any]) -> list[list[str]]:
-    """The accuracy matrix in percent, with the density of each task."""
+    """The accuracy matrix, each score in its unit, with the density of each task."""
     names = [info["name"] for info in result["trained"]]
     rows = [["trained on", *result["tasks"], "density"]]
+    found = units_of(result)
     densities = [info["density"] for info in result["trained"]]
     for number, scores in enumerate(result["matrix"]):
         label = "nothing yet" if number == 0 else f"{number}. {names[number - 1]}"
         kept = "" if number == 0 else f"{100 * densities[number - 1]:.1f} %"
-        rows.append([label, *map(_percent, scores), kept])
+        rows.append([label, *(unit.show(value) for unit, value in zip(found, scores, strict=True)), kept])
     return rows
 
 
@@ -43,23 +49,27 @@ def _align(rows: list[list[str]]) -> str:
 
 
 def table(result: dict[str, Any], method: str) -> str:
-    """The accuracy matrix in percent (rows: after which task, columns: on which), the derived metrics and, where it was
-    measured, general ability."""
+    """The accuracy matrix (rows: after which task, columns: on which), the derived metrics and, where it was measured,
+    general ability."""
     lines = [f"\n{method}: {measured_as(result)} after each task", _align(matrix_rows(result)), ""]
-    for key, name in METRIC_NAMES.items():
-        if key in result:
-            lines.append(f"{name:<24} {100 * result[key]:6.1f}   {result['formulas'][key]}")
+    for key, (name, value) in figures(result).items():
+        lines.append(f"{name:<24} {value:>6}   {result['formulas'][key]}")
     if len(general := general_rows(result)) > 1:
         lines += ["", "general ability", _align(general)]
     return "\n".join(lines)
 
 
 def measured_as(result: dict[str, Any]) -> str:
-    """What stands in the matrix: "accuracy in %", or each task's own measure."""
+    """What stands in the matrix: "accuracy in %", or each task's own measure and unit."""
     measures = {info["name"]: info["metric"] for info in result.get("data", ()) if not info["held_out"]}
-    if set(measures.values()) <= {"accuracy", None}:
-        return "accuracy in %"
-    return f"score in % ({', '.join(f'{name}: {metric}' for name, metric in measures.items())})"
+    found = dict(zip(result["tasks"], units_of(result), strict=True))
+    if all(unit.share for unit in found.values()):
+        if set(measures.values()) <= {"accuracy", None}:
+            return "accuracy in %"
+        return f"score in % ({', '.join(f'{name}: {metric}' for name, metric in measures.items())})"
+    kinds = {name: " in %" if unit.share else ", less is better" * (unit.sign < 0) for name, unit in found.items()}
+    says = f"score ({'; '.join(f'{name}: {measures.get(name)}{kind}' for name, kind in kinds.items())})"
+    return says if common(found.values()) else f"{says}; no averages, because the units differ"
 
 
 def general_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -67,32 +77,32 @@ def general_rows(result: dict[str, Any]) -> list[list[str]]:
     change; the head alone where nothing was measured."""
     rows, names = result.get("general", []), [info["name"] for info in result["trained"]]
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    shown = [["trained on", *(general_name(key) for key in keys)]]
+    found = {key: general_unit(key, rows) for key in keys}
+    shown = [["trained on", *(general_name(key, found[key]) for key in keys)]]
     for number, row in enumerate(rows if keys else ()):
         label = f"{number}. {names[number - 1]}" if number else "nothing yet"
-        shown.append([label, *(_general(key, row.get(key)) for key in keys)])
+        shown.append([label, *(found[key].show(row.get(key)) for key in keys)])
     if len(shown) > 2:
         first, last = rows[0], rows[-1]
         both = {key: last[key] - first[key] for key in keys if key in first and key in last}
-        shown.append(["change", *(_general(key, both.get(key), "+") for key in keys)])
+        shown.append(["change", *(found[key].show(both.get(key), plus="+") for key in keys)])
     return shown
 
 
-def general_name(key: str) -> str:
+def general_unit(key: str, rows: Iterable[Mapping[str, float]]) -> Unit:
+    """The unit of a column of general ability ("wikitext cross_entropy")."""
+    return unit_of(key.split(" ")[1], (row.get(key) for row in rows))
+
+
+def general_name(key: str, unit: Unit = PERCENT) -> str:
     """The head of a column of general ability, "wikitext cross-entropy" of "wikitext cross_entropy"."""
     task, measure = key.split(" ")
-    return f"{task} cross-entropy" if in_nats(key) else f"{task} {measure.replace('_', ' ')} %"
+    return f"{task} cross-entropy" if in_nats(key) else f"{task} {measure.replace('_', ' ')}{' %' * unit.share}"
 
 
 def in_nats(key: str) -> bool:
     """Whether a column of general ability is a cross-entropy (in nats a token), else a score in [0, 1]."""
     return key.endswith(" cross_entropy")
-
-
-def _general(key: str, value: float | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.4f}" if in_nats(key) else f"{100 * value:{sign}.1f}"
 
 
 def data_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -131,16 +141,20 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
     keys = ["average_accuracy", "backward_transfer", "forgetting", "learning_accuracy"]
     general = list(dict.fromkeys(key for result in results.values() for key in (result.get("general") or [{}])[0]))
     rows = [["method", "AA", "BWT", "forgetting", "learning acc.", "density", "seconds"]]
-    rows[0] += [f"{general_name(key)}, change" for key in general]
+    found = {key: general_unit(key, [row for r in results.values() for row in r.get("general", ())]) for key in general}
+    rows[0] += [f"{general_name(key, found[key])}, change" for key in general]
     for method, result in results.items():
         trained = result["trained"]
         density = sum(info["density"] for info in trained) / len(trained)
         seconds = f"{sum(info['seconds'] for info in trained):.0f}"
-        rows.append([method, *(_percent(result.get(key)) for key in keys), f"{100 * density:.1f} %", seconds])
+        known = figures(result)
+        rows.append([method, *(known.get(key, ("", "-"))[1] for key in keys), f"{100 * density:.1f} %", seconds])
         first, *_, last = result.get("general") or [{}, {}]
         both = {key: last[key] - first[key] for key in general if key in first and key in last}
-        rows[-1] += [_general(key, both.get(key), "+") for key in general]
-    return f"\nall methods, in % (AA: average accuracy after the last task; BWT: backward transfer)\n{_align(rows)}"
+        rows[-1] += [found[key].show(both.get(key), plus="+") for key in general]
+    measured = measured_as(next(iter(results.values())))
+    about = f"{measured} (AA: average after the last task; BWT: backward transfer)"
+    return f"\nall methods, {about}\n{_align(rows)}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -168,8 +182,7 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
         markdown(matrix_rows(result)),
     ]
     metrics = [["metric", "value", "definition"]]
-    known = {key: name for key, name in METRIC_NAMES.items() if key in result}
-    metrics += [[n, f"{100 * result[key]:.2f}", f"`{result['formulas'][key]}`"] for key, n in known.items()]
+    metrics += [[name, value, f"`{result['formulas'][key]}`"] for key, (name, value) in figures(result, 2).items()]
     if len(metrics) > 1:
         parts.append(markdown(metrics))
     general = general_rows(result)
@@ -210,10 +223,15 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
 
 def draw_matrix(result: dict[str, Any], path: Path) -> None:
     """The accuracy matrix as a heat map with numbers."""
-    rows = [[float("nan") if v is None else 100 * v for v in row] for row in result["matrix"]]
+    found = units_of(result)
+    rows = [
+        [100 * v if v is not None and unit.share else float("nan") for unit, v in zip(found, row, strict=True)]
+        for row in result["matrix"]
+    ]
+    texts = [[unit.show(v, 0) for unit, v in zip(found, row, strict=True)] for row in result["matrix"]]
     labels = ["zero-shot", *(info["name"] for info in result["trained"])]
-    measured = "accuracy" if measured_as(result) == "accuracy in %" else "score"
-    _heat_map(path, rows, labels, result["tasks"], result["method"], f"{measured} in % on", "after training on")
+    measured = measured_as(result).split(" (")[0]
+    _heat_map(path, rows, labels, result["tasks"], result["method"], f"{measured} on", "after training on", texts)
 
 
 def draw_overlap(result: dict[str, Any], path: Path) -> None:
@@ -224,10 +242,14 @@ def draw_overlap(result: dict[str, Any], path: Path) -> None:
         rows[i][i] = 100.0
         for j, overlap in enumerate(info.get("overlap", ())):
             rows[i][j] = rows[j][i] = 100 * overlap
-    _heat_map(path, rows, names, names, "overlap |Si & Sj| / min(|Si|, |Sj|) in %", "task", "task")
+    texts = [[f"{value:.0f}" if value == value else "" for value in row] for row in rows]
+    _heat_map(path, rows, names, names, "overlap |Si & Sj| / min(|Si|, |Sj|) in %", "task", "task", texts)
 
 
-def _heat_map(path: Path, rows: list[list[float]], down: list[str], across: list[str], title: str, x: str, y: str):
+def _heat_map(
+    path: Path, rows: list[list[float]], down: list[str], across: list[str], title: str, x: str, y: str,
+    texts: list[list[str]],
+) -> None:  # fmt: skip
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 + 1.1 * len(rows[0]), 1.2 + 0.5 * len(rows)), layout="constrained")
@@ -240,8 +262,7 @@ def _heat_map(path: Path, rows: list[list[float]], down: list[str], across: list
     axes.set_title(plot(title))
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
-            if value == value:
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 65 else "black")
+            axes.text(j, i, texts[i][j], ha="center", va="center", color="white" if value > 65 else "black")
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..escape import terminal
+from ..metrics.units import common, unit_of, units_of
 from .folder import StoredRun
 
 
@@ -14,7 +15,8 @@ WORDS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 @dataclass
 class Limits:
-    """What a run may lose. Points are percentage points of accuracy (or of the task's own score)."""
+    """What a run may lose. Points are percentage points of accuracy, or of the task's own score; of a score that is no
+    share, such as a loss, limits in points are per cent of what it was."""
 
     max_forgetting: float = field(default=2.0, metadata={"help": "mean forgetting, in points"})
     max_task_loss: float = field(
@@ -76,14 +78,15 @@ def judge_metrics(
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
     if not joint and done > 1:
-        value = metrics.get("forgetting")
-        if value is None:
+        value, unit = metrics.get("forgetting"), common(units_of(metrics))
+        if unit is None:
+            check("forgetting", None, "no average: the units of the tasks differ")
+        elif value is None:
             check("forgetting", None, "not measured: some tasks were not evaluated")
         else:
-            check(
-                "forgetting", _at_most(100 * value, limits.max_forgetting),
-                f"{100 * value:.1f} points on average (at most {limits.max_forgetting:g})",
-            )  # fmt: skip
+            lost, points = unit.lost(value, metrics["learning_accuracy"])
+            says = f"{lost:.1f} {points} on average (at most {limits.max_forgetting:g})"
+            check("forgetting", _at_most(lost, limits.max_forgetting), says)
         _check_tasks(check, metrics, limits, {flip["task"]: flip for flip in flips})
     _check_general(check, metrics, limits)
     return {"ship": all(c["ok"] is not False for c in checks), "checks": checks}
@@ -128,15 +131,15 @@ def _flips(stored: StoredRun) -> list[dict[str, Any]]:
 
 def _check_tasks(check: Any, metrics: dict[str, Any], limits: Limits, flips: dict[str, dict[str, Any]]) -> None:
     """What each task lost since it was learned; one that lost nothing is not mentioned."""
-    matrix = metrics["matrix"]
+    matrix, found = metrics["matrix"], units_of(metrics)
     for j, task in enumerate(metrics["tasks"][: len(matrix) - 2]):
         learned, now = matrix[j + 1][j], matrix[-1][j]
         if learned is None or now is None:
             check(f"task {task}", None, "not measured")
             continue
-        lost = 100 * (learned - now)
+        lost, points = found[j].lost(found[j].sign * (learned - now), learned)
         if lost > 0:
-            says = f"{lost:.1f} points since it was learned (at most {limits.max_task_loss:g})"
+            says = f"{lost:.1f} {points} since it was learned (at most {limits.max_task_loss:g})"
             if flip := flips.get(task):
                 real = "more than" if flip["p"] < limits.alpha else "not more than"
                 says += (
@@ -157,8 +160,10 @@ def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
             says = f"{change:+.4f} nats a token (at most +{limits.max_general_loss:g})"
             check(f"general ability, {key}", _at_most(change, limits.max_general_loss), says)
         else:
-            says = f"{100 * change:+.1f} points (at least -{limits.max_general_drop:g})"
-            check(f"general ability, {key}", _at_most(-100 * change, limits.max_general_drop), says)
+            unit = unit_of(key.split(" ")[1], [row.get(key) for row in rows])
+            lost, points = unit.lost(-unit.sign * change, rows[0][key])
+            says = f"{-lost:+.1f} {points} (at least -{limits.max_general_drop:g})"
+            check(f"general ability, {key}", _at_most(lost, limits.max_general_drop), says)
 
 
 def _check_against(check: Any, stored: StoredRun, other: StoredRun, limits: Limits) -> None:
@@ -168,8 +173,13 @@ def _check_against(check: Any, stored: StoredRun, other: StoredRun, limits: Limi
     if ours is None or theirs is None:
         check(f"against {other.name}", None, "not measured: a run without an average accuracy")
         return
-    drop = 100 * (theirs - ours)
-    says = f"average accuracy {100 * ours:.1f} against {100 * theirs:.1f} (at most {limits.max_drop:g} points lower)"
+    unit = common([*units_of(stored.metrics), *units_of(other.metrics)])
+    if unit is None:
+        check(f"against {other.name}", None, "no average: the units of the tasks differ")
+        return
+    drop, points = unit.lost(unit.sign * (theirs - ours), theirs)
+    says = f"average {'accuracy' if unit.share else unit.name} {unit.show(ours)} against {unit.show(theirs)} "
+    says += f"(at most {limits.max_drop:g} {points} {'lower' if unit.sign > 0 else 'higher'})"
     ok = _at_most(drop, limits.max_drop)
     mine, its = stored.answers(len(stored.metrics["matrix"]) - 1), other.answers(len(other.metrics["matrix"]) - 1)
     both = [key for key in mine if key in its]

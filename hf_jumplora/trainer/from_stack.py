@@ -151,8 +151,10 @@ def plan_from_stack(
 
     known = task_settings(settings)
     names, given = manifest.task_names, {task.name: task for task in tasks}
+    measured = {info["name"]: info["metric"] for info in (read_metrics(folder) or {}).get("data", ())}
     everything: list[Any] = [
-        given.get(name, PastTask(name, digest=known[n].split()[-1])) for n, name in enumerate(names)
+        given.get(name, PastTask(name, metric=measured.get(name), digest=known[n].split()[-1]))
+        for n, name in enumerate(names)
     ]
     everything += [task for task in tasks if task.name not in names]
     config = {key[8:]: value for key, value in settings.items() if key.startswith("adapter.")}

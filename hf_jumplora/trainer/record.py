@@ -195,7 +195,8 @@ class RunFolder:
     def write(self) -> dict[str, Any]:
         """Bring metrics.json, the report, the card and stack.json up to date; returns the content of metrics.json."""
         plan = self.plan
-        result = derive(self.matrix, [task.name for task in plan.tasks], plan.method.mode != "joint")
+        metrics = {task.name: task.metric for task in plan.tasks}
+        result = derive(self.matrix, list(metrics), plan.method.mode != "joint", metrics)
         result["method"] = plan.method.name
         result |= {"trained": self.trained, "data": plan.describe(), "general": self.general}
         result["held_out"] = self._held_out()

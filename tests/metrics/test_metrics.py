@@ -4,6 +4,7 @@ import pytest
 
 from hf_jumplora import metrics
 from hf_jumplora.metrics.derived import derive
+from hf_jumplora.metrics.units import PERCENT, Unit, unit_of
 
 
 A = [  # row: after training on task i; column: score on task j
@@ -122,3 +123,61 @@ def test_joint_training_has_an_average_only():
 def test_a_score_that_is_missing_is_named():
     with pytest.raises(ValueError, match="task 0 was not evaluated after task 1"):
         metrics.backward_transfer([[0.5, None], [None, 0.7]])
+
+
+@pytest.mark.parametrize("eval_tasks", ["all", "seen"])
+def test_forgetting_begins_when_a_task_is_learned(eval_tasks):
+    """What a task scored by chance before it was learned is forgotten in neither mode."""
+    a = [[0.9, 0.95, 0.1], [0.6, 0.8, 0.3], [0.7, 0.5, 1.0]]
+    seen = [[x if j <= i else None for j, x in enumerate(row)] for i, row in enumerate(a)]
+    assert metrics.forgetting(a if eval_tasks == "all" else seen) == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
+
+
+LOSS = [[3.0, 4.0, None], [1.0, 3.5, None], [2.5, 0.5, None]]
+
+
+def test_less_of_a_loss_is_better():
+    """A loss that rises has the signs of an accuracy that falls; averages are those of the losses."""
+    result = derive(LOSS, NAMES, continual=True, metrics=dict.fromkeys(NAMES, "eval_loss"))
+    assert result["forgetting"] == pytest.approx(1.5)
+    assert result["backward_transfer"] == pytest.approx(-1.5)
+    assert result["forward_transfer_gem"] == pytest.approx(0.5)
+    assert result["average_accuracy"] == pytest.approx(1.5)
+    assert result["learning_accuracy"] == pytest.approx(0.75)
+    assert result["formulas"]["forgetting"] == f"{metrics.FORMULAS['forgetting']}, a and z: -eval_loss"
+    assert result["formulas"]["average_accuracy"] == metrics.FORMULAS["average_accuracy"]
+
+
+@pytest.mark.parametrize("other", ["accuracy", "perplexity"])
+def test_no_average_over_different_units(other):
+    matrix = [[0.5, 4.0], [0.75, 3.5], [0.25, 0.5]]
+    metric = {"a": "accuracy" if other == "perplexity" else "mse", "b": other}
+    assert set(derive(matrix, ["a", "b"], continual=True, metrics=metric)) == {"tasks", "matrix", "formulas"}
+    assert "average_accuracy" not in derive(matrix[:2], ["a", "b"], continual=False, metrics=metric)
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "unit"),
+    [
+        ("accuracy", [0.5, None, 1.0], PERCENT),
+        ("matthews", [-0.5, 0.5], PERCENT),
+        ("bleu", [0.5, 23.0], Unit("bleu")),
+        ("loss", [0.5], Unit("loss", -1)),
+        ("token_error", [0.5], Unit("token_error", -1)),
+        (None, [2.0], Unit("score")),
+        (None, [], PERCENT),
+    ],
+)
+def test_units(metric, scores, unit):
+    assert unit_of(metric, scores) == unit
+
+
+def test_a_score_is_shown_in_its_unit():
+    loss = Unit("loss", -1)
+    assert [PERCENT.show(0.5), PERCENT.show(0.5, 2), PERCENT.show(0.5, plus="+"), PERCENT.show(None)] == [
+        "50.0", "50.00", "+50.0", "-"
+    ]  # fmt: skip
+    assert [loss.show(3.71), loss.show(0.5, plus="+")] == ["3.7100", "+0.5000"]
+    assert PERCENT.lost(0.25, 0.5) == (25.0, "points")
+    assert loss.lost(0.25, 0.5) == (50.0, "% of the loss")
+    assert loss.lost(0.25, 0.0) == (25.0, "% of the loss")

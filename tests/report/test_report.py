@@ -2,11 +2,15 @@
 
 import copy
 import json
+import re
 
 import pytest
 
 from hf_jumplora.metrics.derived import derive
+from hf_jumplora.report.folder import read_run
+from hf_jumplora.report.page import write_page
 from hf_jumplora.report.report import PICTURES, comparison, draw_matrix, pairs, table, write_report
+from hf_jumplora.report.verdict import judge_metrics
 
 
 def info(name, **more):
@@ -134,3 +138,41 @@ def test_cards_of_a_run(toy_run):
     assert 'tasks=["light"]' in one
     manifest.base_model["name_or_path"] = "org/model"
     assert "base_model: org/model" in stack_card(manifest, result).split("---")[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown", "absent"),
+    [
+        ("loss", ["first: loss, less is better", "0.9000", "average loss (AA)", "learning loss"], ["90.0", " in %"]),
+        ("accuracy", ["first: accuracy in %", "90", "no averages"], ["average accuracy", "average loss"]),
+    ],
+)
+def test_a_loss_is_no_percentage(tmp_path, toy_run, metric, shown, absent):
+    """In the table, report.md, the page, the card and the verdict; beside an accuracy it has no average."""
+    from hf_jumplora.hub.card import eval_results, stack_card
+    from hf_jumplora.stack import read_manifest
+
+    metrics = {"first": metric, "second": "loss"}
+    result = derive([[0.3, 4.0], [0.6, 3.5], [0.9, 3.0]], list(metrics), True, metrics)
+    result |= {"method": "jumplora", "data": [data(name, kind) for name, kind in metrics.items()], "general": [{}] * 3}
+    result["trained"] = [info(name, source="hf://datasets/a/b", layers={}) for name in metrics]
+    (tmp_path / "metrics.json").write_text(json.dumps(result))
+    write_report(tmp_path, result)
+    write_page(tmp_path / "report.html", [read_run(tmp_path)])
+    page = re.sub(r"<style>.*</style>|width=\S+", "", (tmp_path / "report.html").read_text(), flags=re.DOTALL)
+    card = stack_card(read_manifest(toy_run.output_dir), result).split("## Accuracy")[1].split("## General")[0]
+    scores = (tmp_path / "report.md").read_text().split("## General")[0]
+    for text in (table(result, "jumplora"), scores, page, card):
+        for words in shown:
+            assert words.lower() in text.lower()
+    for words in absent:
+        assert words not in scores.split("## ")[0]
+        assert words not in card.split("## Verdict")[0]
+    assert "value: 3.0\n" in eval_results(result)
+    checks = {check["check"]: (check["ok"], check["says"]) for check in judge_metrics(result)["checks"]}
+    if metric == "loss":
+        assert checks["task first"] == (False, "50.0 % of the loss since it was learned (at most 10)")
+        assert checks["forgetting"] == (False, "16.7 % of the loss on average (at most 2)")
+    else:
+        assert checks["forgetting"][0] is None
+        assert "task first" not in checks
