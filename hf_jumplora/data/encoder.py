@@ -1,6 +1,7 @@
 """From the texts of tasks to token ids and batches."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import default_data_collator
 
 from ..metrics.text import fold
 from ..schema import short
@@ -150,7 +152,7 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task]) -> l
     """The training set of every task that is trained on. All texts are encoded, held-out ones too, before anything is
     trained, so that bad ones show now; what a prompt gives away, and what was cut, is logged."""
     encoded = (TextTask, LanguageModelTask)
-    sets = [encoder.train_rows(t) if isinstance(t, encoded) else t.train_dataset for t in tasks]
+    sets = [encoder.train_rows(t) if isinstance(t, encoded) else with_labels(t.train_dataset, t.name) for t in tasks]
     for task in (*tasks, *held_out):
         if isinstance(task, TextTask):
             if names := task.names_in_prompt():
@@ -165,6 +167,31 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task]) -> l
     return sets
 
 
+def with_labels(rows: Any, task: str) -> Any:
+    """A task's training rows but for those whose `labels` are all -100 (truncation has cut the answer off). The log
+    says how many; nothing can be learned from them, and the loss of a batch of them is 0 / 0.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if isinstance(rows, Dataset) and "labels" in rows.column_names:
+        batches = rows.with_format(None).select_columns("labels").iter(1000)
+        column: Iterable[Any] = itertools.chain.from_iterable(batch["labels"] for batch in batches)
+    elif isinstance(rows, list):
+        column = [row.get("labels") if isinstance(row, dict) else None for row in rows]
+    else:
+        return rows
+    masked = {i for i, ids in enumerate(column) if isinstance(ids, list) and ids.count(-100) == len(ids)}
+    if not masked:
+        return rows
+    where = f"task {task!r}: {len(masked)} of {len(rows)} training rows have no label to learn from (all are -100)"
+    if len(masked) == len(rows):
+        raise ValueError(f"{where}: raise max_length if it cuts the answers off")
+    logger.warning("%s, the first is row %d: they are left out; is max_length too short?", where, min(masked))
+    kept = [i for i in range(len(rows)) if i not in masked]
+    return rows.select(kept) if isinstance(rows, Dataset) else [rows[i] for i in kept]
+
+
 def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
     """Integer lists as one int64 tensor [rows, longest], padded with `value`."""
     width = max(map(len, rows))
@@ -173,15 +200,18 @@ def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Te
 
 
 def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
-    """Batches of [`Encoder.train_rows`], padded on the right. It can be pickled, for workers that are spawned."""
+    """Batches of [`Encoder.train_rows`], padded on the right, and of the plain tasks beside them, whose rows may hold
+    other numbers (position_ids, ...). It can be pickled, for workers that are spawned."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return functools.partial(_batch, pad)
 
 
 def _batch(pad: int, rows: list[dict]) -> dict:
-    ids = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": pad_rows(ids, pad),
-        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
-        "labels": pad_rows([row["labels"] for row in rows], -100),
-    }
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+    if odd := sorted({key for row in rows for key in row.keys() ^ rows[0].keys()}):
+        raise ValueError(f"some rows have {odd[0]!r} and others of the same batch do not: give all the same columns")
+    lists = [k for k, v in rows[0].items() if isinstance(v, list) and isinstance((v or [0])[0], (int, float))]
+    single = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
+    fill = {"input_ids": pad, "labels": -100}
+    return default_data_collator(single) | {k: pad_rows([row[k] for row in rows], fill.get(k, 0)) for k in lists}

@@ -152,6 +152,16 @@ class HistoryCallback(TrainerCallback):
                 file.write(json.dumps({"task": self.task, "step": state.global_step, **numbers}) + "\n")
 
 
+class EndUnsaved(TrainerCallback):
+    """Behind an early stopping: where it has ended a task no checkpoint is saved, from which a run that is killed
+    before the task is written would train on. From the one before, it ends at the same step."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save &= not control.should_training_stop
+
+    on_epoch_end = on_evaluate
+
+
 def early_stopping(callbacks: Iterable[Any]) -> list[EarlyStoppingCallback]:
     """Those of a list of callbacks that may end a task before its last step."""
     return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]

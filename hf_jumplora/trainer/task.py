@@ -14,12 +14,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .. import metrics as formulas
 from ..data import Task, TextTask, row_count
+from ..data.encoder import with_labels
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, sharding
-from .callbacks import HistoryCallback, LogLines, early_stopping
+from .callbacks import EndUnsaved, HistoryCallback, LogLines, early_stopping
 from .checkpoints import newest_checkpoint
 from .plan import RunPlan
 from .processes import quiet
@@ -44,6 +45,8 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     trainer: Any = task_trainer(plan, model, checkpoints, index, task, trains=True, **options)
     trainer.own_rows = row_count(train_sets[index]) or 0
     stages = plan.stages()
+    if trainer.train_dataset is not mixed:  # TRL's trainers encode it
+        trainer.train_dataset = with_labels(trainer.train_dataset, stages[index][0])
     trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, stages[index][0]))
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -139,6 +142,7 @@ def task_trainer(
     for callback in early_stopping(callbacks):
         callback.early_stopping_patience_counter = 0
         args.restore_callback_states_from_checkpoint = True
+        callbacks.append(EndUnsaved())
     if not trains:
         args.enable_jit_checkpoint = False  # its signal handler is given back at the end of a training alone
     if args.deepspeed_plugin is not None:

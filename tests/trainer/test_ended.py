@@ -50,11 +50,20 @@ def test_an_interrupted_task_is_not_finished(toy_base, tmp_path):
 
 
 def test_early_stopping_is_a_task_s_own(toy_base, tmp_path):
-    """With the task's own eval set and patience; nothing improves here, so every task ends at the second look."""
+    """With the task's own eval set and patience; nothing improves here, so every task ends at the second look. No
+    checkpoint of that step is left, from which a run that is killed then would train on."""
+    saved = []
+
+    class Saved(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
     stopping = EarlyStoppingCallback()
-    options = {"stream": toy.tasks(2), "callbacks": [stopping], **EARLY}
+    options = {"stream": toy.tasks(2), "callbacks": [stopping, Saved()], **EARLY}
+    options |= {"save_strategy": "steps", "save_steps": 2}
     result = toy.make_run(toy_base, tmp_path, "inclora", **options).train().metrics
     assert [info["steps"] for info in result["trained"]] == [4, 4]
+    assert saved == [2, 2]
     assert stopping.early_stopping_patience_counter == 0
 
 

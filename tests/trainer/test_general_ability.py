@@ -167,12 +167,16 @@ def test_prompts_that_name_nothing(toy_base, tmp_path, caplog):
 
 
 def test_the_tasks_own_data_has_its_own_collator(toy_base, tmp_path):
-    """Text that is held out is encoded apart: ready rows go through the Trainer's collator as without it."""
-    ready = Task("ready", Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weight": 1.0}] * 16))
+    """Text that is held out is encoded apart: ready rows go through the Trainer's collator as without it, but for a row
+    without a label, which would be a batch whose loss is 0 / 0."""
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weight": 1.0}] * 8
+    ready = Task("ready", Dataset.from_list([{**rows[0], "labels": [-100] * 3}, *rows]))
     alone = toy.make_run(toy_base, tmp_path / "a", "inclora", [ready])
-    beside = toy.make_run(toy_base, tmp_path / "b", "inclora", [ready, general()])
+    beside = toy.make_run(toy_base, tmp_path / "b", "inclora", [ready, general()], per_device_train_batch_size=1)
     assert alone.plan.batches is beside.plan.batches is None
-    assert beside.train().metrics["general"][1]["wiki cross_entropy"] > 0
+    metrics = beside.train().metrics
+    assert metrics["general"][1]["wiki cross_entropy"] > 0
+    assert (metrics["trained"][0]["train_examples"], metrics["trained"][0]["steps"]) == (8, 8)
 
 
 def test_two_tasks_of_one_name(toy_base, tmp_path):
