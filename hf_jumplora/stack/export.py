@@ -95,7 +95,7 @@ def export_lora(
     out: str | os.PathLike,
     rank: int | None = None,
     energy: float | None = None,
-    tasks: list[str] | slice | None = None,
+    tasks: list[str] | dict[str, float] | slice | None = None,
     revision: str | None = None,
     min_energy: float = 0.9,
     force: bool = False,
@@ -170,7 +170,7 @@ def _lora_config(tasks: list[TaskFile], rows: dict[str, tuple[int, float]], base
 def export_sparse(
     path: str | os.PathLike,
     out: str | os.PathLike,
-    tasks: list[str] | slice | None = None,
+    tasks: list[str] | dict[str, float] | slice | None = None,
     revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, float]:

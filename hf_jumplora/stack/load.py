@@ -1,8 +1,10 @@
 """Loading a stack: whole, in part, or merged into a plain model."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ _LOOKUP = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "t
 def load_stack(
     path: str | os.PathLike,
     base_model: str | os.PathLike | nn.Module | None = None,
-    tasks: list[str] | slice | None = None,
+    tasks: list[str] | dict[str, float] | slice | None = None,
     revision: str | None = None,
     merge: bool = False,
     **model_kwargs: Any,
@@ -55,7 +57,8 @@ def load_stack(
             are downloaded; once they are in the cache, loading works offline.
         base_model: the base as a model, a folder or a Hub id; None takes the one named in the manifest.
         tasks: names, or a slice of the task list; None takes all. Each task's update is additive: leaving one out
-            removes exactly its update.
+            removes exactly its update. {name: weight} blends: the sum of weight * update over these tasks, in the order
+            of the stack.
         revision: of the repository; tag `task-002` is the stack after that task.
         merge: return the plain model with the updates in its weights instead of a `PeftModel`.
         model_kwargs: for `from_pretrained` of the base (device_map, quantization_config, ...). dtype: None takes the
@@ -152,9 +155,12 @@ def named_base(manifest: Manifest, where: str) -> str:
 
 
 def open_stack(
-    path: str | os.PathLike, tasks: list[str] | slice | None = None, revision: str | None = None
+    path: str | os.PathLike,
+    tasks: list[str] | dict[str, float] | slice | None = None,
+    revision: str | None = None,
 ) -> tuple[Path, Manifest, list[dict[str, Any]]]:
-    """(folder, manifest, entries of the chosen tasks) of a folder or a Hub repository, verified.
+    """(folder, manifest, entries of the chosen tasks) of a folder or a Hub repository, verified; an entry of a blend
+    has its `weight`.
 
     Of a repository, stack.json and the files that loading needs of the chosen tasks are downloaded, all of one commit.
 
@@ -267,7 +273,9 @@ def merge_finished(model: PeftModel, adapters: list[str]) -> None:
             layer.finished.merge(adapters)
 
 
-def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -> list[dict[str, Any]]:
+def _choose(
+    manifest: Manifest, tasks: list[str] | dict[str, float] | slice | None, folder: Path
+) -> list[dict[str, Any]]:
     if not manifest.tasks:
         raise ValueError(f"{folder}: the stack has no finished task yet")
     if not (manifest.additive or manifest.separate):
@@ -283,6 +291,8 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
         raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}; for one task use tasks=[{tasks!r}]")
     if not isinstance(tasks, (slice, Iterable)):
         raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}")
+    weights = tasks if isinstance(tasks, dict) else {}
+    _check_weights(weights)
     tasks = tasks if isinstance(tasks, slice) else list(tasks)
     if isinstance(tasks, slice):
         chosen = manifest.tasks[tasks]
@@ -291,6 +301,16 @@ def _choose(manifest: Manifest, tasks: list[str] | slice | None, folder: Path) -
         if unknown:
             raise ValueError(f"{folder} has no task {unknown[0]!r}; it has {', '.join(manifest.task_names)}")
         chosen = [task for task in manifest.tasks if task["name"] in tasks]
+    if weights:
+        chosen = [{**task, "weight": float(weights[task["name"]])} for task in chosen if weights[task["name"]]]
     if not chosen:
-        raise ValueError(f"tasks={tasks!r} chooses none of {', '.join(manifest.task_names)}")
+        raise ValueError(f"tasks={weights or tasks!r} chooses none of {', '.join(manifest.task_names)}")
     return chosen
+
+
+def _check_weights(weights: dict[str, float]) -> None:
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"the weight of task {name!r} is a finite number, 0 or more (0 leaves it out), got {weight!r}"
+            )

@@ -80,7 +80,7 @@ def merge_stack(
     path: str | os.PathLike,
     out: str | os.PathLike,
     base_model: str | os.PathLike | None = None,
-    tasks: list[str] | slice | None = None,
+    tasks: list[str] | dict[str, float] | slice | None = None,
     revision: str | None = None,
 ) -> int:
     """Write the base model with the updates in its weights as a plain model folder; returns how many were changed.

@@ -24,7 +24,9 @@ _CHUNK = 1 << 20  # counts of so many entries are exact in float32
 
 
 def open_tasks(
-    path: str | os.PathLike, tasks: list[str] | slice | None = None, revision: str | None = None
+    path: str | os.PathLike,
+    tasks: list[str] | dict[str, float] | slice | None = None,
+    revision: str | None = None,
 ) -> tuple[Path, Manifest, list[TaskFile]]:
     """(folder, manifest, chosen tasks) of a folder or a Hub repository.
 
@@ -98,6 +100,8 @@ def subset(path: str | os.PathLike, tasks: list[str], out: str | os.PathLike, re
     Raises:
         ValueError: an unknown task, a stack whose tasks are not additive, or `out` is not empty.
     """
+    if isinstance(tasks, dict):
+        raise ValueError("a subset has its tasks as they are: give names; load_stack and merge_stack take weights")
     folder, manifest, chosen = open_tasks(path, tasks, revision)
     return write_stack(folder, manifest, [task.folder for task in chosen], out)
 

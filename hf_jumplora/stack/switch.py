@@ -22,9 +22,10 @@ def switch_tasks(model: PeftModel, tasks: list[str] | None = None) -> None:
     folders: dict[str, str] | None = getattr(model, "stack_tasks", None)
     if folders is None:
         raise ValueError("switch_tasks needs a model from load_stack(...), without merge=True")
-    if isinstance(tasks, str) or (tasks is not None and not tasks):
+    if isinstance(tasks, (str, dict)) or (tasks is not None and not tasks):
         raise ValueError(
-            f"tasks is a list of names, got {tasks!r}; for the base model alone: `with model.disable_adapter():`"
+            f"tasks is a list of names, got {tasks!r}; for the base model alone: `with model.disable_adapter():`, for "
+            "a blend: load_stack(..., tasks={name: weight})"
         )
     unknown = [name for name in tasks or () if name not in folders]
     if unknown:

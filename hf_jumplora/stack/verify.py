@@ -28,12 +28,20 @@ def not_a_task(path: Path) -> Iterator[None]:
 
 
 def task_config(folder: Path, task: dict[str, Any]) -> JumpLoraConfig:
-    """The adapter config of a verified task. Raises ValueError that names the file if it is not the stack's."""
+    """The adapter config of a verified task, its scaling times the `weight` of a blend's entry. Raises ValueError that
+    names the file if it is not the stack's, or holds weights trained in full, which cannot be weighted."""
     path = folder / task["folder"] / "adapter_config.json"
     with not_a_task(path):
         config = JumpLoraConfig.from_pretrained(str(path.parent))
     if stack_support_sha256(config.support) != task["support_sha256"]:
         raise ValueError(f"{path}: its supports are not those of stack.json")
+    if (weight := task.get("weight", 1.0)) != 1:
+        if config.modules_to_save or config.trainable_token_indices:
+            raise ValueError(
+                f"{path}: the task has weights trained in full, which cannot be weighted: give it weight 1"
+            )
+        config.lora_alpha *= weight
+        config.alpha_pattern = {layer: alpha * weight for layer, alpha in config.alpha_pattern.items()}
     return config
 
 

@@ -139,6 +139,7 @@ def test_remove_leaves_what_was_there_before(stack, tmp_path, toy_base):
         (subset, ["sizes"], "has no task 'sizes'"),
         (remove, ["sizes"], "has no task 'sizes'"),
         (remove, ["size", "light", "mood"], "chooses none"),
+        (subset, {"size": 0.5}, "load_stack and merge_stack take weights"),
         (reorder, ["size", "light"], "needs each task once"),
         (reorder, ["mood", "light", "size"], "'light' and 'size' both change .* their order matters"),
     ],
@@ -182,7 +183,7 @@ def test_diff(stack, isolated, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tasks", [None, ["light"]], ids=str)
+@pytest.mark.parametrize("tasks", [None, ["light"], {"mood": 0.3, "size": 2}], ids=str)
 def test_merge_on_disk_is_the_merge_in_memory(dtype, tasks, stack, toy_base, tmp_path):
     """Over several shards, in the base's own dtype."""
     base = LlamaForCausalLM.from_pretrained(toy_base, dtype=dtype)
@@ -272,7 +273,7 @@ def test_low_rank_of_nothing():
     assert not (B @ A).any()
 
 
-@pytest.mark.parametrize("tasks", [None, ["light"]], ids=str)
+@pytest.mark.parametrize("tasks", [None, {"light": 0.5}], ids=str)
 def test_lora_of_full_rank_in_stock_peft(tasks, stack, toy_base, tmp_path):
     """At full rank nothing is lost; PEFT loads the folder in a process without this package."""
     rows = export_lora(stack, tmp_path / "out", rank=32, tasks=tasks)

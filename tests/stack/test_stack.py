@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from hf_jumplora import load_stack
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.stack.disk import file_sha256
+from hf_jumplora.tuner import named_layers
 
 
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9]])
@@ -69,6 +70,26 @@ def test_merged_stack_equals_its_parts(choice, stack, toy_base):
         assert torch.equal(logits(live), logits(toy.load_base(toy_base)))
 
 
+def test_blend(stack, toy_base, tmp_path):
+    """The base and the sum of weight * update, whatever the order of the names; 1 changes nothing and 0 leaves out.
+    What PEFT writes of it is the same model."""
+
+    def weights(tasks):
+        return {name: layer.base_layer.weight for name, layer in named_layers(load_stack(stack, tasks=tasks))}
+
+    base, size, mood = toy.load_base(toy_base), weights(["size"]), weights(["mood"])
+    for name, found in weights({"mood": 0.25, "size": 0.5, "light": 0}).items():
+        W = base.get_submodule(name).weight
+        expected = W + 0.5 * (size[name] - W) + 0.25 * (mood[name] - W)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for blend, tasks in (dict.fromkeys(NAMES, 1), None), ({"size": 1, "mood": 1.0, "light": 0}, ["size", "mood"]):
+        assert torch.equal(logits(load_stack(stack, tasks=blend)), logits(load_stack(stack, tasks=tasks)))
+    blend = load_stack(stack, tasks={"mood": 0.25, "size": 0.5})
+    blend.save_pretrained(tmp_path / "blend")
+    again = PeftModel.from_pretrained(base, tmp_path / "blend", subfolder="task_002")
+    torch.testing.assert_close(logits(again), logits(blend), rtol=1e-5, atol=1e-5)
+
+
 def test_stack_up_to_each_task(stack, toy_base):
     """A task's folder alone brings the tasks before it, as PEFT loads it."""
     for k in range(3):
@@ -110,6 +131,11 @@ def test_bf16_run(tmp_path):
         ("size", "tasks is a list of names"),
         ([], "chooses none"),
         (slice(5, 6), "chooses none"),
+        ({"size": 1.0, "foo": 0.5}, "has no task 'foo'"),
+        ({"size": 0.0}, "chooses none"),
+        ({"size": -1.0}, "weight of task 'size' is a finite number, 0 or more"),
+        ({"size": float("nan")}, "weight of task 'size'"),
+        ({"size": "1"}, "weight of task 'size'"),
     ],
     ids=str,
 )

@@ -57,7 +57,13 @@ def test_live_after_unmerging(toy_run):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"), [(["sizes"], "has no task 'sizes'"), ("size", "list of names"), ([], "disable_adapter")]
+    ("tasks", "message"),
+    [
+        (["sizes"], "has no task 'sizes'"),
+        ("size", "names"),
+        ([], "disable_adapter"),
+        ({"size": 0.5}, "a blend: load_stack"),
+    ],
 )
 def test_choices_that_cannot_be(tasks, message, toy_run):
     with pytest.raises(ValueError, match=message):
