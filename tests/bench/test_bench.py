@@ -229,7 +229,7 @@ def test_untuned_smollm2(stream, toy_base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, untuned, small, long, full"),
+        ({"budget": "huge"}, "unknown budget 'huge'; known: tiny, untuned, untuned-gpu, .*, long, full"),
         ({"setting": "decoder"}, "setting is 'encoder', 'causal' or 'smollm2', got 'decoder'"),
         ({"setting": "smollm2", "model": "gpt2"}, "the setting 'smollm2' has its model: leave it out"),
         ({"prompt_style": "olora"}, "the encoder reads texts without a prompt"),

@@ -13,7 +13,7 @@ def test_requirements_are_known():
         class Bad(Strategy):
             requires = frozenset({"gpu"})
 
-    assert KFac.requires == {"forward"}
+    assert KFac.requires == {"forward", "softmax"}
     assert ILora.requires == {"whole_model"}
 
 
