@@ -1,6 +1,6 @@
-"""The code blocks of README and docs: what they import is there, and the commands that they show take these options.
+"""The pages: what code blocks import is there, commands take the options that they show, and links lead somewhere.
 
-They are not run: most of them name models and data that are not here.
+`test_docs_run.py` runs the blocks.
 """
 
 import argparse
@@ -21,24 +21,34 @@ from hf_jumplora.methods import METHODS
 ROOT = Path(hf_jumplora.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.S | re.M)
+BLOCK = re.compile(r"^(?P<not_run> *<!-- not run: .+ -->\n)? *```(?P<kind>\w+)\n(?P<text>.*?)^ *```", re.S | re.M)
 
 
-def blocks(*kinds):
+def dedent(text):
+    """A block of a list's item, without the item's indentation."""
+    indent = min(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip())
+    return "\n".join(line[indent:] for line in text.splitlines())
+
+
+def blocks(*kinds, page, run=False):
+    """(kind, text, page and line) of a page's blocks of these kinds; `run`: of those alone that are run."""
+    content = page.read_text()
     return [
-        pytest.param(text, id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
-        for page in PAGES
-        for match in BLOCK.finditer(page.read_text())
-        for text in [match[2]]
-        if match[1] in kinds
+        (match["kind"], match["text"], f"{page.name}:{content[: match.start()].count(chr(10)) + 1}")
+        for match in BLOCK.finditer(content)
+        if match["kind"] in kinds and not (run and match["not_run"])
     ]
 
 
-@pytest.mark.parametrize("text", blocks("python"))
+def texts(*kinds):
+    """The blocks of all pages, as parameters of a test."""
+    return [pytest.param(text, id=where) for page in PAGES for _, text, where in blocks(*kinds, page=page)]
+
+
+@pytest.mark.parametrize("text", texts("python"))
 def test_python(text):
     """Valid Python, and every name of ours exists."""
-    indent = min(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip())
-    tree = ast.parse("\n".join(line[indent:] for line in text.splitlines()))
+    tree = ast.parse(dedent(text))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_jumplora"):
             module = importlib.import_module(node.module)
@@ -48,12 +58,12 @@ def test_python(text):
             assert hasattr(hf_jumplora, node.attr), f"hf_jumplora has no {node.attr}"
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@pytest.mark.parametrize("text", texts("yaml"))
 def test_yaml(text):
     assert yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", blocks("bash", "sh"))
+@pytest.mark.parametrize("text", texts("bash", "sh"))
 def test_commands(text):
     """Commands of ours exist and take these options; recipes and Makefile targets that are named are there."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
