@@ -2,8 +2,8 @@
 
     python tests/kernels/compile_check.py [--fast] [--target sm_80 ...] [--kernel forward ...]
 
-Exit code 1 when a kernel spills or takes more shared memory than the GPU has. To be run without TRITON_INTERPRET: the
-interpreter accepts what no compiler does, so its tests prove nothing about registers.
+Exit code 1 when a kernel spills more than a few values or takes more shared memory than the GPU has. To be run without
+TRITON_INTERPRET: the interpreter accepts what no compiler does, so its tests prove nothing about registers.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from jumplora_kernels import kernels, launch
 
 
 KIB = 1024
+FEW_BYTES = 32  # of stack a thread, which Triton 3.6 uses where 3.9 uses none; a tile that is too large takes far more
 TARGETS = {  # and the shared memory that one block may use
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
     "sm_89": (GPUTarget("cuda", 89, 32), 99 * KIB),
@@ -122,7 +123,7 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[str, bool]:
         ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     # LOCAL stays 0 when ptxas spills; the spilled values are in STACK.
-    return f"{registers} registers, stack {stack} B", int(stack) > 0
+    return f"{registers} registers, stack {stack} B", int(stack) > FEW_BYTES
 
 
 def check(case: tuple) -> bool:
