@@ -28,7 +28,9 @@ def write_stream(folder):
     return folder / "stream.yaml"
 
 
-@pytest.mark.parametrize(("recipe", "config"), [("llama2_cl", "zero3"), ("t5_cl", "fsdp2")])
+@pytest.mark.parametrize(
+    ("recipe", "config"), [("llama2_cl", "zero3"), pytest.param("t5_cl", "fsdp2", marks=pytest.mark.slow)]
+)
 def test_recipe(recipe, config, toy_base, toy_t5, tmp_path):
     options = {
         "model_name_or_path": toy_t5 if recipe == "t5_cl" else toy_base,

@@ -55,8 +55,10 @@ def alive(process: psutil.Process) -> bool:
     ("config", "ranks"),
     [
         ("zero3", [0, 1]),
-        ("fsdp2", [1]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("cpu2", [0, 1]), ("cpu2", [0]), ("zero2", [1]))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("fsdp2", [1]), ("cpu2", [0, 1]), ("cpu2", [0]), ("zero2", [1]))
+        ),
     ],
 )
 def test_killed(config, ranks, toy_base, tmp_path, capsys):
