@@ -1,12 +1,13 @@
 """The code blocks of README and docs are run, with toy models and data under the names that the pages use.
 
-Of a page, in its order: Python in one shared namespace, YAML into the file that its first line names, and of shell blocks
-the lines of `hf-jumplora`. What cannot run here says so in a comment above it, `<!-- not run: why -->`.
+Of a page, in its order: Python in one shared namespace, YAML into the file that its first line names, and of shell
+blocks the lines of `hf-jumplora`. What cannot run here says so in a comment above it, `<!-- not run: why -->`.
 """
 
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import toy
@@ -26,6 +27,7 @@ NAMES = {
     '"out/run"': '"runs/stack"',
     '"agnews"': '"size"',
     '"yelp"': '"light"',
+    '"yahoo"': '"light"',
     ', revision="task-002"': "",
     ", push_to_hub=True": "",
     'dtype="bfloat16", device_map="auto"': 'dtype="bfloat16"',
@@ -82,10 +84,10 @@ def test_page(page, there, toy_base, capsys):
             exec(compile(dedent(text), where, "exec"), space)
         elif kind == "yaml" and text.startswith("# "):
             file, _, content = text[2:].partition("\n")
-            open(file, "w").write(content + "\nmax_length: 32\n" * file.endswith("run.yaml"))
+            Path(file).write_text(content + "\nmax_length: 32\n" * file.endswith("run.yaml"))
         for line in text.splitlines() if kind == "bash" else ():
             words = line.split("#")[0].split()
             if words[:1] == ["hf-jumplora"]:
                 assert main(words[1:]) in ((0, 1) if words[1] == "check" else (0,)), (line, capsys.readouterr().err)
     if page.name in ("README.md", "index.md"):
-        assert json.loads(open("runs/mine/metrics.json").read())["tasks"][0] == "tickets"
+        assert json.loads(Path("runs/mine/metrics.json").read_text())["tasks"][0] == "tickets"
