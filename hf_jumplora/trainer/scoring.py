@@ -198,6 +198,7 @@ def _score_decoder(model, encoder, prompts, answers) -> list[torch.Tensor]:
 def _score_on_cache(model, encoder, prompts, answers) -> list[torch.Tensor] | None:
     """As [`_score_decoder`], of a causal model; None if it returns no cache."""
     known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # as it was called before transformers 5.24
 
     def options(positions, **more):
         """What not every model takes: positions (else worked out from the mask), logits of the last token alone."""
@@ -206,7 +207,8 @@ def _score_on_cache(model, encoder, prompts, answers) -> list[torch.Tensor] | No
     ids, mask = _padded(encoder, prompts, model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     first = model(input_ids=ids, attention_mask=mask, use_cache=True, **options(positions, logits_to_keep=1))
-    if getattr(first, "past_key_values", None) is None:
+    past = getattr(first, name, None)
+    if past is None:
         return None
     columns = []
     for answer in answers:
@@ -215,8 +217,8 @@ def _score_on_cache(model, encoder, prompts, answers) -> list[torch.Tensor] | No
         if inputs.shape[1]:
             full_mask = torch.cat([mask, torch.ones_like(inputs)], 1)
             where = mask.sum(1)[:, None] + torch.arange(inputs.shape[1], device=ids.device)
-            cache = copy.deepcopy(first.past_key_values)  # the model writes into it
-            rest = model(input_ids=inputs, attention_mask=full_mask, past_key_values=cache, **options(where))
+            cache = {name: copy.deepcopy(past)}  # the model writes into it
+            rest = model(input_ids=inputs, attention_mask=full_mask, **cache, **options(where))
             logits = torch.cat([logits, rest.logits], 1)
         columns.append(_likelihood(logits, targets))
     return columns
