@@ -1,9 +1,10 @@
 """`RunPlan`: all that a run is told before its first step, and what follows from that alone."""
 
+import functools
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,12 @@ class RunPlan:
         texts = [task.fingerprint() for task in self.held_out if isinstance(task, LanguageModelTask)]
         if texts and any(strategy.general is not None for strategy in self.strategies):
             settings["general"] = texts
-        return settings | {f"task {n}": self._identity(task, task.fingerprint()) for n, task in enumerate(self.tasks)}
+        tasks = {f"task {n}": self._identity(task, task.fingerprint()) for n, task in enumerate(self.tasks)}
+        functions = {"functions": describe_functions(self.collator, self.trainer_cls)}
+        for n, task in enumerate(self.tasks):
+            own = (task.compute_metrics, task.preprocess_logits_for_metrics, task.trainer_cls)
+            functions[f"functions {n}"] = describe_functions(*own)
+        return settings | tasks | {key: value for key, value in functions.items() if value}
 
     def former_settings(self) -> dict[str, Any]:
         """What settings were called by earlier versions, or are where they are not stored: the fingerprints of tasks,
@@ -225,6 +231,28 @@ def describe_strategy(strategy: Strategy) -> str:
     """A strategy with all its options, by which a restarted run knows it."""
     seed = f" seed={strategy.seed}" if strategy.seed and " seed=" not in repr(strategy).replace("(", " ") else ""
     return f"{strategy!r}{seed}"
+
+
+def describe_functions(*given: Any) -> list[str]:
+    """Names of functions and of objects that are called (not of classes), with a hash of a partial's arguments or of a
+    dataclass's fields, of which only what JSON has counts: it tells another setting, not another body."""
+    found = []
+    for value in given:
+        if value is None or isinstance(value, type):
+            continue
+        options: dict[Any, Any] = {}
+        if isinstance(value, functools.partial):
+            options, value = {**dict(enumerate(value.args)), **value.keywords}, value.func
+        elif is_dataclass(value):
+            options = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        text = json.dumps([[str(key), option] for key, option in options.items()], default=_name)
+        digest = f" {hashlib.sha256(text.encode()).hexdigest()[:16]}" if options else ""
+        found.append(f"{_name(value)}{digest}")
+    return found
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

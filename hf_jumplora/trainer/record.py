@@ -251,6 +251,9 @@ def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any
     added = {key for key in settings if key.startswith("task ") and key not in before}
     if "trainer" not in before:  # by a version that stored fewer settings
         added |= settings.keys() - before.keys()
+    # Of functions too, and they are not known of a past task whose data is not available.
+    added |= {key for key in settings if key.startswith("functions") and key not in before}
+    unknown = {key for key in before if key.startswith("functions") and key not in settings}
     finished = len(read_manifest(folder).tasks) if (folder / MANIFEST).is_file() else 0
     inside = sorted(folder.glob(f"checkpoints/task_{finished:03d}/checkpoint-*"))
     moved = [key for key in PROCESSES if key in before and before[key] != settings.get(key)]
@@ -263,7 +266,7 @@ def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any
             "Between tasks the number of processes may change"
         )
     # The base is known by its weights (`check_base`): on another machine it may stand elsewhere.
-    ignored = added | set(PROCESSES) | ({"base_model"} if finished else set())
+    ignored = added | unknown | set(PROCESSES) | ({"base_model"} if finished else set())
     for key in former:  # tasks by the fingerprints of then; training arguments that are not stored by their defaults
         if (key.startswith("task ") and before.get(key) == former[key]) or (
             key.startswith("args.") and before.get(key, former[key]) == settings.get(key, former[key])

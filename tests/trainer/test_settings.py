@@ -2,19 +2,22 @@
 
 import copy
 import dataclasses
+import functools
 import shutil
 
 import pytest
 import toy
 from datasets import Dataset, concatenate_datasets
+from transformers import DataCollatorForSeq2Seq
 from trl import SFTConfig
 
 from hf_jumplora import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainingArguments, JumpLoraConfig, Task
 from hf_jumplora.schema import HARMLESS, read_json
+from hf_jumplora.stack.disk import write_json
 from hf_jumplora.strategies import KFac, Strategy
 from hf_jumplora.trainer.arguments import result_arguments
-from hf_jumplora.trainer.plan import describe_strategy, tokenizer_identity
-from hf_jumplora.trainer.record import RUN, rewrite
+from hf_jumplora.trainer.plan import describe_functions, describe_strategy, tokenizer_identity
+from hf_jumplora.trainer.record import METRICS, RUN, check_settings, rewrite
 
 
 def other(value):
@@ -61,13 +64,49 @@ def test_another_run_is_refused(change, message, toy_run, toy_base, tmp_path):
         claim(toy_base, folder, **change)
 
 
+def test_functions_are_known_by_name_and_settings():
+    """And of objects among the settings the type, so that the same objects made anew are the same."""
+
+    def score(prediction, among):
+        return {}
+
+    collator = DataCollatorForSeq2Seq(toy.tokenizer(), padding="longest")
+    first = [functools.partial(score, [1, 2]), collator, ContinualSeq2SeqTrainer, None]
+    known = describe_functions(*first)
+    assert [text.split()[0].split(".")[-1] for text in known] == ["score", "DataCollatorForSeq2Seq"]  # fmt: skip
+    again = DataCollatorForSeq2Seq(toy.tokenizer(), padding="longest")
+    assert describe_functions(functools.partial(score, [1, 2]), again, ContinualSeq2SeqTrainer) == known
+    for other_one in (functools.partial(score, [1, 3]), functools.partial(score, among=[1, 2]), score):
+        assert describe_functions(other_one)[0] != known[0]
+    assert describe_functions(dataclasses.replace(collator, padding=False))[0] != known[1]
+
+
+def test_another_function_is_refused(toy_base, tmp_path):
+    """Once something was trained; a run that did not know of functions learns of them."""
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}] * 8)
+    stream = [Task("a", rows, rows, functools.partial(dict, size=1))]
+    plan = toy.make_run(toy_base, tmp_path, "inclora", stream).plan
+    settings, former = plan.settings(), plan.former_settings()
+    (tmp_path / "checkpoints/task_000/checkpoint-1").mkdir(parents=True)
+    write_json(tmp_path / METRICS, {})
+    write_json(tmp_path / RUN, {key: value for key, value in settings.items() if key != "functions 0"})
+    check_settings(tmp_path, settings, former)
+    assert read_json(tmp_path / RUN) == settings
+    with pytest.raises(ValueError, match=r"functions 0: \['dict [0-9a-f]+'\] there, \['dict [0-9a-f]+'\] now"):
+        check_settings(
+            tmp_path, {**settings, "functions 0": describe_functions(functools.partial(dict, size=2))}, former
+        )
+    check_settings(tmp_path, {key: value for key, value in settings.items() if key != "functions 0"}, former)
+
+
 def test_a_run_of_an_earlier_version(toy_run, toy_base, tmp_path):
     """It stored fewer settings, and the fingerprints that data sets have by themselves; what it lacks is added."""
     folder = shutil.copytree(toy_run.output_dir, tmp_path / "run")
     whole = read_json(folder / RUN)
-    rewrite(folder, {RUN: {key: value for key, value in whole.items() if key not in ("trainer", "tokenizer")}})
+    fewer = {key: value for key, value in whole.items() if key not in ("trainer", "tokenizer")}
+    rewrite(folder, {RUN: {**fewer, "functions 0": ["of a past task"]}})
     claim(toy_base, folder)
-    assert read_json(folder / RUN) == whole
+    assert read_json(folder / RUN) == {**whole, "functions 0": ["of a past task"]}
     task = Task("a", Dataset.from_list([{"input_ids": [3]}] * 8))
     assert task.former_fingerprint() != task.fingerprint()
     plan = toy.make_run(toy_base, tmp_path, stream=[task], method="inclora").plan
