@@ -116,9 +116,10 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     """Methods with other options, for ablations: a YAML file of `name: {method: ..., and what follows}`.
 
     method: the method it is a variant of, whose option is tuned. adapter: fields of [`JumpLoraConfig`]. strategy: a
-    list of NAME.OPTION=VALUE, as recipes take them. training: arguments of the optimizer ([`TRAINING`]). tuned_as: a
-    method or variant whose rate and weight it takes instead of being tuned.
-    Returns {name: {"method", "adapter", "strategy"[, "training"][, "tuned_as"]}}.
+    list of NAME.OPTION=VALUE, as recipes take them. training: arguments of the optimizer ([`TRAINING`]). rates: the
+    learning rates to try in place of the budget's, for an optimizer whose steps have another size. tuned_as: a method
+    or variant whose rate and weight it takes instead of being tuned.
+    Returns {name: {"method", "adapter", "strategy"[, "training"][, "rates"][, "tuned_as"]}}.
 
     Raises:
         ValueError: the file is not of this form, or names something that does not exist; the message says which.
@@ -132,10 +133,10 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     variants, options = {}, {f.name for f in fields(JumpLoraConfig)}
     for name, given in content.items():
         where = f"{path}, variant {name!r}"
-        keys = {"method", "adapter", "strategy", "training", "tuned_as"}
+        keys = {"method", "adapter", "strategy", "training", "rates", "tuned_as"}
         if not isinstance(given, dict) or given.keys() - keys or "method" not in given:
             raise ValueError(
-                f"{where}: it has a method and may have adapter, strategy, training and tuned_as; got {given!r}"
+                f"{where}: it has a method and may have adapter, strategy, training, rates and tuned_as; got {given!r}"
             )
         if not isinstance(name, str) or name in method_names() or not name.replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"{where}: the name must be new, of letters, digits, dots and hyphens")
@@ -143,7 +144,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
             "method": given["method"],
             "adapter": given.get("adapter", {}),
             "strategy": given.get("strategy", []),
-            **{key: given[key] for key in ("training", "tuned_as") if key in given},
+            **{key: given[key] for key in ("training", "rates", "tuned_as") if key in given},
         }
         try:
             get_method(variant["method"]).make_strategies(variant["strategy"] or None)
@@ -152,6 +153,8 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
             if unknown := set(variant.get("training", {})) - set(TRAINING):
                 raise ValueError(f"training may have {', '.join(TRAINING)}; got {sorted(unknown)[0]!r}")
             get_method(variant["method"]).adapter_config(variant["adapter"])
+            if not all(isinstance(rate, float) and rate > 0 for rate in variant.get("rates", [1.0]) or [0]):
+                raise ValueError(f"rates is a list of learning rates such as 0.001, got {variant['rates']!r}")
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         variants[name] = variant

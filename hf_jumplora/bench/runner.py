@@ -161,24 +161,28 @@ class Bench:
         return tokens_around_text(AutoTokenizer.from_pretrained(model), tasks) if self.setting != "encoder" else 0
 
     def _spec(self, name: str) -> dict[str, Any]:
-        return {**self.spec, "method": name} | ({"variant": self.variants[name]} if name in self.variants else {})
+        variant = self.variants.get(name, {})
+        spec = {**self.spec, "method": name} | ({"variant": variant} if variant else {})
+        if "rates" in variant:
+            spec["budget"] = {**self.spec["budget"], "rates": variant["rates"]}
+        return spec
 
     def _tuned_as(self, method: str) -> str:
         return self.variants.get(method, {}).get("tuned_as", method)
 
     def _tune(self, method: str) -> None:
         spec = {**self._spec(method), "stage": "tune", "seed": 1000}
-        base = base_method(spec)
-        if next_point(base, self.limits, points(self.cells, method)) is None:
+        base, limits = base_method(spec), Budget(**spec["budget"])
+        if next_point(base, limits, points(self.cells, method)) is None:
             return
         code = self._process(f"tune-{method}", {"spec": spec, "folder": str(self.cells)})
-        point = next_point(base, self.limits, points(self.cells, method))
+        point = next_point(base, limits, points(self.cells, method))
         while code and point is not None:  # the process died: what it was at has failed
             write_json(
                 next_file(self.cells, method),
                 {"error": f"the process ended with code {code}", "spec": portable({**spec, **point})},
             )
-            point = next_point(base, self.limits, points(self.cells, method))
+            point = next_point(base, limits, points(self.cells, method))
 
     def _final(self, method: str, seed: int) -> None:
         path = self.cells / f"final-{method}-s{seed}.json"

@@ -299,7 +299,7 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
             "jumplora-p30:\n  method: jumplora\n  adapter: {threshold_update: density, target_density: 0.3, r: 4}\n"
             "ella-new:\n  method: ella\n  strategy: [ella.weight=5]\n"
             "as-new:\n  method: ella\n  tuned_as: ella-new\n  adapter: {r: 4}\n"
-            "by-muon:\n  method: inclora\n  training: {factor_optimizer: muon}\n",
+            "by-muon:\n  method: inclora\n  rates: [0.02]\n  training: {factor_optimizer: muon}\n",
         )
     )
 
@@ -317,6 +317,7 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
     assert all(0.25 < info["density"] < 0.35 for info in cell["metrics"]["trained"])
     assert json.loads((tmp_path / "out" / "cells" / "final-ella-new-s0.json").read_text())["spec"]["weight"] == 3e4
     assert optimizers.count("muon") == 2  # by-muon's tuning and its run
+    assert json.loads((tmp_path / "out" / "cells" / "final-by-muon-s0.json").read_text())["spec"]["rate"] == 0.02
     started.clear()
     bench({}).run(["jumplora"], 1)
     bench(variants).run(names, 1)
@@ -342,6 +343,8 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
         ("a: {method: jumplora, adapter: {threshold_update: often}}", "threshold_update"),
         ("a: {method: ella, training: {max_steps: 3}}", "training may have .* got 'max_steps'"),
         ("a: {method: ella, training: 3}", "variant 'a'"),
+        ("a: {method: ella, rates: []}", "rates is a list"),
+        ("a: {method: ella, rates: [1e-3]}", "rates is a list"),  # YAML takes it for a string
         ("a: {method: ella, tuned_as: elle}", "tuned_as names 'elle'"),
         ("a: {method: ella, tuned_as: b}\nb: {method: ella, tuned_as: ella}", "tuned_as names 'b'"),
     ],
