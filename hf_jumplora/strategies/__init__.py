@@ -8,6 +8,7 @@ from .gorp import Gorp
 from .ilora import ILora
 from .kfac import KFac
 from .l2 import L2
+from .loraga import LoraGA
 from .lwf import Lwf
 from .migu import Migu
 from .nlora import NLora
@@ -30,6 +31,7 @@ __all__ = [
     "ILora",
     "KFac",
     "LayerSize",
+    "LoraGA",
     "Lwf",
     "Migu",
     "NLora",

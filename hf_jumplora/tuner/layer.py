@@ -129,9 +129,13 @@ class JumpLoraLayer(AdapterUpdates):
         """B <- B diag(g) without the ranks where g = 0, at the scaling of before; at least one rank stays."""
         (A, B, _), open_ranks = self.factors(adapter), self.jumplora_g[adapter] != 0
         open_ranks[0] |= not open_ranks.any()
-        A, B, scaling = A[open_ranks].clone(), B[:, open_ranks].clone(), self.scaling[adapter]
         del self.jumplora_g[adapter]
-        r = len(A)
+        self.replace_factors(adapter, config, A[open_ranks].clone(), B[:, open_ranks].clone())
+
+    @torch.no_grad()
+    def replace_factors(self, adapter: str, config: JumpLoraConfig, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Other factors [r, in], [out, r] of any rank, at the scaling of before; raises as `update_layer`."""
+        r, scaling = len(A), self.scaling[adapter]
         alpha = scaling * (math.sqrt(r) if config.use_rslora else r)
         config.rank_pattern = {**config.rank_pattern, self.layer_name: r}
         config.alpha_pattern = {**config.alpha_pattern, self.layer_name: alpha}
