@@ -23,6 +23,7 @@ OPTIONAL = {
     "triton": ("the Triton kernels on a GPU (`blocked` runs instead, slower)", "triton"),
     "deepspeed": ("ZeRO", "deepspeed"),
     "bitsandbytes": ("bases in 4 or 8 bits", "bitsandbytes"),
+    "lm_eval": ("`hf-jumplora eval --lm_eval`", "eval"),
     "matplotlib": ("pictures in reports", "report"),
 }
 

@@ -1,16 +1,21 @@
-"""Evaluate a stack on the tasks of a stream: the accuracy, or the task's own measure, of each.
+"""Evaluate a stack on the tasks of a stream, or on tasks of lm-eval: accuracy, or each task's own measure.
 
     hf-jumplora eval runs/mine --stream my_stream.yaml --max_eval 200
+    hf-jumplora eval runs/mine --lm_eval hellaswag arc_easy --limit 200
 
-The updates are merged into the base model first. Of plain text the cross-entropy in nats a token is given too.
+The updates are merged into the base model first. Plain text also gets its cross-entropy in nats per token. Tasks of
+lm-eval (extra `eval`) are evaluated on the base model too; the scores of a whole run are kept in its lm_eval.json, and
+its report.html shows them.
 """
 
 import argparse
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..options import StreamArguments, parse_recipe
+from ..report.folder import HARNESS
 
 
 @dataclass
@@ -23,6 +28,9 @@ class EvalArguments:
     eval_mode: str = field(default="generate", metadata={"help": "'generate' (greedy answers) or 'score' (labels)."})
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
     max_length: int = field(default=512, metadata={"help": "Tokens of prompt and answer."})
+    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval, by name."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval tasks of your own (YAML)."})
+    limit: int | None = field(default=None, metadata={"help": "At most this many rows of each lm-eval task."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
     def __post_init__(self):
@@ -57,20 +65,64 @@ def merged_and_encoder(
     return model, Encoder(tokenizer, length, model.config.is_encoder_decoder)
 
 
+def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float]:
+    """{"task metric": score} of a model on the tasks `options.lm_eval` by lm-eval, whose files say how they are asked.
+
+    Raises:
+        ValueError: lm-eval is not installed, or does not know one of the tasks.
+    """
+    names = options.lm_eval or []
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"--lm_eval needs lm-eval ({error}): pip install 'hf-jumplora[eval]'") from error
+    for everything in (False, True):  # the index of lm-eval's own tasks takes a quarter of a minute
+        manager = TaskManager(include_path=options.include_path, include_defaults=everything)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if not unknown:
+            break
+    else:
+        raise ValueError(f"lm-eval has no task {', '.join(unknown)}; --include_path DIR finds tasks of your own")
+    backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    lm = HFLM(
+        model, backend=backend, tokenizer=encoder.tokenizer, max_length=encoder.max_length,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    found = simple_evaluate(
+        lm, tasks=names, limit=options.limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+    )
+    return {
+        f"{task} {key.removesuffix(',none')}": value
+        for task, scores in found["results"].items()
+        for key, value in scores.items()
+        if isinstance(value, float) and "_stderr," not in key
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Print the scores, a line for each task."""
-    from ..data import LanguageModelTask, TextTask
-    from ..trainer.scoring import evaluate_task, evaluate_text
-
     options, stream = parse_recipe((EvalArguments, StreamArguments), args.options, prog="hf-jumplora eval STACK")
-    if stream.stream is None:
-        raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md)")
-    tasks = [task for task in stream.load() if task.eval_dataset is not None]
-    if not tasks:
+    if stream.stream is None and not options.lm_eval:
+        raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md); or --lm_eval")
+    tasks = [task for task in stream.load() if task.eval_dataset is not None] if stream.stream else []
+    if stream.stream and not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
     model, encoder = merged_and_encoder(
         args.stack, options.base_model, options.tasks, options.revision, options.max_length
     )
+    scores = _stream_scores(model, encoder, tasks, options)
+    if options.lm_eval:
+        scores |= _harness_scores(args.stack, model, encoder, options)
+    if options.json:
+        print(json.dumps(scores, indent=2))
+
+
+def _stream_scores(model: Any, encoder: Any, tasks: list, options: EvalArguments) -> dict[str, dict[str, float]]:
+    from ..data import LanguageModelTask, TextTask
+    from ..trainer.scoring import evaluate_task, evaluate_text
+
     scores: dict[str, dict[str, float]] = {}
     for task in tasks:
         if isinstance(task, LanguageModelTask):
@@ -84,5 +136,25 @@ def run(args: argparse.Namespace) -> None:
                 f"{k} {v:.4f}" if k == "cross_entropy" else f"{k} {100 * v:.1f} %" for k, v in scores[task.name].items()
             ]
             print(f"{task.name:<24} {', '.join(shown)}", flush=True)
-    if options.json:
-        print(json.dumps(scores, indent=2))
+    return scores
+
+
+def _harness_scores(stack: str, model: Any, encoder: Any, options: EvalArguments) -> dict[str, dict[str, float]]:
+    """{"task metric": {"base", "stack"}} by lm-eval; kept in the folder of a run that was evaluated whole."""
+    from ..stack.disk import write_json
+    from ..stack.load import load_base, open_stack
+
+    folder, manifest, _ = open_stack(stack, options.tasks, options.revision)
+    after = harness(model, encoder, options)
+    before = harness(load_base(manifest, options.base_model, str(folder)), encoder, options)
+    scores = {key: {"base": before[key], "stack": after[key]} for key in after}
+    if not options.json:
+        for key, row in scores.items():
+            print(f"{key:<40} {row['base']:.4f} before training, {row['stack']:.4f} with the stack")
+    if options.tasks is None and (Path(stack) / "metrics.json").is_file():
+        from ..report.folder import read_run
+        from ..report.page import write_page
+
+        write_json(Path(stack) / HARNESS, {"after": len(manifest.tasks), "limit": options.limit, "scores": scores})
+        write_page(Path(stack) / "report.html", [read_run(stack)])
+    return scores

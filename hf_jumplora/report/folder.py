@@ -16,6 +16,7 @@ from typing import Any
 
 HISTORY = "history.jsonl"
 PREDICTIONS, ROWS = "predictions", "rows.jsonl"
+HARNESS = "lm_eval.json"  # {"after": finished tasks, "limit", "scores": {"task metric": {"base", "stack"}}}
 
 
 def after(stage: int) -> str:
@@ -25,14 +26,15 @@ def after(stage: int) -> str:
 
 @dataclass
 class StoredRun:
-    """path, the content of metrics.json and run.json (empty without one), of history.jsonl in order, and the versions
-    that stack.json names."""
+    """path, the content of metrics.json and run.json (empty without one), of history.jsonl in order, the versions that
+    stack.json names, and the content of lm_eval.json (empty without one)."""
 
     path: Path
     metrics: dict[str, Any]
     settings: dict[str, Any]
     history: list[dict[str, Any]]
     versions: dict[str, str] = field(default_factory=dict)
+    harness: dict[str, Any] = field(default_factory=dict)
     _answers: dict[int, dict[tuple[str, int], dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -81,7 +83,13 @@ def read_run(path: str | Path) -> StoredRun:
     order = {info["name"]: k for k, info in enumerate(metrics["trained"])}
     history = [latest[key] for key in sorted(latest, key=lambda key: (order.get(key[0], len(order)), key[1]))]
     versions = _json(path / "stack.json").get("versions", {}) if (path / "stack.json").is_file() else {}
-    return StoredRun(path, metrics, settings, history, versions)
+    harness = _json(path / HARNESS) if (path / HARNESS).is_file() else {}
+    rows = harness.get("scores", {})
+    if not isinstance(rows, dict) or not all(
+        isinstance(row, dict) and {"base", "stack"} <= row.keys() for row in rows.values()
+    ):
+        raise ValueError(f"{path / HARNESS}: not what `hf-jumplora eval --lm_eval` writes")
+    return StoredRun(path, metrics, settings, history, versions, harness)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
         "rows": list(zip(["before training", *names], metrics["matrix"], strict=True)),
         "verdict": judge(stored),
         "general": general_rows(metrics) if len(metrics["matrix"]) > 1 else [],
+        "harness": _harness(stored.harness),
         "overlap": [[names[i], info["overlap"]] for i, info in enumerate(metrics["trained"]) if info.get("overlap")],
         "collision": [
             [names[i], info["collision"]] for i, info in enumerate(metrics["trained"]) if info.get("collision")
@@ -70,6 +71,14 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
         content["accuracy"] = accuracy_over_time(metrics)
         content["steps"], content["layers"] = over_steps(stored.history), layers(metrics["trained"])
     return content
+
+
+def _harness(found: dict[str, Any]) -> list[list[str]]:
+    """The scores of lm-eval before training and after so many tasks; the head alone where there are none."""
+    rows = [["lm-eval", "base model", f"after {found.get('after')} tasks", "change"]]
+    for key, row in found.get("scores", {}).items():
+        rows.append([key, f"{row['base']:.4f}", f"{row['stack']:.4f}", f"{row['stack'] - row['base']:+.4f}"])
+    return rows
 
 
 def _flipped(stored: StoredRun) -> list[dict[str, Any]]:

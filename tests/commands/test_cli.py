@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -122,7 +123,7 @@ def write_stream(folder):
     return folder / "stream.yaml"
 
 
-def test_train_and_eval(toy_base, tmp_path, capsys):
+def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
     """From a YAML file to a stack, whose scores `eval` finds again; and what is wrong is one line."""
     stream, config, out = write_stream(tmp_path), tmp_path / "run.yaml", tmp_path / "out"
     options = {
@@ -144,7 +145,44 @@ def test_train_and_eval(toy_base, tmp_path, capsys):
     assert stop.value.code == 2
     config.write_text("stream: x\n")
     assert main(["train", str(config), "--use_cpu", "True"]) == 2
-    errors = capsys.readouterr().err.splitlines()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", str(out), "--lm_eval", "hellaswag"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-jumplora")]
+    assert "pip install 'hf-jumplora[eval]'" in errors.pop()
     assert "'--lerning_rate', '1'" in errors[0]
     assert "has no model_name_or_path: give it there or as --model_name_or_path" in errors[1]
     assert len(errors) == 2
+
+
+TASK = """
+task: toy_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: [tiny, huge]
+doc_to_target: label
+"""
+
+
+def test_lm_eval(toy_run, tmp_path, capsys, monkeypatch):
+    """A local task, on the base and on the merged model; the page of the run shows both."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run, task = tmp_path / "run", toy.tasks()[0]
+    rows = [
+        {"prompt": task.render(row["sentence"]), "label": task.labels.index(row["label"])} for row in task.eval_dataset
+    ]
+    shutil.copytree(toy_run.output_dir, run)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "toy_choice.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.json")))
+    argv = ["eval", str(run), "--max_length", "32", "--include_path", str(tmp_path), "--lm_eval"]
+    assert main([*argv, "toy_choice", "--json", "true"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    page = (run / "report.html").read_text()
+    for key, row in scores.items():
+        assert key.startswith("toy_choice acc")
+        assert f"<th>{key}</th><td>{row['base']:.4f}</td><td>{row['stack']:.4f}</td>" in page
+    untrained, *_, last = toy_run.record.matrix  # lm-eval takes the likeliest answer, as eval_mode="score" does
+    assert scores["toy_choice acc"] == {"base": untrained[0], "stack": last[0]}

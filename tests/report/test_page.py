@@ -1,5 +1,6 @@
 """report.html: what it shows, that it needs nothing beside it, and that a real browser shows it without a complaint."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ def page(tmp_path):
     general = [{"wiki cross_entropy": 3.0}, {}, {}, {"wiki cross_entropy": 3.01}]
     names = ["first", EVIL, "third"]
     run = write_run(tmp_path / "run", names, steps=5, layers=2, flips={"first": (4, 1)}, general=general)
+    scores = {"arc_<easy> acc": {"base": 0.5, "stack": 0.45}}
+    (run / "lm_eval.json").write_text(json.dumps({"after": 3, "limit": None, "scores": scores}))
     with toy.pictures():
         assert main(["report", str(run)]) == 0
     return run / "report.html"
@@ -56,6 +59,7 @@ def test_what_it_shows(page):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in parsed.addresses)
     for words in (
         "Average accuracy (AA)", "AA = mean_j a[T-1][j]", "Backward transfer", "FWT (GEM)", "DON&#39;T SHIP",
+        "after 3 tasks", "<th>arc_&lt;easy&gt; acc</th><td>0.5000</td><td>0.4500</td><td>-0.0500</td>",
         "wiki cross-entropy", "first: 4 rows from right to wrong, 1 from wrong to right", "Row 2 &lt;b&gt;of&lt;/b&gt;",
         "arguments.learning_rate", "Where in the network each task lives", "How much the tasks share",
     ):  # fmt: skip
