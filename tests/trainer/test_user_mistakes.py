@@ -257,8 +257,8 @@ def test_answers_that_are_no_classes(method, model_class, options, labels, messa
 
 
 def test_a_batch_without_labels_is_named(toy_base, tmp_path):
-    row = {"input_ids": [3, 4, 5], "attention_mask": [1] * 3}
-    rows = Dataset.from_list([{**row, "labels": [3, 4, 5]}] * 15 + [{**row, "labels": [-100] * 3}])
+    row = {"input_ids": [3, 4, 5], "attention_mask": [1] * 3}  # nothing stands before its one label:
+    rows = Dataset.from_list([{**row, "labels": [3, 4, 5]}] * 15 + [{**row, "labels": [3, -100, -100]}])
     run = toy.make_run(toy_base, tmp_path, "inclora", [Task("a", rows)], per_device_train_batch_size=1)
     with pytest.raises(FloatingPointError, match="or a batch had no label to learn from"):
         run.train()
