@@ -28,7 +28,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"aliases": ["--model"], "help": "Folder or Hub id; None: a tiny one, made on the spot."},
+        metadata={"aliases": ["--model"], "help": "Folder or Hub id; None: a tiny model, made on the spot."},
     )
     dtype: str = field(default="auto", metadata={"help": "'auto', 'float32', 'bfloat16', ..."})
 
@@ -47,13 +47,13 @@ class StreamArguments:
         default=None, metadata={"help": "'jumplora' (no data-set name) or 'olora' (task and data set named)."}
     )
     held_out: list[str] | None = field(
-        default=None, metadata={"help": "Tasks of the stream or its catalogue to evaluate and never to train on."}
+        default=None, metadata={"help": "Tasks of the stream or its catalogue that are evaluated but never trained on."}
     )
     general_text: str | None = field(
         default=None,
         metadata={
-            "help": "Text of no task, whose cross-entropy is measured before and after: a file (.txt, .jsonl, ...) or "
-            "a Hub data set, ID or ID:CONFIG, with a column 'text'."
+            "help": "Text that belongs to no task, whose cross-entropy is measured before and after: a file "
+            "(.txt, .jsonl, ...) or a Hub data set, ID or ID:CONFIG, with a column 'text'."
         },
     )
 

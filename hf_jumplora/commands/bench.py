@@ -2,8 +2,8 @@
 
     hf-jumplora bench --stream my_stream.yaml --methods inclora jumplora-best --seeds 3 --output_dir runs/bench
 
-Each run is a process of its own and one file below OUTPUT_DIR/cells. The same command again goes on where it was
-stopped; more methods or seeds may be named then. table.md, results.json and accuracy.png are brought up to date after
+Each run is a separate process and one file below OUTPUT_DIR/cells. After an interruption the same command continues
+where it stopped; it may then name more methods or seeds. table.md, results.json and accuracy.png are updated after
 every run.
 """
 
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, default), causal or smollm2")
     parser.add_argument("--model_name_or_path", help="folder or Hub id; without it: all-MiniLM-L6-v2, or a tiny Llama")
     parser.add_argument("--prompt_style", help="jumplora or olora (data set named in the prompt); no encoder")
-    parser.add_argument("--held_out", nargs="+", metavar="NAME", help="tasks to evaluate and never to train on")
-    parser.add_argument("--general_text", help="text of no task: a file, or a Hub data set; no encoder")
+    parser.add_argument("--held_out", nargs="+", metavar="NAME", help="tasks that are evaluated but never trained on")
+    parser.add_argument("--general_text", help="text that belongs to no task: a file, or a Hub data set; no encoder")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
-    parser.add_argument("--threads", type=int, help="threads a run (the cores divided by the jobs)")
-    parser.add_argument("--prefix", default="", help="words before each run's command, such as 'nice -n 5'")
+    parser.add_argument("--threads", type=int, help="threads per run (default: cores divided by jobs)")
+    parser.add_argument("--prefix", default="", help="words to put before each run's command, such as 'nice -n 5'")
     parser.add_argument("--retry_failed", action="store_true", help="repeat runs that ended with an error")
 
 

@@ -1,9 +1,10 @@
-"""SHIP or DON'T SHIP: whether a run lost more than it may, and why. Exit code 0, 1, or 2 after an error.
+"""SHIP or DON'T SHIP: whether a run lost more than the limits allow, and why. Exit code 0, 1, or 2 after an error.
 
     hf-jumplora check runs/mine --against runs/last_month --max_forgetting 3
 
 With stored predictions it counts the rows that went from right to wrong, and a paired test on the same rows (McNemar,
-exact) says whether a difference is more than noise. What was not measured is named and does not count.
+exact) says whether a difference is more than noise. Whatever was not measured is listed and does not affect
+the verdict.
 """
 
 import argparse
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora check`."""
     parser.add_argument("run", help="output_dir of a run")
     parser.add_argument("--against", metavar="RUN", help="another run on the same tasks")
-    parser.add_argument("--limits", metavar="YAML", help="a file with the limits below as keys; options win over it")
+    parser.add_argument(
+        "--limits", metavar="YAML", help="a file with the limits below as keys; options take precedence"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     for item in fields(Limits):
         names = [f"--{item.name}", *([f"--{item.name.replace('_', '-')}"] if "_" in item.name else [])]

@@ -15,22 +15,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the differences, a line each."""
+    """Print the differences, one per line."""
     result = diff(args.first, args.second)
     first, second = result["method"]
-    lines = ["base model: another one"] if result["base"] else []
+    lines = ["base model: different"] if result["base"] else []
     if first != second:
         lines.append(f"method: {first} / {second}")
     lines += [f"only in {args.first}: {name}" for name in result["only_first"]]
     lines += [f"only in {args.second}: {name}" for name in result["only_second"]]
     if result["order"]:
-        lines.append("order: another one")
+        lines.append("order: different")
     for name, row in result["tasks"].items():
         if row["same"]:
             continue
         if row["kept"] is None:
-            lines.append(f"{name}: adapts other layers")
+            lines.append(f"{name}: adapts different layers")
         else:
             change = "-" if row["update"] is None else f"{row['update']:.3g}"
             lines.append(f"{name}: update differs by {change} of its norm, supports agree in {row['kept']:.1%}")
-    print("\n".join(lines) or "no difference in what they compute")
+    print("\n".join(lines) or "both compute the same")

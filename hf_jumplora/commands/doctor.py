@@ -1,8 +1,8 @@
-"""Say what is installed, which arithmetic a run would take here, and what will not work and why.
+"""Say what is installed, which backend a run would use here, and what will not work and why.
 
     hf-jumplora doctor
 
-Exit code 0 where runs work, 1 where a library is too old for them.
+Exit code 0 if runs work, 1 if a library is too old.
 """
 
 import argparse
@@ -59,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if len(devices) == 1:
         missing.append(f"a GPU: torch {torch.__version__} sees none; {BACKEND_VARIABLE} chooses the arithmetic")
-    print("\n".join(["will not work:", *(f"  {line}" for line in bad + missing)]) if bad + missing else "all is there")
+    print(
+        "\n".join(["will not work:", *(f"  {line}" for line in bad + missing)])
+        if bad + missing
+        else "everything is available"
+    )
     return 1 if bad else 0
 
 
@@ -67,4 +71,4 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "(a version that nobody recorded)"
+        return "(unknown version)"

@@ -1,10 +1,10 @@
-"""Plan the memory of a training run: a process (GPU) under DDP, ZeRO, FSDP2 and over a 4-bit base.
+"""Estimate the memory of a training run, per process (GPU), under DDP, ZeRO, FSDP2 and over a 4-bit base.
 
     hf-jumplora estimate llama-2-7b --processes 8
 
-MODEL is llama-2-7b, llama-2-13b, llama-2-70b, a folder or a Hub id; of the latter config.json alone is read. Weights
+MODEL is llama-2-7b, llama-2-13b, llama-2-70b, a folder or a Hub id; only its config.json is read. Weights
 and activations are counted on the model's own code, without weights. Not counted: the CUDA context and what the
-allocator loses (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).
+allocator wastes (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).
 """
 
 import argparse
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of the repository")
     parser.add_argument("--processes", type=int, default=1, help="GPUs in all (default 1)")
     parser.add_argument("--batch", type=int, default=8, help="per_device_train_batch_size (default 8)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row (default 512)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument(
-        "--method", default="jumplora", help="of those with an adapter a task: jumplora, inclora, ella, kfac, ..."
+        "--method", default="jumplora", help="one that trains an adapter per task: jumplora, inclora, ella, kfac, ..."
     )
     parser.add_argument("--r", type=int, default=8, help="rank (default 8)")
     parser.add_argument("--target_modules", nargs="+", help="adapted layers; default: query and value; or all-linear")
@@ -69,7 +69,7 @@ def text(args: argparse.Namespace, rows: dict[str, dict[str, int]]) -> str:
     lines = [
         f"{args.model}, {args.dtype}, {args.method} after {args.tasks} tasks, {args.processes} processes, "
         f"{args.batch} x {args.length} tokens each{how}",
-        "GiB a process; host: memory of the CPU a process, on top",
+        "GiB per process; host: CPU memory per process, in addition",
         "",
         f"{'':<13}" + "".join(f"{column:>12}" for column in columns),
     ]

@@ -20,13 +20,13 @@ from ..report.folder import HARNESS
 
 @dataclass
 class EvalArguments:
-    """What is evaluated, and how."""
+    """What to evaluate, and how."""
 
     tasks: list[str] | None = field(default=None, metadata={"help": "Some of the stack's tasks; None: all of them."})
     base_model: str | None = field(default=None, metadata={"help": "Folder or Hub id; None: the one the stack names."})
     revision: str | None = field(default=None, metadata={"help": "Of the repository; tag task-002: after that task."})
     eval_mode: str = field(default="generate", metadata={"help": "'generate' (greedy answers) or 'score' (labels)."})
-    batch_size: int = field(default=8, metadata={"help": "Rows at once."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     max_length: int = field(default=512, metadata={"help": "Tokens of prompt and answer."})
     lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval, by name."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval tasks of your own (YAML)."})

@@ -1,4 +1,4 @@
-"""Export a stack for servers that do not know this package.
+"""Export a stack for software that does not know this package.
 
     hf-jumplora export runs/mine --format lora --rank 16 --out exported
 
@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("lora", "sparse"), required=True)
     parser.add_argument("--rank", type=int, help="lora: rank of every layer")
     parser.add_argument("--energy", type=float, help="lora: fraction of each layer's ||update||^2 to keep, e.g. 0.99")
-    parser.add_argument("--min-energy", type=float, default=0.9, help="lora: refuse to keep less in all (default 0.9)")
-    parser.add_argument("--force", action="store_true", help="lora: write it all the same")
+    parser.add_argument("--min-energy", type=float, default=0.9, help="lora: refuse to keep less overall (default 0.9)")
+    parser.add_argument("--force", action="store_true", help="lora: write it anyway")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="sparse: of the values")
-    parser.add_argument("--stream", help="lora: stream file; its eval sets tell what the export costs")
+    parser.add_argument("--stream", help="lora: stream file; its eval sets show what the export costs")
     parser.add_argument("--data_dir", help="lora: folder with the stream's data")
-    parser.add_argument("--max_eval", type=int, help="lora: at most so many eval rows a task")
+    parser.add_argument("--max_eval", type=int, help="lora: at most this many eval rows per task")
     parser.add_argument("--base_model", help="lora with --stream: folder or Hub id of the base")
 
 

@@ -1,4 +1,4 @@
-"""List the methods: their names for `--method`, how adapters follow one another, and where they are from.
+"""List the methods: their names for `--method`, how their adapters follow one another, and the papers they come from.
 
 hf-jumplora methods
 """

@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     later = [name for name in manifest.task_names[first + 1 :] if name not in names]
     if later:
         print(
-            f"Not undone: {', '.join(later)} were trained with {names[0]} in place. Their updates are as they were, "
-            "and may depend on it; to be free of it altogether, train them again."
+            f"Not undone: {', '.join(later)} were trained with {names[0]} in place. Their updates are unchanged "
+            "and may depend on it; to remove its influence entirely, train them again."
         )

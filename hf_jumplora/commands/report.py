@@ -1,4 +1,4 @@
-"""Write one page of one or several runs, side by side: report.html, which needs nothing beside it.
+"""Write report.html: one self-contained page about one run, or several runs side by side.
 
 hf-jumplora report runs/mine runs/last_month --output compare.html
 """

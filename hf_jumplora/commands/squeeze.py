@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of every layer, at most its own")
     parser.add_argument("--energy", type=float, help="fraction of each layer's ||BA||^2 to keep, e.g. 0.99")
     parser.add_argument("--min-energy", type=float, default=0.9, help="refuse a task that keeps less (default 0.9)")
-    parser.add_argument("--force", action="store_true", help="write it all the same")
+    parser.add_argument("--force", action="store_true", help="write it anyway")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Train a causal or seq2seq model on a stream of text tasks, one after the other, as a YAML file says.
+"""Train a causal or seq2seq model on a stream of text tasks, one after the other, configured by a YAML file.
 
     hf-jumplora train my_run.yaml --learning_rate 1e-3
 
@@ -7,8 +7,8 @@
     stream: my_stream.yaml
     output_dir: runs/mine
 
-Its keys are the options of the recipes, and options on the line win over it; `hf-jumplora train CONFIG --help` lists
-all of them. The same command after an interruption goes on where it stopped. For several processes:
+Its keys are the options of the recipes, and options on the command line take precedence; `hf-jumplora train CONFIG
+--help` lists all of them. After an interruption the same command continues where it stopped. For several processes:
 `accelerate launch -m hf_jumplora train CONFIG.yaml`. Exit code 0, or 2 after a mistake, which is one line.
 """
 
@@ -21,7 +21,9 @@ from ..options import MethodArguments, ModelArguments, StreamArguments, parse_re
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora train`."""
     parser.add_argument("config", help="a YAML file of options")
-    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options that win over the file's")
+    parser.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="options that take precedence over the file's"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

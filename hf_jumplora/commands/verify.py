@@ -22,4 +22,4 @@ def run(args: argparse.Namespace) -> None:
         manifest = verify_stack(args.stack)
     else:
         _, manifest, _ = open_stack(args.stack, revision=args.revision)
-    print(f"{args.stack}: {len(manifest.tasks)} tasks ({', '.join(manifest.task_names)}), every file is whole")
+    print(f"{args.stack}: {len(manifest.tasks)} tasks ({', '.join(manifest.task_names)}), all files are intact")

@@ -127,12 +127,12 @@ def warning(result: dict[str, Any]) -> str | None:
 
 
 GENERAL = (
-    "Accuracies in %, cross-entropy in nats a token, on what nobody trained on and on plain text. The row `change` is "
-    "the last one less the first."
+    "Accuracies in %, cross-entropy in nats per token, on held-out tasks and on plain text. The row `change` is the "
+    "last row minus the first."
 )
 NOT_MEASURED = (
-    "not measured: give `general_text` (text of no task: its cross-entropy), or tasks with `held_out=True` "
-    "(their accuracy)"
+    "not measured: give `general_text` (text that belongs to no task, for its cross-entropy), or tasks with "
+    "`held_out=True` (for their accuracy)"
 )
 
 

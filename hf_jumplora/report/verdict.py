@@ -157,7 +157,7 @@ def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
     for key in keys:
         change = rows[-1][key] - rows[0][key]
         if key.endswith(" cross_entropy"):
-            says = f"{change:+.4f} nats a token (at most +{limits.max_general_loss:g})"
+            says = f"{change:+.4f} nats per token (at most +{limits.max_general_loss:g})"
             check(f"general ability, {key}", _at_most(change, limits.max_general_loss), says)
         else:
             unit = unit_of(key.split(" ")[1], [row.get(key) for row in rows])
@@ -168,7 +168,7 @@ def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
 
 def _check_against(check: Any, stored: StoredRun, other: StoredRun, limits: Limits) -> None:
     if set(stored.metrics["tasks"]) != set(other.metrics["tasks"]):
-        raise ValueError(f"{other.path} has other tasks than {stored.path}: nothing to compare")
+        raise ValueError(f"{other.path} has other tasks than {stored.path}: they cannot be compared")
     ours, theirs = stored.metrics.get("average_accuracy"), other.metrics.get("average_accuracy")
     if ours is None or theirs is None:
         check(f"against {other.name}", None, "not measured: a run without an average accuracy")
@@ -188,7 +188,7 @@ def _check_against(check: Any, stored: StoredRun, other: StoredRun, limits: Limi
         won = sum(mine[key]["correct"] and not its[key]["correct"] for key in both)
         p = mcnemar(lost, won)
         real = p < limits.alpha
-        says += f"; of {len(both)} rows {lost} are right only there, {won} only here: "
+        says += f"; of {len(both)} rows {lost} are right only in that run, {won} only in this one: "
         says += f"{'more' if real else 'not more'} than noise (p = {p:.2g})"
         ok = ok or not real
     check(f"against {other.name}", ok, says)

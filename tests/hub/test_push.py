@@ -183,7 +183,7 @@ def test_damaged_folder_is_not_pushed(folder, hub, monkeypatch):
 def test_command(folder, hub, capsys):
     """`hf-jumplora push`: where to is said once."""
     assert main(["push", str(folder)]) == 2
-    assert "say where to with --repo" in capsys.readouterr().err
+    assert "never been pushed: give --repo" in capsys.readouterr().err
     hub.fail(403, "/tag/", times=1)
     assert main(["push", str(folder), "--repo", "me/stack", "--private"]) == 2
     assert "hf auth login" in capsys.readouterr().err

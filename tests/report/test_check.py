@@ -81,7 +81,7 @@ def test_against_with_predictions(tmp_path, capsys, lost, ships):
     run = write_run(tmp_path / "run", NAMES, matrix=[*GOOD[:-1], [0.85, 0.8, 0.68]], flips={"first": (lost, 0)})
     code, result = check(capsys, run, "--against", good, "--max_forgetting", 100, "--max_task_loss", 100)
     assert code == (0 if ships else 1)
-    assert f"of 120 rows {lost} are right only there, 0 only here" in result["checks"][-1]["says"]
+    assert f"of 120 rows {lost} are right only in that run, 0 only in this one" in result["checks"][-1]["says"]
     assert result["flips"][0] == {"task": "first", "right_to_wrong": lost, "wrong_to_right": 0, "p": mcnemar(lost, 0)}
 
 

@@ -56,7 +56,7 @@ def test_before_and_after_each_task(eval_tasks, toy_base, tmp_path):
     for text in (report, card):
         assert f"| {change:+.4f} |" in text
         assert "| mood | - | 32 | 8 | accuracy | own | no, held out |" in text
-    assert "was not measured here" not in card
+    assert "outside the tasks was not measured" not in card
 
 
 def test_a_run_without_says_so(toy_run):
