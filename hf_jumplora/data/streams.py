@@ -282,7 +282,7 @@ def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, 
         found = row.get(column)
         if found is None or found != found:  # pandas writes NaN for nothing
             problem = "is empty" if column in row else "does not exist"
-            raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(sorted(row))}")
+            raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(map(short, sorted(row)))}")
         if not isinstance(found, (str, int, float)):
             raise ValueError(
                 f"{where}: column {column!r} holds no text but a {type(found).__name__}, {short(found)}: name a column "

@@ -58,6 +58,7 @@ def test_answers():
     assert first_letter("B. Because it rains", "b\nBecause of that") == 1
     assert first_letter("", "") == 0
     assert fold(" A\tb ") == "a b"
+    assert rouge_l("", " ") == edit_similarity(" ", "") == 1
 
 
 @pytest.mark.parametrize("name", TEXT_METRICS)

@@ -15,6 +15,7 @@ def factors(shape=(17, 33), rank=3, dtype=torch.float32, seed=0):
     A = torch.randn(rank, in_features, generator=g) * 0.3
     B = torch.randn(out_features, rank, generator=g) * 0.3
     past = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < 0.4)
+    past[:, -1] *= in_features == 1  # of several columns one without an entry
     log_tau = (B @ A).abs().flatten().quantile(0.7).log().reshape(1) + 1e-4
     return [t.to(dtype) for t in (A, B, log_tau, past)]
 
@@ -96,6 +97,12 @@ def test_no_past_no_penalty(form):
     assert (A.grad == 0).all()
 
 
+def test_a_small_past_has_small_numbers():
+    """16 bytes an entry."""
+    found = sparse_past(factors()[3])
+    assert {t.dtype for t in found} == {torch.int32, torch.float32}
+
+
 def test_keeps_nothing_of_the_weights_size():
     A, B, log_tau, past = (t.requires_grad_(t.shape != (60, 50)) for t in factors((60, 50), rank=2))
     saved = []
@@ -124,7 +131,7 @@ def test_l1_is_dense_autograd(monkeypatch, relative_error, gated, mix, with_free
     monkeypatch.setattr(blocked, "BLOCK_ENTRIES", 100)
     tensors = factors((23, 41))
     free = torch.rand(23, 41, generator=torch.Generator().manual_seed(1)) < 0.7 if with_free else torch.ones(23, 41) > 0
-    options = {"mix": mix, "bandwidth": tensors[2].exp().item(), "threshold_grad": "sum"}
+    options = {"mix": mix, "bandwidth": tensors[2].exp().item(), **({"threshold_grad": "sum"} if with_free else {})}
     results = []
     for dense in (False, True):
         A, B, log_tau = leaves = [(t.double() if dense else t.clone()).requires_grad_() for t in tensors[:3]]

@@ -23,22 +23,23 @@ def dense(A, B, terms, scaling, log_tau, mix, free):
 
 @pytest.mark.parametrize(("out", "inside", "r"), [(7, 5, 2), (33, 70, 3), (1, 4, 1)])
 @pytest.mark.parametrize("gate", [None, 0.0, 0.6, 1.0])
-@pytest.mark.parametrize("kind", ["both", "input only", "roots"])
+@pytest.mark.parametrize("kind", ["both", "input only", "roots", "roots of input only"])
 @pytest.mark.parametrize("closed", [False, True])
 def test_against_dense(out, inside, r, gate, kind, closed, relative_error):
     torch.manual_seed(0)
     A, B = torch.randn(r, inside, requires_grad=True), torch.randn(out, r, requires_grad=True)
-    terms = [(None if kind == "input only" else psd(out, k), psd(inside, k + 9)) for k in range(2)]
+    terms = [(None if "input only" in kind else psd(out, k), psd(inside, k + 9)) for k in range(2)]
     given = [tuple(None if t is None else t.float() for t in pair) for pair in terms]
-    if kind == "roots":
-        given = [
-            tuple(torch.linalg.cholesky(t + 1e-9 * t.trace() * torch.eye(len(t))).float() for t in p) for p in terms
+    roots = kind.startswith("roots")
+    if roots:
+        root = [
+            [None if t is None else torch.linalg.cholesky(t + 1e-9 * t.trace() * torch.eye(len(t))).float() for t in p]
+            for p in terms
         ]
+        given = [(G, C) for G, C in root]
     log_tau = None if gate is None else torch.tensor([-0.5], requires_grad=True)
     free = torch.rand(out, inside) > 0.3 if closed and gate is not None else None
-    value = quadratic_penalty(
-        A, B, given, scaling=1.5, log_tau=log_tau, mix=gate or 0.0, free=free, roots=kind == "roots"
-    )
+    value = quadratic_penalty(A, B, given, scaling=1.5, log_tau=log_tau, mix=gate or 0.0, free=free, roots=roots)
     (3 * value).backward()
     A64, B64 = A.detach().double().requires_grad_(), B.detach().double().requires_grad_()
     expected = dense(A64, B64, terms, 1.5, log_tau, gate, free)
