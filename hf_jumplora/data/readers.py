@@ -41,6 +41,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises FileNotFoundError, or ValueError naming the file (and the line) when it cannot be read.
     """
+    if len(path.name) > 255:  # what a file system takes; the error of this one would quote it whole
+        raise FileNotFoundError(f"data file {path.parent / path.name[:100]}... does not exist: its name is too long")
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     kind = path.suffix.lower()

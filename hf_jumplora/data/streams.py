@@ -186,9 +186,9 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
         else:
             fits, wanted = isinstance(value, str), "a string"
         if not fits:
-            raise ValueError(f"{where}: {key!r} must be {wanted}, found {short(value)}")
+            raise ValueError(f"{where}: {short(key)} must be {wanted}, found {short(value)}")
     for key in required - set(entry):
-        raise ValueError(f"{where}: key {key!r} is missing")
+        raise ValueError(f"{where}: key {short(key)} is missing")
 
 
 def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str, held_out: bool):
@@ -263,7 +263,8 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
             metric=entry.get("metric", "accuracy"), max_answer=entry.get("max_answer"),
         )  # fmt: skip
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        says = str(error)  # values of thousands of letters are not shown whole
+        raise ValueError(f"{where}: {says if len(says) < 2000 else f'{says[:1000]} ... {says[-500:]}'}") from error
 
 
 def _drawn(rows: list[dict] | None, limit: int | None) -> list[dict] | None:
@@ -282,11 +283,13 @@ def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, 
         found = row.get(column)
         if found is None or found != found:  # pandas writes NaN for nothing
             problem = "is empty" if column in row else "does not exist"
-            raise ValueError(f"{where}: column {column!r} {problem}; there are {', '.join(map(short, sorted(row)))}")
+            raise ValueError(
+                f"{where}: column {short(column)} {problem}; there are {', '.join(map(short, sorted(row)))}"
+            )
         if not isinstance(found, (str, int, float)):
             raise ValueError(
-                f"{where}: column {column!r} holds no text but a {type(found).__name__}, {short(found)}: name a column "
-                "of texts, or turn it into text first"
+                f"{where}: column {short(column)} holds no text but a {type(found).__name__}, {short(found)}: name a "
+                "column of texts, or turn it into text first"
             )
         return str(found)
 
