@@ -236,6 +236,10 @@ class ContinualRun:
         self.truncated = dict(self.plan.encoder.truncated)  # before evaluation, which counts too
         sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
         check_ramps(self.plan, [row_count(rows) for rows in sets])
+        for index, task in enumerate(self.plan.tasks):
+            for strategy in task.strategies:  # none in joint training
+                if sets[index] is not None:
+                    strategy.training_data(sets[index], index, sets[:index])  # refuses rows before any task is trained
         return sets
 
     def _restore(self) -> int:

@@ -101,7 +101,7 @@ def test_refused(toy_base, tmp_path):
     def run(strategies, method="inclora"):
         task = toy.tasks(1, train=8)[0]
         task.strategies = strategies
-        return toy.make_run(toy_base, tmp_path, method, stream=[task])
+        return toy.make_run(toy_base, tmp_path, method, stream=[toy.tasks(2)[1], task])
 
     encoder = Encoder(AutoTokenizer.from_pretrained(toy_base), 32, seq2seq=False)
     same = encoder.train_rows(toy.tasks(1, train=8)[0])
