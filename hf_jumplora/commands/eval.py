@@ -11,6 +11,7 @@ its report.html shows them.
 import argparse
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,13 @@ def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float
     """{"task metric": score} of a model on the tasks `options.lm_eval` by lm-eval, whose files say how they are asked.
 
     Raises:
-        ValueError: lm-eval is not installed, or does not know one of the tasks.
+        ValueError: lm-eval does not know one of the tasks.
     """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     names = options.lm_eval or []
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(f"--lm_eval needs lm-eval ({error}): pip install 'hf-jumplora[eval]'") from error
     for everything in (False, True):  # the index of lm-eval's own tasks takes a quarter of a minute
         manager = TaskManager(include_path=options.include_path, include_defaults=everything)
         unknown = [name for name in names if name not in manager.all_tasks]
@@ -106,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
     options, stream = parse_recipe((EvalArguments, StreamArguments), args.options, prog="hf-jumplora eval STACK")
     if stream.stream is None and not options.lm_eval:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md); or --lm_eval")
+    if options.lm_eval and find_spec("lm_eval") is None:
+        raise ValueError("--lm_eval needs lm-eval: pip install 'hf-jumplora[eval]'")
     tasks = [task for task in stream.load() if task.eval_dataset is not None] if stream.stream else []
     if stream.stream and not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
