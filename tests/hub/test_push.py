@@ -78,7 +78,7 @@ def test_pushing_again_changes_nothing(folder, hub):
     assert hub.count("POST", "/commit/|/tag/") == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_thirty_percent_failures(seed, folder, hub, monkeypatch):
     """Of all requests that change something, and of the others too: all arrives, nothing twice."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

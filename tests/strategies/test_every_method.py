@@ -5,15 +5,18 @@ import dataclasses
 import pytest
 import torch
 import toy
+from peft import PeftModel
 from safetensors.torch import load, save
 from transformers import TrainerCallback
 
+from hf_jumplora import load_stack
 from hf_jumplora.methods import METHODS
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies.base import join_states, state_of
 from hf_jumplora.tuner import named_layers
 
 
+IDS = torch.tensor([[3, 12, 13, 8, 14, 9], [4, 15, 16, 8, 17, 9]])
 RESTART = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -26,6 +29,11 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.output_dir.endswith(self.folder) and state.global_step == 3:
             raise KeyboardInterrupt
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
 
 
 def stream():
@@ -49,6 +57,29 @@ def test_learns_in_every_task(trained):
         updates = [layer.update(adapter) for _, layer in named_layers(run.model, adapter)]
         assert all(torch.isfinite(update).all() for update in updates)
         assert any(update.any() for update in updates)
+
+
+def test_one_model_however_it_is_loaded(trained, toy_base):
+    """Memory, load_stack, its merged form and PeftModel.from_pretrained."""
+    method, run, _ = trained
+    folder, stages = run.output_dir, 1 if method == "mtl" else 3
+    assert len(run.record.matrix) == stages + 1
+    assert all(0 <= score <= 1 for row in run.record.matrix for score in row)
+    manifest = read_manifest(folder)
+    assert manifest.method == method
+    assert manifest.task_names == (["joint"] if method == "mtl" else ["size", "light", "mood"])
+    folders = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert folders - {"checkpoints", "predictions"} == {f"task_{k:03d}" for k in range(stages)}
+
+    base = toy.load_base(toy_base)
+    assert not torch.equal(logits(run.model), logits(base))
+    only = manifest.task_names[-1:] if method == "perlora" else None  # each task is a model of its own
+    assert torch.equal(logits(run.model), logits(load_stack(folder, tasks=only)))
+    merged = load_stack(folder, toy.load_base(toy_base), tasks=only, merge=True)
+    assert type(merged) is type(base)
+    assert torch.equal(logits(run.model), logits(merged))
+    loaded = PeftModel.from_pretrained(base, folder, subfolder=manifest.tasks[-1]["folder"])
+    torch.testing.assert_close(logits(run.model), logits(loaded), rtol=1e-5, atol=1e-5)
 
 
 def test_a_restart_in_mid_task_gives_the_same_bits(trained, toy_base, tmp_path):

@@ -86,7 +86,9 @@ def test_only_at_the_end(two, toy_base, tmp_path):
         ContinualRun.from_stack(joint, toy.tasks(3)[2:], joint)
 
 
-@pytest.mark.parametrize("method", ["jumplora", "jumplora-ella", "seqlora"])
+@pytest.mark.parametrize(
+    "method", ["jumplora-ella", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jumplora", "seqlora"))]
+)
 def test_from_the_hub_on_a_fresh_machine(method, local_hub, toy_base, tmp_path):
     """Same adapter as the uninterrupted run, same scores of the tasks at hand, one commit more in the repository."""
     straight, first = tmp_path / "straight", tmp_path / "first"

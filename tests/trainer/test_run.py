@@ -23,6 +23,7 @@ from hf_jumplora.trainer.run import RunOutput
 from hf_jumplora.tuner import named_layers
 
 
+SLOW = pytest.mark.slow  # another case of a kind that the default run has
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9], [4, 15, 16, 8, 17, 9]])
 
 
@@ -44,35 +45,14 @@ def files(folder):
     return out
 
 
-# ---- every method, end to end ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_method(method, toy_base, tmp_path):
-    """Memory, load_stack, its merged form and PeftModel.from_pretrained are one model."""
-    run = toy.make_run(toy_base, tmp_path, method)
-    result = run.train().metrics
-    stages = 1 if method == "mtl" else 3
-    assert len(result["matrix"]) == stages + 1
-    assert all(0 <= score <= 1 for row in result["matrix"] for score in row)
-    manifest = read_manifest(tmp_path)
-    assert manifest.method == method
-    assert manifest.task_names == (["joint"] if method == "mtl" else ["size", "light", "mood"])
-    folders = {p.name for p in tmp_path.iterdir() if p.is_dir()}
-    assert folders - {"checkpoints", "predictions"} == {f"task_{k:03d}" for k in range(stages)}
-
-    base = toy.load_base(toy_base)
-    assert not torch.allclose(logits(run.model), logits(base), atol=1e-3)  # it has learnt something
-    only = manifest.task_names[-1:] if method == "perlora" else None  # each task is a model of its own
-    assert torch.equal(logits(run.model), logits(load_stack(tmp_path, tasks=only)))
-    merged = load_stack(tmp_path, toy.load_base(toy_base), tasks=only, merge=True)
-    assert type(merged) is type(base)
-    assert torch.equal(logits(run.model), logits(merged))
-    same(run.model, PeftModel.from_pretrained(base, tmp_path, subfolder=manifest.tasks[-1]["folder"]))
+# ---- whole runs -------------------------------------------------------------------------------------------------
 
 
 # Those that read the earlier tasks while they train: their sum, the entries they take, the stack without the new one.
-@pytest.mark.parametrize("method", ["jumplora-hard", "jumplora-ella", "ella", "nullspace", "lwf", "olora"])
+@pytest.mark.parametrize(
+    "method",
+    ["jumplora-hard", "lwf", *(pytest.param(m, marks=SLOW) for m in ("jumplora-ella", "ella", "nullspace", "olora"))],
+)
 def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkeypatch):
     """Bit for bit, whether earlier tasks are one sum, or all adapters as for a strategy that reads their factors."""
     held = []
@@ -258,15 +238,15 @@ def straight(toy_base, tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "moments"),
     [
-        ("jumplora", ["step task_000 1"]),  # before the first checkpoint
+        pytest.param("jumplora", ["step task_000 1"], marks=SLOW),  # before the first checkpoint
         ("jumplora-ella", ["step task_001 5"]),  # in the ramp; the penalty's memory is rebuilt
-        ("jumplora", ["step task_002 8"]),  # after the last step
+        pytest.param("jumplora", ["step task_002 8"], marks=SLOW),  # after the last step
         ("jumplora", ["checkpoint task_001 6"]),  # the newest checkpoint is not complete
-        ("jumplora", ["evaluate task_001"]),
-        ("jumplora", ["folder task_000"]),
+        pytest.param("jumplora", ["evaluate task_001"], marks=SLOW),
+        pytest.param("jumplora", ["folder task_000"], marks=SLOW),
         ("jumplora-ella", ["manifest task_001"]),
-        ("seqlora", ["step task_001 4", "manifest task_002"]),
-        ("mtl", ["step task_000 10"]),
+        pytest.param("seqlora", ["step task_001 4", "manifest task_002"], marks=SLOW),
+        pytest.param("mtl", ["step task_000 10"], marks=SLOW),
         ("jumplora", ["step task_000 7", "evaluate task_000", "step task_001 2", "folder task_002"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(m.replace(" ", "-") for m in value),
