@@ -47,7 +47,7 @@ def test_recipe(recipe, config, toy_base, toy_t5, tmp_path):
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     command = launch.accelerate(launch.CONFIGS / f"{config}.yaml", launch.ROOT / "recipes" / f"{recipe}.py", *arguments)
     done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=200
+        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rank0" in line)[-4000:]
     assert verify_stack(tmp_path / "run").task_names == ["size", "light"]
