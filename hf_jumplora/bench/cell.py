@@ -108,7 +108,7 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
         model, tasks = encoder_setting(encoder, tokenizer, texts, max_length=budget.max_length)
         targets, collator = ["query", "value"], DataCollatorWithPadding(tokenizer)
     else:
-        dtype = torch.bfloat16 if torch.cuda.is_available() else "auto"
+        dtype = spec.get("dtype") or "auto"
         model, tasks = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype), [*texts]
         targets, collator = ["q_proj", "v_proj"], None
     steps = budget.tune_steps if tune else budget.steps

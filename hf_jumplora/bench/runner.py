@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from ..data.streams import stream_path
@@ -122,6 +123,7 @@ class Bench:
             **general,
             "max_length": self.limits.max_length + self._room(model, [*tasks, *held]),
             "threads": self.threads or max(1, (os.cpu_count() or 1) // self.jobs),
+            "dtype": "bfloat16" if self.setting != "encoder" and torch.cuda.is_available() else None,
         }
         # These may differ from machine to machine, or follow from the rest.
         own = ("data_dir", "stream", "threads", "model", "general_text", "max_length")
@@ -189,8 +191,9 @@ class Bench:
         if path.is_file():
             return
         tuned = self._tuned_as(method)
-        best = best_point(points(self.cells, tuned)) if self.limits.tune_steps else untuned_point(self.limits)
         spec = {**self._spec(method), "stage": "final", "seed": seed}
+        limits = Budget(**spec["budget"])
+        best = best_point(points(self.cells, tuned)) if limits.tune_steps else untuned_point(limits)
         if not best:
             errors = sorted({json.loads(p.read_text())["error"] for p in self.cells.glob(f"tune-{tuned}-p*.json")})
             write_json(path, {"error": f"tuning failed: {'; '.join(errors)}", "spec": portable(spec)})

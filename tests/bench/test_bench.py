@@ -214,9 +214,11 @@ def test_untuned_smollm2(stream, toy_base, tmp_path, monkeypatch):
     in_this_process(monkeypatch, started)
     monkeypatch.setattr(runner, "smollm2", lambda: Path(toy_base))
     monkeypatch.setitem(BUDGETS, "untuned", dataclasses.replace(BUDGETS["untuned"], steps=3, test_rows=8))
-    bench = runner.Bench(str(stream), tmp_path, budget="untuned", setting="smollm2", threads=1)
-    text = bench.run(["lwf", "inclora"], 1)
-    assert started == ["final-lwf-s0", "final-inclora-s0"]
+    variants = {"own": {"method": "inclora", "adapter": {}, "strategy": [], "rates": [0.02]}}
+    bench = runner.Bench(str(stream), tmp_path, budget="untuned", setting="smollm2", threads=1, variants=variants)
+    text = bench.run(["lwf", "own"], 1)
+    assert started == ["final-lwf-s0", "final-own-s0"]
+    assert json.loads((tmp_path / "cells" / "final-own-s0.json").read_text())["spec"]["rate"] == 0.02
     run = json.loads((tmp_path / "cells" / "final-lwf-s0.json").read_text())
     assert run["error"] is None
     assert (run["spec"]["rate"], run["spec"]["weight"]) == (1e-3, None)
@@ -224,6 +226,9 @@ def test_untuned_smollm2(stream, toy_base, tmp_path, monkeypatch):
     settings = json.loads((tmp_path / "bench.json").read_text())
     assert [task["train_examples"] for task in settings["tasks"]] == [48] * 3
     assert "failed" not in text
+    (tmp_path / "bench.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))  # made on a GPU
+    with pytest.raises(ValueError, match=r"holds a bench of other settings \(dtype: 'bfloat16' there, None now"):
+        bench.run(["own"], 1)
 
 
 @pytest.mark.parametrize(
