@@ -37,6 +37,8 @@ class EvalArguments:
     def __post_init__(self):
         if self.eval_mode not in ("generate", "score"):
             raise ValueError(f"eval_mode is 'generate' or 'score', got {self.eval_mode!r}")
+        if not self.lm_eval and (self.include_path is not None or self.limit is not None):
+            raise ValueError("--include_path and --limit are for --lm_eval (rows of a stream: --max_eval)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

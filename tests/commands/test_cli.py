@@ -152,6 +152,10 @@ def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
     assert "'--lerning_rate', '1'" in errors[0]
     assert "has no model_name_or_path: give it there or as --model_name_or_path" in errors[1]
     assert len(errors) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", str(out), "--stream", str(stream), "--limit", "3"])
+    assert stop.value.code == 2
+    assert "--include_path and --limit are for --lm_eval" in capsys.readouterr().err
 
 
 TASK = """
