@@ -2,7 +2,7 @@
 
     python tests/kernels/compile_check.py [--fast] [--target sm_80 ...] [--kernel forward ...]
 
-Exit code 1 when a kernel spills more than a few values or takes more shared memory than the GPU has. To be run without
+Exit code 1 when a kernel spills or takes more shared memory than the GPU has. To be run without
 TRITON_INTERPRET: the interpreter accepts what no compiler does, so its tests prove nothing about registers.
 """
 
@@ -24,6 +24,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +32,8 @@ from jumplora_kernels import kernels, launch
 
 
 KIB = 1024
-FEW_BYTES = 32  # of stack a thread, which Triton 3.6 uses where 3.9 uses none; a tile that is too large takes far more
+# Bytes of stack a thread that are no spill: Triton 3.6 uses a few where 3.9 uses none.
+FEW_BYTES = 0 if Version(triton.__version__) >= Version("3.9") else 32
 TARGETS = {  # and the shared memory that one block may use
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
     "sm_89": (GPUTarget("cuda", 89, 32), 99 * KIB),

@@ -72,7 +72,7 @@ def test_one_model_however_it_is_loaded(trained, toy_base):
     assert folders - {"checkpoints", "predictions"} == {f"task_{k:03d}" for k in range(stages)}
 
     base = toy.load_base(toy_base)
-    assert not torch.equal(logits(run.model), logits(base))
+    assert not torch.allclose(logits(run.model), logits(base), atol=1e-3)  # it has learnt something
     only = manifest.task_names[-1:] if method == "perlora" else None  # each task is a model of its own
     assert torch.equal(logits(run.model), logits(load_stack(folder, tasks=only)))
     merged = load_stack(folder, toy.load_base(toy_base), tasks=only, merge=True)
