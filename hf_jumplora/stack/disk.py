@@ -64,9 +64,8 @@ def _whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError:  # a full disk: the file that was there stays
+    finally:  # after an error, such as a full disk, the file that was there stays
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 

@@ -1,12 +1,17 @@
 """What happens between the steps of a task: the gate's schedule, and the strategies' hooks."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Iterable
+import os
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -152,12 +157,63 @@ class HistoryCallback(TrainerCallback):
                 file.write(json.dumps({"task": self.task, "step": state.global_step, **numbers}) + "\n")
 
 
+class Sigterm(TrainerCallback):
+    """SIGTERM in a run with `enable_jit_checkpoint`: it ends as after Ctrl-C, and in the steps of a task after this step
+    and a checkpoint; at any other time (curvature, evaluation, writing) it ends at once.
+
+    In place of transformers' callback, which waits three seconds, and loses a signal of a task's last ones.
+    """
+
+    def __init__(self) -> None:
+        self._process, self._training, self._received = 0, False, False
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Inside, SIGTERM is this callback's. In the main thread alone, as Python has it."""
+        self._process, before = os.getpid(), signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a forked worker, which its pool ends so
+            os._exit(128 + number)
+        self._received = True
+        if not self._training:
+            self._stop("")
+
+    def _stop(self, when: str) -> None:
+        """Not an Exception: nothing on the way takes it for an error of its own, and no push is waited for."""
+        raise KeyboardInterrupt(
+            f"the run was interrupted by SIGTERM{when}: finished tasks and checkpoints are safe, and the same command "
+            "continues from there"
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if PartialState().num_processes > 1:  # it does not reach all in the same step
+            self._received = any(gather_object([self._received]))
+        if self._received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
+        if self._received:
+            self._stop(f" at step {state.global_step} of {state.max_steps} of a task")
+
+
 class EndUnsaved(TrainerCallback):
     """Behind an early stopping: where it has ended a task no checkpoint is saved, from which a run that is killed
     before the task is written would train on. From the one before, it ends at the same step."""
 
+    def __init__(self, stopping: list[EarlyStoppingCallback]):
+        self.stopping = stopping
+
     def on_evaluate(self, args, state, control, **kwargs):
-        control.should_save &= not control.should_training_stop
+        control.should_save &= not ended_early(self.stopping)
 
     on_epoch_end = on_evaluate
 
@@ -165,3 +221,8 @@ class EndUnsaved(TrainerCallback):
 def early_stopping(callbacks: Iterable[Any]) -> list[EarlyStoppingCallback]:
     """Those of a list of callbacks that may end a task before its last step."""
     return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+
+
+def ended_early(stopping: list[EarlyStoppingCallback]) -> bool:
+    """Whether one of them has lost its patience."""
+    return any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping)

@@ -29,7 +29,7 @@ from ..strategies.base import state_of
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
 from .backend import cut_base, place_model
-from .callbacks import ReportCallback
+from .callbacks import ReportCallback, Sigterm
 from .checks import check, check_ramps
 from .evaluator import Evaluator
 from .from_stack import plan_from_stack
@@ -124,6 +124,10 @@ class ContinualRun:
         self.record = RunFolder(plan)
         self.reporter = ReportCallback(plan.args.report_to, str(plan.output_dir))
         plan.callbacks.append(self.reporter)
+        self._sigterm = None
+        if any(plan.trainer_of(task)[1].enable_jit_checkpoint for task in (None, *plan.tasks)):
+            self._sigterm = Sigterm()
+            plan.callbacks.append(self._sigterm)
         make_trainer = functools.partial(task_trainer, plan, output_dir=plan.output_dir / "checkpoints", index=0)
         self.evaluator = Evaluator(plan, make_trainer)
         self.pusher: Pusher | None = None
@@ -184,7 +188,10 @@ class ContinualRun:
         """Train all tasks that are not finished yet; `.metrics` of the result is the content of metrics.json.
 
         Raises:
-            RuntimeError: an earlier call on this object was interrupted, or another process trains in output_dir.
+            RuntimeError: an earlier call on this object was interrupted, a callback stopped a task, or another process
+            trains in output_dir.
+            KeyboardInterrupt: Ctrl-C, or with `enable_jit_checkpoint` SIGTERM, after a checkpoint; the same command
+            continues.
         """
         if isinstance(self.model, PeftModel):
             if len(self.record.stack_tasks) < len(self.plan.stages()):
@@ -196,6 +203,8 @@ class ContinualRun:
         settings = self.plan.settings()
         check_same_settings(settings)
         with ExitStack() as held:
+            if self._sigterm is not None:
+                held.enter_context(self._sigterm.heeded())
             on_main(lambda: self._open(settings, held))
             check_shared_folder(self.output_dir / RUN)
             return RunOutput(self._train())

@@ -20,7 +20,7 @@ from ..report.folder import HISTORY
 from ..stack.load import merge_finished
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, sharding
-from .callbacks import EndUnsaved, HistoryCallback, LogLines, early_stopping
+from .callbacks import EndUnsaved, HistoryCallback, LogLines, early_stopping, ended_early
 from .checkpoints import newest_checkpoint
 from .plan import RunPlan
 from .processes import quiet
@@ -42,7 +42,7 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
         mixed = strategy.training_data(mixed, index, train_sets[:index])
     before = set(model.peft_config)
     options = {"train_dataset": mixed, **_evaluation(plan, task)}
-    trainer: Any = task_trainer(plan, model, checkpoints, index, task, trains=True, **options)
+    trainer: Any = task_trainer(plan, model, checkpoints, index, task, **options)
     trainer.own_rows = row_count(train_sets[index]) or 0
     stages = plan.stages()
     if trainer.train_dataset is not mixed:  # TRL's trainers encode it
@@ -75,15 +75,13 @@ def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
 
 def _check_ended(trainer: Any, name: str, checkpoints: Path) -> None:
     """Raise RuntimeError unless a task was trained to its last step, or until early stopping ended it."""
-    state, stopping = trainer.state, early_stopping(trainer.callback_handler.callbacks)
-    if state.global_step >= state.max_steps:
-        return
-    if any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping):
+    state = trainer.state
+    if state.global_step >= state.max_steps or ended_early(early_stopping(trainer.callback_handler.callbacks)):
         return
     last = newest_checkpoint(checkpoints)
     kept = f"continues it from {last}" if last else "trains it again from its start, since no checkpoint was saved"
     raise RuntimeError(
-        f"task {name!r} was stopped at step {state.global_step} of {state.max_steps} (a signal, or a callback that set "
+        f"task {name!r} was stopped at step {state.global_step} of {state.max_steps} (a callback set "
         f"should_training_stop): it is not finished. The same command {kept}. To end tasks early, use an "
         "EarlyStoppingCallback"
     )
@@ -121,13 +119,9 @@ def task_trainer(
     output_dir: Path,
     index: int,
     task: Task | None = None,
-    *,
-    trains: bool = False,
     **options: Any,
 ) -> Trainer:
     """The trainer of task number `index` with the task's arguments or the plan's; `options` are others of its class.
-
-    trains: whether it will train, or evaluate alone.
 
     Raises:
         TypeError: the `trainer_cls` cannot be made from its arguments.
@@ -139,12 +133,12 @@ def task_trainer(
     args.report_to, args.disable_tqdm = [], quiet(args)  # the run reports (`ReportCallback`)
     # The patience of early stopping is a task's own, and goes on where a checkpoint was written.
     callbacks = [copy.copy(callback) if early_stopping([callback]) else callback for callback in plan.callbacks]
-    for callback in early_stopping(callbacks):
-        callback.early_stopping_patience_counter = 0
+    if stopping := early_stopping(callbacks):
+        for callback in stopping:
+            callback.early_stopping_patience_counter = 0
         args.restore_callback_states_from_checkpoint = True
-        callbacks.append(EndUnsaved())
-    if not trains:
-        args.enable_jit_checkpoint = False  # its signal handler is given back at the end of a training alone
+        callbacks.append(EndUnsaved(stopping))
+    args.enable_jit_checkpoint = False  # the run's own callback (`Sigterm`) does that
     if args.deepspeed_plugin is not None:
         args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
         fresh_accelerator()

@@ -1,6 +1,8 @@
 """A task is finished when its training came to its end, and what it leaves is all there."""
 
+import os
 import pickle
+import signal
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ import toy
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from safetensors.torch import load_file
+from test_run import files
 from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_jumplora import ContinualRun, ContinualTrainer, JumpLoraConfig, LanguageModelTask, Task, make_continual
-from hf_jumplora.strategies import Ella, Replay
+from hf_jumplora.strategies import Ella, KFac, Replay
+from hf_jumplora.trainer import evaluator, record
 
 
 EARLY = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "learning_rate": 0.0}
@@ -47,6 +51,42 @@ def test_an_interrupted_task_is_not_finished(toy_base, tmp_path):
     left = [str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("checkpoints/*/*")]
     assert sorted(left) == ["checkpoints/task_000/events", "checkpoints/task_001/events"]
     assert not (tmp_path / "straight" / "checkpoints").exists()
+
+
+class Preempt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_at_any_moment_of_a_task(toy_base, tmp_path, monkeypatch):
+    """Between steps it leaves a checkpoint, after the last one too; while a task is finished it ends the run at once,
+    and of the task nothing is there. The same command gives the same bits in the end."""
+    handler, folder = signal.getsignal(signal.SIGTERM), tmp_path / "run"
+    options = {"stream": toy.tasks(1), "enable_jit_checkpoint": True}
+    toy.make_run(toy_base, tmp_path / "straight", "jumplora-best", **options).train()
+
+    def interrupted(*callbacks):
+        run = toy.make_run(toy_base, folder, "jumplora-best", callbacks=callbacks, **options)
+        with pytest.raises(KeyboardInterrupt, match=r"interrupted by SIGTERM.*the same command continues"):
+            run.train()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert not (folder / "stack.json").exists()
+        assert not list(folder.glob(".*"))
+        return max(int(path.name.split("-")[1]) for path in folder.glob("checkpoints/task_000/*"))
+
+    assert interrupted(Preempt(3)) == 3
+    assert interrupted(Preempt(8)) == 8
+    for owner, name in [(KFac, "on_task_end"), (evaluator, "score_rows"), (record, "write_manifest")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+            assert interrupted() == 8
+    metrics = toy.make_run(toy_base, folder, "jumplora-best", **options).train().metrics
+    assert [info["steps"] for info in metrics["trained"]] == [8]
+    assert files(folder) == files(tmp_path / "straight")
 
 
 def test_early_stopping_is_a_task_s_own(toy_base, tmp_path):
