@@ -158,7 +158,7 @@ class HistoryCallback(TrainerCallback):
 
 
 class Sigterm(TrainerCallback):
-    """SIGTERM in a run with `enable_jit_checkpoint`: it ends as after Ctrl-C, and in the steps of a task after this step
+    """SIGTERM in a run with `enable_jit_checkpoint` ends it as Ctrl-C does, and in the steps of a task after that step
     and a checkpoint; at any other time (curvature, evaluation, writing) it ends at once.
 
     In place of transformers' callback, which waits three seconds, and loses a signal of a task's last ones.
