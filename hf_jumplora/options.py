@@ -165,6 +165,11 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists all options)\n")
 
 
+def recipe_parser(classes: tuple[type, ...], **parser_options) -> HfArgumentParser:
+    """The parser of a recipe's options. parser_options: of `argparse.ArgumentParser`."""
+    return _Parser(classes, **parser_options)  # type: ignore[arg-type]
+
+
 def parse_recipe(
     classes: tuple[type, ...], argv: list[str] | None = None, defaults: dict[str, Any] | None = None, **parser_options
 ) -> tuple[Any, ...]:
@@ -178,7 +183,7 @@ def parse_recipe(
     # PEFT asks every transformers model for a property that transformers 5 has renamed: nothing a user can act on.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(classes, **parser_options)  # type: ignore[arg-type]
+    parser = recipe_parser(classes, **parser_options)
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")

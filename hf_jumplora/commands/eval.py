@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="`eval STACK --help` lists them")
 
 
+def option_classes() -> tuple[type, ...]:
+    """What the options are declared by."""
+    return EvalArguments, StreamArguments
+
+
 def merged_and_encoder(
     stack: str, base_model: str | None, tasks: list[str] | None, revision: str | None, max_length: int = 512
 ) -> tuple[Any, Any]:
@@ -104,7 +109,7 @@ def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float
 
 def run(args: argparse.Namespace) -> None:
     """Print the scores, a line for each task."""
-    options, stream = parse_recipe((EvalArguments, StreamArguments), args.options, prog="hf-jumplora eval STACK")
+    options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora eval STACK")
     if stream.stream is None and not options.lm_eval:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md); or --lm_eval")
     if options.lm_eval and find_spec("lm_eval") is None:

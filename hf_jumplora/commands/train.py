@@ -26,15 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def option_classes() -> tuple[type, ...]:
+    """What the keys of the file and the options are declared by."""
+    from ..trainer import ContinualTrainingArguments
+
+    return ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments
+
+
 def run(args: argparse.Namespace) -> None:
     """Train what is not finished yet."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from ..trainer import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer, ContinualTrainingArguments
+    from ..trainer import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer
 
-    classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     argv = ["--config", args.config, *args.options]
-    model, stream, method, training = parse_recipe(classes, argv, prog="hf-jumplora train")
+    model, stream, method, training = parse_recipe(option_classes(), argv, prog="hf-jumplora train")
     name = model.model_name_or_path
     for option, value in {"model_name_or_path": name, "stream": stream.stream}.items():
         if value is None:

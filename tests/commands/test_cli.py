@@ -1,8 +1,10 @@
 """The `hf-jumplora` command: help, one-line errors, exit codes."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -40,10 +42,10 @@ def test_every_command_explains_itself(command, capsys):
 def test_help_lists_all_commands_and_imports_none():
     code = (
         "import sys\nfrom hf_jumplora.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-        "print([name for name in sys.modules if name.startswith('hf_jumplora.commands')])"
+        "print([name for name in sys.modules if name.startswith('hf_jumplora.commands.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+    assert all(re.search(rf"\n    {name}\s", done.stdout) for name in COMMANDS)
     assert done.stdout.strip().endswith("[]")
 
 
@@ -190,3 +192,51 @@ def test_lm_eval(toy_run, tmp_path, capsys, monkeypatch):
         assert f"<th>{key}</th><td>{row['base']:.4f}</td><td>{row['stack']:.4f}</td>" in page
     untrained, *_, last = toy_run.record.matrix  # lm-eval takes the likeliest answer, as eval_mode="score" does
     assert scores["toy_choice acc"] == {"base": untrained[0], "stack": last[0]}
+
+
+@pytest.fixture(scope="module")
+def completion():
+    """{shell: its script}."""
+    out = {}
+    for shell in ("bash", "zsh", "fish"):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            assert main(["completion", shell]) == 0
+        out[shell] = stdout.getvalue()
+    return out
+
+
+def bash_completes(script, *words):
+    """What bash offers for the last of `words`."""
+    script += 'COMP_CWORD=$(($# - 1)); COMP_WORDS=("$@"); _hf_jumplora; printf \'%s\\n\' "${COMPREPLY[@]}"'
+    return subprocess.run(["bash", "-c", script, *words[:1], *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("squ", ["squeeze"]),
+        ("check --max_general", ["--max_general_loss", "--max_general_drop"]),
+        ("train run.yaml --gate_l", ["--gate_learning_rate"]),
+        ("train run.yaml --method jumplora-b", ["jumplora-best"]),
+        ("eval --max_ev", ["--max_eval"]),
+        ("bench --methods al", ["all"]),
+        ("completion z", ["zsh"]),
+        ("report ru", [""]),  # readline goes on with the names of files
+    ],
+)
+def test_completion_in_bash(completion, line, offered):
+    assert bash_completes(completion["bash"], "hf-jumplora", *line.split()).split("\n")[:-1] == offered
+
+
+def test_completion_of_other_shells(completion):
+    """zsh runs bash's function; fish knows every command and option."""
+    assert completion["zsh"].endswith(completion["bash"])
+    lines = completion["fish"].splitlines()
+    for command, line in COMMANDS.items():
+        quoted = line.replace("'", "\\'")
+        assert f"complete -c hf-jumplora -n __fish_use_subcommand -f -a {command} -d '{quoted}'" in lines
+    (method,) = [line for line in lines if "_from train'" in line and "-l method " in line]
+    assert f"-x -a '{' '.join(METHODS)}'" in method
+    if fish := shutil.which("fish"):
+        subprocess.run([fish, "--no-config", "-c", completion["fish"]], check=True)
