@@ -36,7 +36,7 @@ class LayerSize:
 
 _HOOKS = ("training_data", "on_task_start", "penalty", "on_optimizer", "on_gradients", "on_step_end", "on_task_end",
           "checkpoint_state")  # fmt: skip
-REQUIREMENTS = frozenset({"past_factors", "forward", "whole_model", "softmax"})
+REQUIREMENTS = frozenset({"past_factors", "forward", "whole_model", "softmax", "all_steps"})
 _FLAGS = {"needs_past_factors": "past_factors", "runs_model": "forward", "needs_whole_model": "whole_model"}
 
 
@@ -61,6 +61,7 @@ class Strategy:
             "whole_model": it reads whole parameters outside of `penalty`. Refused under DeepSpeed ZeRO-3 and FSDP.
             "softmax": it takes the model's `logits` as those of a softmax over answers. Refused for models whose
             answers are others: numbers (regression), several labels at once, places in a text.
+            "all_steps": it plans for `steps` up to the last one. Refused with early stopping.
         hooks: the hooks that a class overrides; filled in when the class is made.
         tuning: (option, values in the order of trying) for the bench; None: its `weight`, if it has one, around the
             default.

@@ -102,6 +102,7 @@ class CoDyRA(RankGates):
     """CoDyRA: width 0 for the first half of a task, then 50 equal stairs from 0 to `largest`, whatever the learning
     rate (arXiv 2412.01004; published: 5e-3)."""
 
+    requires = frozenset({"all_steps"})
     tuning = ("largest", (5e-3, 5e-2, 5e-4, 5e-1))
 
     largest: float = 5e-3

@@ -33,7 +33,8 @@ class GateCallback(TrainerCallback):
 
     f is a pure function of the finished optimizer steps, so a resumed run needs nothing of this callback's own. The
     threshold is set after step s0. With `threshold_update="density"` it is set after every later step too, from a
-    sample (see [`DensitySample`]), and after the last step exactly.
+    sample (see [`DensitySample`]), and after the last step exactly. What is measured before the gate is closed is of
+    another model: it never is the best, which early stopping and `load_best_model_at_end` look for.
     """
 
     def __init__(self, adapter: str = "default"):
@@ -52,6 +53,11 @@ class GateCallback(TrainerCallback):
             ramp_steps(state.max_steps, config)  # raises if the task is too short
             set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        if config.gate and ramp(state.global_step, state.max_steps, config) < 1:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
         config = adapter_config(model, self.adapter)
@@ -65,6 +71,13 @@ class GateCallback(TrainerCallback):
         elif held and share is not None:
             self.sample(model).hold(config, share)
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        config = adapter_config(model, self.adapter)
+        closed = config.gate and ramp(state.global_step, state.max_steps, config) == 1
+        if closed and config.threshold_update == "density" and state.global_step < state.max_steps:  # ended early
+            set_threshold(model, self.adapter, density_at(state.global_step, state.max_steps, config), together=True)
 
     def on_log(self, args, state, control, model=None, **kwargs):
         check_thresholds(model, self.adapter)

@@ -243,11 +243,9 @@ def _check_evaluation(plan: RunPlan, task: Task) -> None:
         raise ValueError("EarlyStoppingCallback needs eval_strategy and metric_for_best_model ('loss' of text tasks)")
     if task in plan.text_tasks and metric != "loss":
         raise ValueError(f"metric_for_best_model={metric!r}: between the steps of a text task its 'loss' is measured")
-    if plan.config.gate:
-        raise ValueError(
-            f"EarlyStoppingCallback would end a task before its gate's ramp ends, which takes gate_end = "
-            f"{plan.config.gate_end:.0%} of its steps: leave it out, or use a method without a gate"
-        )
+    for strategy in plan.strategies_of(task):
+        if "all_steps" in strategy.requires:
+            raise ValueError(f"EarlyStoppingCallback: {strategy!r} needs all steps of a task: leave one of them out")
 
 
 def check_backend(plan: RunPlan) -> None:

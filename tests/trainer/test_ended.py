@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, EarlyStoppin
 from hf_jumplora import ContinualRun, ContinualTrainer, JumpLoraConfig, LanguageModelTask, Task, make_continual
 from hf_jumplora.strategies import Ella, KFac, Replay
 from hf_jumplora.trainer import evaluator, record
+from hf_jumplora.tuner.density_sample import DensitySample
 
 
 EARLY = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "learning_rate": 0.0}
@@ -107,10 +108,22 @@ def test_early_stopping_is_a_task_s_own(toy_base, tmp_path):
     assert stopping.early_stopping_patience_counter == 0
 
 
+def test_early_stopping_begins_where_the_gate_is_closed(toy_base, tmp_path, monkeypatch):
+    """That is after step 6 here: the score of then is the first that counts, however good those before it were. The
+    density is exact in the end, whatever the sample that held it said."""
+    monkeypatch.setattr(DensitySample, "hold", lambda *args: None)
+    stopping = EarlyStoppingCallback(early_stopping_threshold=1e9)  # nothing is an improvement
+    options = {"stream": toy.tasks(1), "callbacks": [stopping], **EARLY, "learning_rate": 0.01, "eval_steps": 1}
+    adapter = {"threshold_update": "density", "target_density": 0.25, "threshold_scope": "global"}
+    trained = toy.make_run(toy_base, tmp_path, adapter=adapter, **options).train().metrics["trained"][0]
+    assert trained["steps"] == 7
+    assert trained["density"] == pytest.approx(0.25, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("jumplora", {}, "before its gate's ramp ends"),
+        ("codyra", {}, r"EarlyStoppingCallback: CoDyRA.* needs all steps"),
         ("inclora", {"eval_strategy": "no"}, "EarlyStoppingCallback needs eval_strategy"),
         ("inclora", {"metric_for_best_model": "accuracy"}, "its 'loss' is measured"),
         ("inclora", {"stream": [Task("a", ROWS)]}, "'a' has no eval_dataset"),
