@@ -167,24 +167,28 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task]) -> l
     return sets
 
 
-def with_labels(rows: Any, task: str) -> Any:
-    """A task's training rows but for those whose `labels` are all -100 (truncation has cut the answer off). The log
-    says how many; nothing can be learned from them, and the loss of a batch of them is 0 / 0.
-
-    Raises:
-        ValueError: no row is left.
-    """
+def masked_rows(rows: Any) -> set[int]:
+    """Numbers of the rows whose `labels` are all -100; of a streamed data set none are known."""
     if isinstance(rows, Dataset) and "labels" in rows.column_names:
         batches = rows.with_format(None).select_columns("labels").iter(1000)
         column: Iterable[Any] = itertools.chain.from_iterable(batch["labels"] for batch in batches)
     elif isinstance(rows, list):
         column = [row.get("labels") if isinstance(row, dict) else None for row in rows]
     else:
+        return set()
+    return {i for i, ids in enumerate(column) if isinstance(ids, list) and ids.count(-100) == len(ids)}
+
+
+def with_labels(rows: Any, task: str, kind: str = "training") -> Any:
+    """Rows of a task (`kind`) but for those whose `labels` are all -100 (truncation has cut the answer off). The log
+    says how many; nothing can be learned from them, and the loss of a batch of them is 0 / 0.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if not (masked := masked_rows(rows)):
         return rows
-    masked = {i for i, ids in enumerate(column) if isinstance(ids, list) and ids.count(-100) == len(ids)}
-    if not masked:
-        return rows
-    where = f"task {task!r}: {len(masked)} of {len(rows)} training rows have no label to learn from (all are -100)"
+    where = f"task {task!r}: {len(masked)} of {len(rows)} {kind} rows have no label to learn from (all are -100)"
     if len(masked) == len(rows):
         raise ValueError(f"{where}: raise max_length if it cuts the answers off")
     logger.warning("%s, the first is row %d: they are left out; is max_length too short?", where, min(masked))

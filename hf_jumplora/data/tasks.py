@@ -1,6 +1,7 @@
 """Tasks: what is trained on, what it is called, how a text becomes a prompt."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.ipc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..metrics.text import TEXT_METRICS, fold
 from ..schema import MAX_NAME, short
@@ -22,6 +23,7 @@ PROMPT_STYLES = {
     "olora": "Task:{category}\nDataset:{dataset}\n{instruction}\nOption: {option_list} \n{text}\nAnswer:",
 }
 PROMPT = PROMPT_STYLES["jumplora"]
+STREAMED_ROWS = 100
 _PLACES = ("instruction", "options", "option_list", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -73,14 +75,15 @@ class Task:
             self.source = Path(self.source).name
 
     def fingerprint(self) -> str:
-        """Tells whether a restarted run sees the same task: options, size and, where rows can be read, the rows."""
-        return self._fingerprint(_hash_rows)
+        """Tells whether a restarted run sees the same task: options, size and rows. Of a streamed `IterableDataset`
+        the first `STREAMED_ROWS` rows; of data sets of other classes the rows are not looked at."""
+        return self._fingerprint(_hash_rows, STREAMED_ROWS)
 
     def former_fingerprint(self) -> str:
         """As earlier versions had it: with the data set's own fingerprint, which depends on how it was made."""
-        return self._fingerprint(lambda digest, rows: digest.update(rows._fingerprint.encode()))
+        return self._fingerprint(lambda digest, rows: digest.update(rows._fingerprint.encode()), 0)
 
-    def _fingerprint(self, hash_rows: Callable) -> str:
+    def _fingerprint(self, hash_rows: Callable, streamed: int) -> str:
         names = ("train_dataset", "eval_dataset", "source", "held_out", "compute_metrics", "trainer_cls", "args")
         skip = {*names, "strategies", "preprocess_logits_for_metrics"}
         options = {key: value for key, value in vars(self).items() if key not in skip and value is not None}
@@ -90,6 +93,9 @@ class Task:
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode())
             elif isinstance(part, Dataset):
                 hash_rows(digest, part)
+            elif isinstance(part, IterableDataset) and streamed:
+                rows = list(itertools.islice(part.with_format(None), streamed))
+                digest.update(json.dumps(rows, sort_keys=True, default=_plain).encode())
         return digest.hexdigest()[:16]
 
     def scoring(self) -> dict[str, Callable]:
@@ -251,6 +257,11 @@ def row_count(rows: Any) -> int | None:
         return 0 if rows is None else len(rows)
     except TypeError:
         return None
+
+
+def _plain(value: Any) -> Any:
+    """Of an object what JSON has and another process finds again: numbers of an array, the type of all else."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def _hash_rows(digest: Any, rows: Dataset) -> None:

@@ -182,5 +182,5 @@ def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any]
         return
     result = read_sealed(folder, METRICS)
     result |= {"tasks": result["tasks"][:keep], "matrix": [row[:keep] for row in result["matrix"]]}
-    dropped = {f"{kind} {number}" for kind in ("task", "functions") for number in range(keep, len(known))}
+    dropped = {f"{kind} {number}" for kind in ("task", "functions", "code") for number in range(keep, len(known))}
     rewrite(folder, {METRICS: result, RUN: {key: value for key, value in settings.items() if key not in dropped}})

@@ -4,15 +4,18 @@ import functools
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
 from ..data import Encoder, LanguageModelTask, Task, TextTask, collate, row_count
+from ..data.encoder import with_labels
 from ..methods import Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
@@ -143,10 +146,11 @@ class RunPlan:
         if texts and any(strategy.general is not None for strategy in self.strategies):
             settings["general"] = texts
         tasks = {f"task {n}": self._identity(task, task.fingerprint()) for n, task in enumerate(self.tasks)}
-        functions = {"functions": describe_functions(self.collator, self.trainer_cls)}
+        given: dict[str, tuple] = {"": (self.collator, self.trainer_cls)}
         for n, task in enumerate(self.tasks):
-            own = (task.compute_metrics, task.preprocess_logits_for_metrics, task.trainer_cls)
-            functions[f"functions {n}"] = describe_functions(*own)
+            given[f" {n}"] = (task.compute_metrics, task.preprocess_logits_for_metrics, task.trainer_cls)
+        functions: dict[str, Any] = {f"functions{key}": describe_functions(*some) for key, some in given.items()}
+        functions |= {f"code{key}": describe_code(*some) for key, some in given.items()}
         return settings | tasks | {key: value for key, value in functions.items() if value}
 
     def former_settings(self) -> dict[str, Any]:
@@ -200,14 +204,15 @@ def make_plan(
     Raises:
         ValueError: an unknown method, or something that is no task.
     """
-    method = get_method(method)
+    method, args = get_method(method), args or ContinualTrainingArguments()
     check_tasks(tasks)
+    tasks = [_labelled(task, args) for task in tasks]
     return RunPlan(
         model=as_plain_floats(model),
         tasks=[task for task in tasks if not task.held_out],
         held_out=[task for task in tasks if task.held_out],
         method=method,
-        args=args or ContinualTrainingArguments(),
+        args=args,
         config=method.adapter_config(adapter_config),
         strategies=method.make_strategies(strategies),
         tokenizer=tokenizer,
@@ -225,6 +230,15 @@ def check_tasks(tasks: list[Any]) -> None:
                 f"tasks takes Task, TextTask or LanguageModelTask objects, got {task!r}; load_tasks(stream) makes them "
                 "from a stream file"
             )
+
+
+def _labelled(task: Task, args: TrainingArguments) -> Task:
+    """A task without the eval rows that have no label, where its loss is looked at: they would make it NaN."""
+    best = (task.args or args).metric_for_best_model or ""
+    if task.compute_metrics is not None and "loss" not in (task.metric, best.removeprefix("eval_")):
+        return task
+    rows = with_labels(task.eval_dataset, task.name, "eval")
+    return task if rows is task.eval_dataset else replace(task, eval_dataset=rows)
 
 
 def describe_strategy(strategy: Strategy) -> str:
@@ -249,6 +263,47 @@ def describe_functions(*given: Any) -> list[str]:
         digest = f" {hashlib.sha256(text.encode()).hexdigest()[:16]}" if options else ""
         found.append(f"{_name(value)}{digest}")
     return found
+
+
+def describe_code(*given: Any) -> str | None:
+    """Python's version, and a hash of the bytecode, constants, defaults and closures of functions, those among a
+    partial's arguments too. Not seen: what they call, and code of classes and of installed packages."""
+    found: list[Any] = []
+    for function in _functions(given):
+        held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *_closure(function)]
+        plain = [repr(value) for value in held if isinstance(value, (int, float, str, type(None)))]
+        found.append([plain, _code(function.__code__)])
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"{version} {hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]}" if found else None
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    if isinstance(value, functools.partial):
+        yield from _functions((value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _functions(part)
+    elif (code := getattr(value, "__code__", None)) is not None and "-packages" not in code.co_filename:
+        yield value
+        yield from (inner for inner in _closure(value) if hasattr(inner, "__code__"))  # that of a decorator
+
+
+def _closure(function: Any) -> list[Any]:
+    """What the cells of a function hold; one that is not filled yet holds nothing."""
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+
+
+def _code(code: Any) -> list[Any]:
+    """Of a code object what JSON has, the same in every process: the order of a set constant is not."""
+    constants = [
+        _code(value)
+        if hasattr(value, "co_code")
+        else sorted(map(repr, value))
+        if isinstance(value, frozenset)
+        else repr(value)
+        for value in code.co_consts
+    ]
+    return [code.co_code.hex(), code.co_names, constants]
 
 
 def _name(value: Any) -> str:

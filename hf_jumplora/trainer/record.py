@@ -251,9 +251,10 @@ def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any
     added = {key for key in settings if key.startswith("task ") and key not in before}
     if "trainer" not in before:  # by a version that stored fewer settings
         added |= settings.keys() - before.keys()
-    # Of functions too, and they are not known of a past task whose data is not available.
-    added |= {key for key in settings if key.startswith("functions") and key not in before}
-    unknown = {key for key in before if key.startswith("functions") and key not in settings}
+    # Of functions too; they are not known of a past task whose data is not available, nor their code in another Python.
+    functions = [key for key in {*before, *settings} if key.startswith(("functions", "code"))]
+    added |= {key for key in functions if key not in before}
+    unknown = {key for key in functions if key not in settings or _other_python(before.get(key), settings[key])}
     finished = len(read_manifest(folder).tasks) if (folder / MANIFEST).is_file() else 0
     inside = sorted(folder.glob(f"checkpoints/task_{finished:03d}/checkpoint-*"))
     moved = [key for key in PROCESSES if key in before and before[key] != settings.get(key)]
@@ -286,6 +287,11 @@ def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any
         raise ValueError(f"{folder} was trained on all its tasks at once; no task can be added to that")
     if added or moved:
         rewrite(folder, {RUN: {**before, **{key: settings[key] for key in settings if key in {*added, *moved}}}})
+
+
+def _other_python(before: Any, now: Any) -> bool:
+    """Whether these describe code (see `describe_code`) of two versions of Python."""
+    return isinstance(before, str) and before.split()[:1] != now.split()[:1]
 
 
 def rewrite(folder: Path, files: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .. import metrics as formulas
 from ..data import Task, TextTask, row_count
-from ..data.encoder import with_labels
+from ..data.encoder import masked_rows, with_labels
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
@@ -43,10 +43,12 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     before = set(model.peft_config)
     options = {"train_dataset": mixed, **_evaluation(plan, task)}
     trainer: Any = task_trainer(plan, model, checkpoints, index, task, **options)
-    trainer.own_rows = row_count(train_sets[index]) or 0
+    trainer.own_rows = own = row_count(train_sets[index]) or 0
     stages = plan.stages()
-    if trainer.train_dataset is not mixed:  # TRL's trainers encode it
-        trainer.train_dataset = with_labels(trainer.train_dataset, stages[index][0])
+    if (rows := trainer.train_dataset) is not mixed:  # TRL's trainers encode it, and may pack it
+        own = own if own != row_count(mixed) else row_count(rows) or 0
+        trainer.own_rows = own - sum(i < own for i in masked_rows(rows))
+        trainer.train_dataset = with_labels(rows, stages[index][0])
     trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, stages[index][0]))
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import toy
+from datasets import Dataset
+from transformers import Trainer
 
-from hf_jumplora import ContinualSeq2SeqTrainer, Task
+from hf_jumplora import ContinualSeq2SeqTrainer, Task, make_continual
+from hf_jumplora.strategies import Replay
 from hf_jumplora.trainer.preferences import preference_accuracy
 
 
@@ -74,6 +77,43 @@ def test_a_task_with_arguments_of_its_own(toy_base, tmp_path):
     tasks = [Task("a", encoded()), Task("b", encoded(), args=toy.arguments(tmp_path / "x", max_steps=7))]
     with pytest.raises(ValueError, match="task 1: 'b "):
         toy.make_run(toy_base, tmp_path / "out", "inclora", stream=tasks).train()
+
+
+class Encodes(Trainer):
+    """As TRL's trainers: the first answer of each task is cut off, and a task without others' rows is packed."""
+
+    def __init__(self, *args, train_dataset, **options):
+        rows = [{**row, "labels": [-100, -100] if i == 0 else row["labels"]} for i, row in enumerate(train_dataset)]
+        rows = rows if len(rows) > 32 else rows[:5]
+        super().__init__(*args, train_dataset=Dataset.from_list(rows), **options)
+
+    def train(self, *args, **options):
+        OWN.append((self.own_rows, len(self.train_dataset)))
+        return super().train(*args, **options)
+
+
+OWN = []
+
+
+def test_the_rows_of_a_task_among_what_its_trainer_makes_of_them(toy_base, tmp_path):
+    stream = [Task(name, Dataset.from_list(encoded())) for name in ("a", "b")]
+    options = {"trainer_cls": make_continual(Encodes), "max_steps": 1}
+    toy.make_run(toy_base, tmp_path, "replay", stream, strategies=[Replay(fraction=0.25)], **options).train()
+    assert OWN == [(4, 4), (31, 39)]
+
+
+def test_eval_rows_without_a_label(toy_base, tmp_path):
+    """Would make a loss NaN, and are left out where one is looked at."""
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [label, label]} for label in (-100, 4, 4)])
+
+    def kept(compute=None, metric="loss", **options):
+        stream = [Task("a", encoded(), rows, compute, metric)]
+        return len(toy.make_run(toy_base, tmp_path, "inclora", stream, **options).plan.tasks[0].eval_dataset)
+
+    assert (kept(), kept(dict), kept(dict, "accuracy")) == (2, 2, 3)
+    assert kept(dict, "accuracy", metric_for_best_model="eval_loss") == 2
+    with pytest.raises(ValueError, match=r"task 'a': 1 of 1 eval rows have no label"):
+        toy.make_run(toy_base, tmp_path, "inclora", [Task("a", encoded(), rows.select([0]), metric="loss")])
 
 
 def test_mistakes(toy_base, tmp_path):

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import functools
+import platform
 import shutil
 
+import numpy as np
 import pytest
 import toy
-from datasets import Dataset, concatenate_datasets
-from transformers import DataCollatorForSeq2Seq
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import DataCollatorForSeq2Seq, default_data_collator
 from trl import SFTConfig
 
 from hf_jumplora import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainingArguments, JumpLoraConfig, Task
@@ -16,7 +18,7 @@ from hf_jumplora.schema import HARMLESS, read_json
 from hf_jumplora.stack.disk import write_json
 from hf_jumplora.strategies import KFac, Strategy
 from hf_jumplora.trainer.arguments import result_arguments
-from hf_jumplora.trainer.plan import describe_functions, describe_strategy, tokenizer_identity
+from hf_jumplora.trainer.plan import describe_code, describe_functions, describe_strategy, tokenizer_identity
 from hf_jumplora.trainer.record import METRICS, RUN, check_settings, rewrite
 
 
@@ -81,6 +83,26 @@ def test_functions_are_known_by_name_and_settings():
     assert describe_functions(dataclasses.replace(collator, padding=False))[0] != known[1]
 
 
+def test_the_code_of_functions():
+    """Their bytecode, constants and what they hold; not that of an installed package, nor where they stand."""
+
+    def counts(least, body="len"):
+        source = f"def score(prediction, least={least}):\n    return {body}(prediction) in {{'a', 'b', 'c'}}"
+        exec(source, names := {})
+        return names["score"]
+
+    def held(value):
+        return lambda prediction: value
+
+    known = describe_code(counts(1))
+    assert known.split()[0] == platform.python_version().rpartition(".")[0]
+    others = [counts(2), counts(1, "sum"), held(1), held(2), held(counts(1)), held(counts(2))]
+    assert len({known, *map(describe_code, others)}) == 7
+    assert describe_code(counts(1), DataCollatorForSeq2Seq, default_data_collator, len) == known
+    assert describe_code(functools.partial(max, key=[counts(1)])) == known
+    assert describe_code(ContinualSeq2SeqTrainer, None) is None
+
+
 def test_another_function_is_refused(toy_base, tmp_path):
     """Once something was trained; a run that did not know of functions learns of them."""
     rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}] * 8)
@@ -97,6 +119,10 @@ def test_another_function_is_refused(toy_base, tmp_path):
             tmp_path, {**settings, "functions 0": describe_functions(functools.partial(dict, size=2))}, former
         )
     check_settings(tmp_path, {key: value for key, value in settings.items() if key != "functions 0"}, former)
+    check_settings(tmp_path, {**settings, "code 0": "3.11 one"}, former)
+    check_settings(tmp_path, {**settings, "code 0": "3.12 two"}, former)
+    with pytest.raises(ValueError, match=r"code 0: '3\.11 one' there, '3\.11 two' now"):
+        check_settings(tmp_path, {**settings, "code 0": "3.11 two"}, former)
 
 
 def test_a_run_of_an_earlier_version(toy_run, toy_base, tmp_path):
@@ -125,6 +151,20 @@ def test_rows_are_what_data_is(tmp_path):
     ]
     assert {Task("a", each).fingerprint() for each in same} == {Task("a", data).fingerprint()}
     assert Task("a", data.select([1, 0, *range(2, 1100)])).fingerprint() != Task("a", data).fingerprint()
+
+
+def test_the_first_rows_of_a_stream_are_known():
+    def rows(numbers):
+        for number in numbers:
+            yield {"input_ids": np.array([number]), "picture": object()}
+
+    def known(numbers):
+        return Task("a", IterableDataset.from_generator(rows, gen_kwargs={"numbers": numbers}))
+
+    assert known([1, 2]).fingerprint() == known([1, 2]).fingerprint()
+    assert known([1, 2]).fingerprint() != known([1, 3]).fingerprint()
+    assert known([1, 2]).former_fingerprint() == known([1, 3]).former_fingerprint()
+    assert known([1] * 101).fingerprint() == known([*[1] * 100, 2]).fingerprint()
 
 
 def test_the_tokenizer(toy_base):
