@@ -20,6 +20,8 @@ class Lwf(Strategy):
     No state. The temperature 2 is the paper's; its weight is 1.
 
     every: n adds the penalty, n times as heavy, to the last of every n steps alone: a cheaper estimate of the same.
+    mask_target: compare only the answers that are not the row's own ("Mask the Target", arXiv 2605.29498), each side
+    normalised over these: what the model makes of the right answer is then the task's alone.
     """
 
     requires = frozenset({"softmax"})
@@ -27,6 +29,7 @@ class Lwf(Strategy):
     weight: float = 1.0
     temperature: float = 2.0
     every: int = 1
+    mask_target: bool = False
 
     def __post_init__(self):
         if self.weight < 0 or self.temperature <= 0 or self.every < 1:
@@ -36,8 +39,9 @@ class Lwf(Strategy):
             )
 
     def __repr__(self):  # as before there was `every`, so that runs begun then go on
-        every = f", every={self.every}" if self.every != 1 else ""
-        return f"Lwf(weight={self.weight}, temperature={self.temperature}{every})"
+        new = {"every": (self.every, 1), "mask_target": (self.mask_target, False)}
+        more = "".join(f", {name}={value}" for name, (value, default) in new.items() if value != default)
+        return f"Lwf(weight={self.weight}, temperature={self.temperature}{more})"
 
     def check(self, mode, config):
         if mode != "incremental":
@@ -55,7 +59,7 @@ class Lwf(Strategy):
         now = output.get("logits")
         if now is None:
             now = model.base_model(**asked)["logits"]  # with its graph, and past the hook that has called this
-        if now.ndim == 3 and labels is None:
+        if labels is None and (now.ndim == 3 or self.mask_target):
             raise ValueError(
                 "LwF compares answers where the labels are, and there are none: this trainer's rows have other answers "
                 "(DPO's pairs). Leave LwF out: --strategy lwf.weight=0"
@@ -67,10 +71,14 @@ class Lwf(Strategy):
             if causal:
                 before, now, labels = before[:, :-1], now[:, :-1], labels[:, 1:]
             rows, columns = (labels != -100).nonzero(as_tuple=True)  # one wait for the device
-            before, now = before[rows, columns], now[rows, columns]
+            before, now, labels = before[rows, columns], now[rows, columns], labels[rows, columns]
             tokens = inputs.get("num_items_in_batch")
             count = len(now) if tokens is None else tokens
-        before, now = ((t.float() / self.temperature).log_softmax(-1) for t in (before, now))
+        before, now = before.float() / self.temperature, now.float() / self.temperature
+        if self.mask_target:
+            own = torch.arange(now.shape[-1], device=now.device) == labels[:, None]
+            before, now = before.masked_fill(own, -torch.inf), now.masked_fill(own, -torch.inf)
+        before, now = before.log_softmax(-1), now.log_softmax(-1)
         possible = before > -torch.inf  # answers that the model itself has closed
         divergence = before.exp() * (before - now).masked_fill(~possible, 0.0)
         return self.every * self.weight * self.temperature**2 * divergence.sum() / count

@@ -221,8 +221,13 @@ def test_lwf(base, request, relative_error):
     p, q = ((t[labels != -100] / 3).softmax(-1) for t in (before, now))
     assert len(p) == 6
     assert relative_error(penalty, 0.5 * 9 * (p * (p / q).log()).sum() / 6) < 1e-4
-    penalty.backward()
+    rest = torch.nn.functional.one_hot(labels[labels != -100], p.shape[-1]) == 0
+    p, q = (t[rest].view(6, -1) / t[rest].view(6, -1).sum(-1, keepdim=True) for t in (p, q))
+    masked = Lwf(0.5, 3.0, mask_target=True).penalty(model, batch, "default", output)
+    assert relative_error(masked, 0.5 * 9 * (p * (p / q).log()).sum() / 6) < 1e-4
+    (penalty + masked).backward()
     assert all(layer.jumplora_A["default"].grad.abs().sum() > 0 for _, layer in named_layers(model))
+    assert all(layer.jumplora_A["default"].grad.isfinite().all() for _, layer in named_layers(model))
     batch["num_items_in_batch"] = 12  # of a micro-batch on average; this one has 6
     torch.testing.assert_close(lwf.penalty(model, batch, "default", output), penalty / 2)
     seldom = Lwf(0.5, 3.0, every=3)
@@ -233,7 +238,11 @@ def test_lwf(base, request, relative_error):
     assert found[3] is None
     torch.testing.assert_close(found[2], 3 * penalty / 2)
     assert Lwf(0.0).penalty(model, batch, "default", output) is None
-    assert (repr(Lwf()), repr(Lwf(every=3))[-9:]) == ("Lwf(weight=1.0, temperature=2.0)", " every=3)")
+    assert repr(Lwf()) == "Lwf(weight=1.0, temperature=2.0)"
+    assert repr(Lwf(every=3, mask_target=True))[-28:] == ", every=3, mask_target=True)"
+    no_labels = {key: value for key, value in batch.items() if key != "labels"}
+    with pytest.raises(ValueError, match="lwf.weight=0"):
+        Lwf(mask_target=True).penalty(model, no_labels, "default", {"logits": output.logits[:, 0]})
     first = get_peft_model(toy.load_base(request.getfixturevalue(base)), JumpLoraConfig(r=2, target_modules=targets))
     assert lwf.penalty(first, batch, "default", output) is None
 
