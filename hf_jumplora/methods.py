@@ -192,6 +192,13 @@ _TABLE: dict[str, Method] = {
         paper="held density and low-rank curvature (ours, docs/study.md)",
         defaults={"threshold_update": "density", "target_density": 0.3},
     ),
+    "jumplora-best-lwf": Method(
+        "incremental",
+        {"gate": True},
+        (partial(KFac, memory=64), partial(Lwf, mask_target=True)),
+        paper='jumplora-best + "Mask the Target" (arXiv 2605.29498)',
+        defaults={"threshold_update": "density", "target_density": 0.3},
+    ),
     "mtl": Method("joint", {"gate": False}, paper="multi-task learning, the upper bound"),
 }
 

@@ -39,6 +39,8 @@ BUDGETS = {
     "untuned": Budget(30, 16, 32, 50, "seen", 0, 0, (1e-3,), 0),  # a real language model on a CPU
     "untuned-gpu": Budget(60, 32, 128, 200, "seen", 0, 0, (1e-3,), 0),  # and on a GPU
     "untuned-gpu-256": Budget(60, 32, 256, 200, "seen", 0, 0, (1e-3,), 0),  # with whole texts
+    # "small" with nothing tuned, at the rate that it chose for most methods that remember
+    "untuned-small": Budget(50, 16, 32, 200, "seen", 0, 0, (3e-3,), 0),
     "small": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),
     "long": Budget(300, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),  # tuned as small is
     "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
