@@ -241,7 +241,7 @@ def test_lwf(base, request, relative_error):
     assert repr(Lwf()) == "Lwf(weight=1.0, temperature=2.0)"
     assert repr(Lwf(every=3, mask_target=True))[-28:] == ", every=3, mask_target=True)"
     no_labels = {key: value for key, value in batch.items() if key != "labels"}
-    with pytest.raises(ValueError, match="lwf.weight=0"):
+    with pytest.raises(ValueError, match=r"lwf\.weight=0"):
         Lwf(mask_target=True).penalty(model, no_labels, "default", {"logits": output.logits[:, 0]})
     first = get_peft_model(toy.load_base(request.getfixturevalue(base)), JumpLoraConfig(r=2, target_modules=targets))
     assert lwf.penalty(first, batch, "default", output) is None
