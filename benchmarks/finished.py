@@ -1,9 +1,10 @@
-"""What squeezing and forgetting do to a finished stack, in the bench's setting `encoder` with budget small.
+"""What squeezing, forgetting and a router do to a finished stack, in the bench's setting `encoder` with budget small.
 
     python benchmarks/finished.py --data_dir CL_BENCHMARK --output_dir runs/finished --method inclora
 
 Trains order 1 (or goes on with what is there) and prints a Markdown table: bytes of the tasks' weights, accuracy on
-every task and their average, for the stack, for lower ranks of it, and with a task that forgets a class.
+every task and their average, for the stack, for lower ranks of it, and with a task that forgets a class; with
+`--router` for the stack, and with the tasks that its router, trained on 100 rows of each, chooses.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from datasets import concatenate_datasets
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
-from hf_jumplora import ContinualRun, ContinualTrainingArguments, Task, load_stack
+from hf_jumplora import ContinualRun, ContinualTrainingArguments, Task, load_stack, train_router
 from hf_jumplora.bench.data import bench_tasks
 from hf_jumplora.bench.encoder import default_encoder, encoder_setting
 from hf_jumplora.bench.protocol import BUDGETS
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--forget", type=int, default=1, help="Which label of the last task is forgotten, by its number."
     )
+    parser.add_argument("--router", action="store_true", help="The router alone; for perlora too.")
     args = parser.parse_args()
     budget, tokenizer = BUDGETS["small"], AutoTokenizer.from_pretrained(default_encoder())
     texts = bench_tasks("order1", args.data_dir, None, budget, tune=False)
@@ -68,8 +70,9 @@ def main() -> None:
     print("| stack | bytes | " + " | ".join(names) + " | AA |")
     print("| --- " * (len(names) + 3) + "|")
 
-    def show(label: str, folder: Path) -> None:
-        model = load_stack(folder, setting()[0])
+    def show(label: str, folder: Path, route: str | None = None) -> None:
+        model = trained.model if route is None and args.method == "perlora" else None
+        model = model or load_stack(folder, setting()[0], route=route)
         scorer = run(args.output_dir / "none", [*tasks, rest, gone])
         scores = [100 * score for score in scorer.evaluator.row(model)[0]]
         size = sum(file.stat().st_size for file in folder.glob("task_*/adapter_model.safetensors"))
@@ -80,6 +83,12 @@ def main() -> None:
         )
 
     show("whole", whole)
+    if args.router:
+        merge = DataCollatorWithPadding(tokenizer)
+        for name, row in train_router(whole, tasks, setting()[0], tokenizer, merge, examples=100).items():
+            print(f"<!-- {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()) + " -->")
+        show("routed", whole, "learned")
+        return
     for rank in args.ranks:
         smaller = args.output_dir / f"rank-{rank}"
         if not smaller.exists():

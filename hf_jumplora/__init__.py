@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ContinualTrainingArguments,
         GateCallback,
         make_continual,
+        train_router,
     )
     from .tuner import JumpLoraConfig, JumpLoraModel, finish_adapter, register
 
@@ -45,6 +46,7 @@ __all__ = [
     "merge_stack",
     "register",
     "switch_tasks",
+    "train_router",
 ]
 
 _PLACES = dict.fromkeys(("LanguageModelTask", "Task", "TextTask", "load_tasks"), ".data")

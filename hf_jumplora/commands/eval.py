@@ -3,9 +3,9 @@
     hf-jumplora eval runs/mine --stream my_stream.yaml --max_eval 200
     hf-jumplora eval runs/mine --lm_eval hellaswag arc_easy --limit 200
 
-The updates are merged into the base model first. Plain text also gets its cross-entropy in nats per token. Tasks of
-lm-eval (extra `eval`) are evaluated on the base model too; the scores of a whole run are kept in its lm_eval.json, and
-its report.html shows them.
+The updates are merged into the base model first; with `--route learned` the stack's router chooses among them for each
+prompt. Plain text also gets its cross-entropy in nats per token. Tasks of lm-eval (extra `eval`) are evaluated on the
+base model too; the scores of a whole run are kept in its lm_eval.json, and its report.html shows them.
 """
 
 import argparse
@@ -26,6 +26,7 @@ class EvalArguments:
     tasks: list[str] | None = field(default=None, metadata={"help": "Some of the stack's tasks; None: all of them."})
     base_model: str | None = field(default=None, metadata={"help": "Folder or Hub id; None: the one the stack names."})
     revision: str | None = field(default=None, metadata={"help": "Of the repository; tag task-002: after that task."})
+    route: str | None = field(default=None, metadata={"help": "'learned': by the stack's router, not merged."})
     eval_mode: str = field(default="generate", metadata={"help": "'generate' (greedy answers) or 'score' (labels)."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     max_length: int = field(default=512, metadata={"help": "Tokens of prompt and answer."})
@@ -39,6 +40,8 @@ class EvalArguments:
             raise ValueError(f"eval_mode is 'generate' or 'score', got {self.eval_mode!r}")
         if not self.lm_eval and (self.include_path is not None or self.limit is not None):
             raise ValueError("--include_path and --limit are for --lm_eval (rows of a stream: --max_eval)")
+        if self.lm_eval and self.route is not None:
+            raise ValueError("--route goes with --stream alone: lm-eval gives the model prompt and answer as one text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +56,15 @@ def option_classes() -> tuple[type, ...]:
 
 
 def merged_and_encoder(
-    stack: str, base_model: str | None, tasks: list[str] | None, revision: str | None, max_length: int = 512
+    stack: str,
+    base_model: str | None,
+    tasks: list[str] | None,
+    revision: str | None,
+    max_length: int = 512,
+    route: str | None = None,
 ) -> tuple[Any, Any]:
-    """(base model with a stack's updates merged in, [`Encoder`] with its tokenizer and at most `max_length` tokens).
+    """(base model with a stack's updates merged in, or routed, [`Encoder`] with its tokenizer and at most `max_length`
+    tokens).
 
     Raises:
         ValueError, OSError: as `load_stack`.
@@ -66,7 +75,7 @@ def merged_and_encoder(
     from ..stack.load import load_stack, open_stack
 
     _, manifest, _ = open_stack(stack, tasks, revision)
-    model: Any = load_stack(stack, base_model, tasks, revision, merge=True)
+    model: Any = load_stack(stack, base_model, tasks, revision, merge=route is None, route=route)
     named = {} if base_model else {"revision": manifest.base_model["revision"]}
     tokenizer = AutoTokenizer.from_pretrained(base_model or manifest.base_model["name_or_path"], **named)
     length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
@@ -118,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     if stream.stream and not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
     model, encoder = merged_and_encoder(
-        args.stack, options.base_model, options.tasks, options.revision, options.max_length
+        args.stack, options.base_model, options.tasks, options.revision, options.max_length, options.route
     )
     scores = _stream_scores(model, encoder, tasks, options)
     if options.lm_eval:

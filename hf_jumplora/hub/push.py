@@ -27,11 +27,12 @@ from ..stack.disk import (
     copy_atomic,
     file_sha256,
     read_sealed,
+    sealed_path,
     sealed_text,
     write_atomic,
     write_json,
 )
-from ..stack.manifest import portable, read_manifest, write_manifest
+from ..stack.manifest import ROUTER, portable, read_manifest, write_manifest
 from ..stack.save import STRATEGIES
 from ..stack.verify import state_file, verify
 from .card import eval_results, stack_card
@@ -65,7 +66,8 @@ def push_stack(
         attempts, wait: a failure is tried again after wait, 2 wait, 4 wait, ... seconds, or as the Hub says.
         sleep: how to wait; an error that it raises ends the attempts.
 
-    A README.md that was edited on the Hub is left as it is.
+    A README.md that was edited on the Hub is left as it is. The stack's router goes with the newest task, or, trained
+    later than that, in a commit of its own.
 
     Returns:
         {tag: commit} of all tasks, also written to hub.json.
@@ -165,7 +167,10 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
     tasks = portable(folder, manifest)[0].tasks
     repo_id = open_repository(folder, repo_id, token=api.token, private=private, revision=revision)
     head, done, there, listed = _remote(api, repo_id, revision, tasks)
-    edited = done < len(tasks) and bool(listed) and "README.md" in there and _edited(api, repo_id, head, listed)
+    routed = done == len(tasks) and manifest.files.get(ROUTER) not in (None, listed.get(ROUTER))
+    edited = (
+        (done < len(tasks) or routed) and bool(listed) and "README.md" in there and _edited(api, repo_id, head, listed)
+    )
     if edited:
         logger.warning("%s: README.md was edited there and is left as it is", repo_id)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
@@ -203,6 +208,10 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
         if index >= done or index + 1 == len(tasks):
             record = {"repo_id": repo_id, "revision": revision, "pushed": pushed}
             write_atomic(folder / RECORD, sealed_text(record))
+    if routed:
+        with snapshot(folder, len(tasks) - 1, repo_id, template, card=not edited) as files:
+            operations = [CommitOperationAdd(name, path) for name, path in files.items() if "/" not in name]
+            api.create_commit(repo_id, operations, commit_message="router", revision=revision, parent_commit=head)
     return pushed
 
 
@@ -249,6 +258,8 @@ def snapshot(
         temporary = Path(name)
         for picture in pictures if newest else ():
             (temporary / picture).write_bytes(pictures[picture])
+        if newest and ROUTER in listed:
+            copy_atomic(sealed_path(folder, ROUTER), temporary / ROUTER)
         write_json(temporary / "metrics.json", result)
         write_report(temporary, result, draw=False)  # drawing takes a second of the processor that trains
         shown = [name for name in PICTURES if (temporary / name).is_file()]

@@ -111,7 +111,7 @@ def check_seal(path: Path, content: bytes, data: dict[str, Any]) -> None:
 
 def write_beside(folder: Path, name: str, data: Any) -> None:
     """Write a JSON file that stack.json lists: it takes its place with the next stack.json, or at once without one."""
-    write_json(_next(folder, name) if (folder / MANIFEST).is_file() else folder / name, data)
+    write_json(next_path(folder, name) if (folder / MANIFEST).is_file() else folder / name, data)
 
 
 def sealed_path(folder: Path, name: str) -> Path:
@@ -125,7 +125,7 @@ def sealed_path(folder: Path, name: str) -> Path:
         before, expected = expected, _listed(folder).get(name)
         if expected is None and path.is_file():  # old stacks do not list all
             return path
-        for place in (path, _next(folder, name)):
+        for place in (path, next_path(folder, name)):
             with contextlib.suppress(FileNotFoundError):
                 if file_sha256(place) == expected:
                     return place
@@ -153,7 +153,7 @@ def read_sealed(folder: Path, name: str) -> Any:
 
 def waiting(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
     """{name: file} of those that wait for the next stack.json."""
-    return {name: _next(folder, name) for name in names if _next(folder, name).is_file()}
+    return {name: next_path(folder, name) for name in names if next_path(folder, name).is_file()}
 
 
 def finish_sealed(folder: Path, names: tuple[str, ...]) -> None:
@@ -166,7 +166,8 @@ def finish_sealed(folder: Path, names: tuple[str, ...]) -> None:
             path.unlink()
 
 
-def _next(folder: Path, name: str) -> Path:
+def next_path(folder: Path, name: str) -> Path:
+    """Where a file waits for the next stack.json."""
     return folder / f".{name}.new"
 
 

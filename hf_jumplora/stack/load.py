@@ -2,12 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -28,7 +29,8 @@ from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
 from .base import MERGED, check_base, merged_before
 from .disk import MANIFEST
-from .manifest import Manifest, is_folder, read_manifest
+from .manifest import ROUTER, Manifest, is_folder, read_manifest
+from .router import check_routed, read_router, route_prompts
 from .save import STRATEGIES
 from .verify import check_task, not_a_task, task_config, verify
 
@@ -48,6 +50,7 @@ def load_stack(
     tasks: list[str] | dict[str, float] | slice | None = None,
     revision: str | None = None,
     merge: bool = False,
+    route: str | Callable[[torch.Tensor], torch.Tensor] | None = None,
     **model_kwargs: Any,
 ) -> nn.Module:
     """Load the tasks of a stack onto their base model.
@@ -61,6 +64,9 @@ def load_stack(
             of the stack.
         revision: of the repository; tag `task-002` is the stack after that task.
         merge: return the plain model with the updates in its weights instead of a `PeftModel`.
+        route: "learned" has the router of the stack (`hf-jumplora router`) tell for each prompt which tasks act on it,
+            and how much; they stay live, and what cannot be had without one sum is refused. A function in its place
+            gets features [prompts, 2 hidden] (see `prompt_features`) and returns weights [prompts, tasks].
         model_kwargs: for `from_pretrained` of the base (device_map, quantization_config, ...). dtype: None takes the
             one in which the tasks were trained and evaluated.
 
@@ -73,6 +79,15 @@ def load_stack(
         message names the file or layer, what was expected and what was found.
     """
     folder, manifest, chosen = open_stack(path, tasks, revision)
+    if route is not None:
+        if merge or isinstance(tasks, dict):
+            raise ValueError(
+                "route= weighs the tasks for each prompt: it goes with neither merge=True nor fixed weights"
+            )
+        choose = _weights_of_prompts(route, path, folder, manifest, chosen)
+        model = attach(load_base(manifest, base_model, str(folder), **model_kwargs), folder, chosen, separate=True)
+        route_prompts(model, [task["folder"] for task in chosen], choose)
+        return model
     if manifest.separate and len(chosen) != 1:
         raise ValueError(
             f"{folder} was trained by {manifest.method!r}: each task has a model of its own, so load one with "
@@ -87,6 +102,19 @@ def load_stack(
     if hasattr(plain, "config"):
         setattr(plain.config, MERGED, merged_before(plain.config, chosen))
     return plain
+
+
+def _weights_of_prompts(
+    route: Any, path: str | os.PathLike, folder: Path, manifest: Manifest, chosen: list[dict[str, Any]]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    check_routed(manifest, str(folder))
+    if callable(route):
+        return route
+    if route != "learned":
+        raise ValueError(f"route is 'learned', a function or None, got {route!r}")
+    if ROUTER in manifest.files and not os.path.isdir(path):
+        download(path, folder, [ROUTER])
+    return read_router(folder, manifest).only(chosen, str(folder))
 
 
 def load_base(

@@ -19,7 +19,8 @@ from .disk import MANIFEST, check_seal, file_sha256, finish_sealed, sealed_text,
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1: the same without `sha256` and `files`; still read
-TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json")
+ROUTER = "router.safetensors"
+TOP_FILES = ("README.md", "metrics.json", "report.md", "matrix.png", "overlap.png", "run.json", ROUTER)
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Manifest:
     is a model of its own for its task (perlora): one is loaded, by name.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}, and "state": the sha256 of
     strategies.safetensors, if the method remembers something; only the last task's file is kept.
-    files: {file: sha256} of the files beside stack.json; loading does not need them, `verify_stack` checks them.
+    files: {file: sha256} of the files beside stack.json; loading does not need them (but a router that is asked for),
+    `verify_stack` checks them.
 
     In the file, a last key `sha256` is the hash of the file's bytes up to its own value: no byte can change unseen.
     """

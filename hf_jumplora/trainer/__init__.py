@@ -2,6 +2,7 @@
 
 from .arguments import ContinualTrainingArguments
 from .callbacks import GateCallback
+from .router import train_router
 from .run import ContinualRun
 from .scoring import evaluate_task
 from .task_trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, make_continual
@@ -16,6 +17,7 @@ __all__ = [
     "GateCallback",
     "evaluate_task",
     "make_continual",
+    "train_router",
 ]
 
 

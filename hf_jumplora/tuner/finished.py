@@ -23,6 +23,8 @@ class Updates(Protocol):
     quantization_backend: Any
     jumplora_support: Any
 
+    task_weights: Any
+
     def get_base_layer(self) -> nn.Module: ...
     def base_device(self) -> torch.device | None: ...
     def offloaded(self) -> bool: ...
@@ -69,13 +71,13 @@ class FinishedUpdates:
         self.sum: torch.Tensor | None = None
         self.bits: torch.Tensor | None = None
         self.original: torch.Tensor | None = None
-        self.past: tuple[Any, tuple[torch.Tensor, ...]] | None = None
+        self.past: dict[Any, tuple[torch.Tensor, ...]] = {}  # one entry; with tasks weighted row by row one a task
         self._disabled: list[str] = []
         self._touched: Touched | None = None
 
     def forget_past(self) -> None:
         """An adapter was added, removed, finished or loaded: the sum beside the weight is made again."""
-        self.past = None
+        self.past = {}
 
     def rename(self, old: str, new: str) -> None:
         """A merged adapter has another name from now on."""
@@ -110,13 +112,15 @@ class FinishedUpdates:
         4096 x 4096, float32). Elsewhere memory decides: 8 bytes per non-zero entry against 4 bytes per entry.
         """
         key = (adapters, device)
-        if self.past is None or self.past[0] != key:
+        if key not in self.past:
+            if self.layer.task_weights is None:
+                self.past.clear()
             with torch.inference_mode(False), torch.no_grad():  # the sum serves training passes too
                 total = self.total(adapters).to(device)
                 at_most = 1 / 25 if device.type == "cpu" else 1 / 2
                 sparse = int(total.count_nonzero()) < at_most * total.numel() < 2**31
-                self.past = (key, _narrow(to_csr(total)) if sparse else (total,))
-        return self.past[1]
+                self.past[key] = _narrow(to_csr(total)) if sparse else (total,)
+        return self.past[key]
 
     def fold(self, adapters: Sequence[str]) -> None:
         """Add finished adapters and their ancestors to the sum of the folded ones; the caller deletes them after it.
@@ -144,7 +148,12 @@ class FinishedUpdates:
     # ---- in the base weight ---------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
-        """Raise ValueError, saying what to do instead, when the base is quantised or offloaded."""
+        """Raise ValueError, saying what to do instead, when the base is quantised or offloaded, or tasks are routed."""
+        if self.layer.task_weights is not None:
+            raise ValueError(
+                "the tasks of this model are routed: each prompt has weights of its own, and no one weight is the sum. "
+                "To merge, load the stack without route="
+            )
         if self.layer.quantization_backend is not None:
             raise ValueError(
                 f"layer {self.layer.layer_name} is quantised ({self.layer.quantization_backend.backend_name}): merging "

@@ -105,6 +105,8 @@ class JumpLoraLayer(AdapterUpdates):
 
     def _register(self, adapter: str, config: JumpLoraConfig, r: int, alpha: float) -> None:
         """What an adapter is but its tensors. Raises ValueError as `update_layer`."""
+        if self.task_weights is not None:
+            raise ValueError("the tasks of this model are routed: for another adapter load the stack without route=")
         if missing := self.finished.folded.keys() - set(config.parent_adapters):
             raise ValueError(f"adapter {adapter!r} must name {sorted(missing)} in parent_adapters: they are folded")
         if r < 1:
@@ -183,6 +185,18 @@ class JumpLoraLayer(AdapterUpdates):
         added = sparse_linear(x.reshape(-1, self.in_features), *past, self.out_features)
         return y + added.view(*x.shape[:-1], self.out_features).to(y.dtype)
 
+    def _add_weighted(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        for name, rows, weight in self.task_weights.of(x, self.layer_name):
+            if name in self.jumplora_support:
+                own, update = x[rows], y.new_zeros(len(rows), *y.shape[1:])
+                update = self._add_past(update, own, self.finished.beside((name,), x.device))
+            elif name in self.configs:
+                update = self._live_update(name, x[rows])
+            else:
+                continue
+            y = y.index_add(0, rows, (update * weight).to(y.dtype))
+        return y
+
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
         """Whether W can be read and multiplied together with the update, instead of calling the base layer."""
         return (
@@ -209,6 +223,8 @@ class JumpLoraLayer(AdapterUpdates):
         base = self.base_layer
         if self.disable_adapters:
             return base(x, *args, **kwargs)
+        if self.task_weights is not None:
+            return self._add_weighted(self._base_output(x, *args, **kwargs), x)
         live = self.closure(self.active_adapters, without=self.merged_adapters)
         finished = tuple(n for n in live if n in self.finished.folded or n in self.jumplora_support)
         y = None

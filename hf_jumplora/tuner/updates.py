@@ -29,6 +29,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
     scaling: dict[str, float]
     jumplora_free: BufferDict
     quantization_backend: Any
+    task_weights: Any = None  # TaskWeights, shared by all layers, where tasks act row by row
 
     def __init__(self):
         super().__init__()

@@ -142,6 +142,10 @@ def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
     assert main(argv) == 0
     scores = json.loads(capsys.readouterr().out)
     assert [scores[name]["accuracy"] for name in result["tasks"]] == result["matrix"][-1]
+    assert main(["router", str(out), "--stream", str(stream), "--examples", "4", "--max_length", "32"]) == 0
+    assert "tasks act on a row" in capsys.readouterr().out
+    assert main([*argv, "--route", "learned"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == scores.keys()
     with pytest.raises(SystemExit) as stop:
         main(["train", str(config), "--lerning_rate", "1"])
     assert stop.value.code == 2

@@ -125,7 +125,7 @@ def held(run, adapter):
         "originals": sum(layer.finished.original.nbytes for layer in layers if layer.finished.original is not None),
         "summed": sum(layer.finished.sum.nbytes + layer.finished.bits.nbytes for layer in layers),
         "masks": sum(layer.jumplora_free[adapter].nbytes for layer in layers if adapter in layer.jumplora_free),
-        "live": sum(t.nbytes for layer in layers if layer.finished.past is not None for t in layer.finished.past[1]),
+        "live": sum(t.nbytes for layer in layers for past in layer.finished.past.values() for t in past),
     }  # fmt: skip
 
 

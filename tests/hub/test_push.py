@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HTTPError
@@ -18,6 +19,7 @@ from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import Pusher
 from hf_jumplora.stack import load_stack, merge_stack, read_manifest
 from hf_jumplora.stack.manifest import portable
+from hf_jumplora.stack.router import Router, write_router
 from hf_jumplora.stack.verify import verify
 
 
@@ -76,6 +78,21 @@ def test_pushing_again_changes_nothing(folder, hub):
     assert push_stack(folder, "stack") == first  # the token's owner is `me`
     complete(hub)
     assert hub.count("POST", "/commit/|/tag/") == 0
+
+
+def test_router_goes_with_the_stack(folder, hub, toy_base):
+    """Trained after all tasks were pushed it has a commit of its own; pushed again, none. It is loaded from there."""
+    push_stack(folder, "me/stack")
+    tasks = {task["name"]: task["files"]["adapter_model.safetensors"] for task in read_manifest(folder).tasks}
+    write_router(folder, Router(tasks, torch.zeros(3, 64), torch.zeros(3)))
+    for _ in range(2):
+        push_stack(folder, "me/stack")
+        assert titles(hub)[-2:] == ["task-002: mood", "router"]
+    model = load_stack("me/stack", toy_base, tasks=["light"], route="learned")
+    assert list(model.peft_config) == ["task_001"]
+    push_stack(folder, "me/other")
+    assert titles(hub, "me/other")[-1] == "task-002: mood"
+    assert "router.safetensors" in hub.repos["me/other"].resolve("main").files
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
