@@ -59,7 +59,7 @@ def _actions(command: str) -> list[argparse.Action]:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     actions = list(parser._actions)
-    if command in ("train", "eval"):
+    if command in ("train", "eval", "router"):
         actions += recipe_parser(module.option_classes())._actions[1:]  # without a second --help
     for action in actions:
         names = reversed(action.option_strings)  # --max_steps and --max-steps are one option: the first stays

@@ -30,11 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="`router STACK --help` lists them")
 
 
+def option_classes() -> tuple[type, ...]:
+    """What the options are declared by."""
+    return RouterArguments, StreamArguments
+
+
 def run(args: argparse.Namespace) -> None:
     """Print a line for each task."""
     from ..trainer.router import train_router
 
-    options, stream = parse_recipe((RouterArguments, StreamArguments), args.options, prog="hf-jumplora router STACK")
+    options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora router STACK")
     if stream.stream is None:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md)")
     rows = train_router(
