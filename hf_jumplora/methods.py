@@ -15,6 +15,7 @@ import yaml
 
 from .strategies import (
     L2,
+    Boost,
     CoDyRA,
     Drift,
     Ella,
@@ -32,6 +33,7 @@ from .strategies import (
     Replay,
     Slao,
     SoRA,
+    Squeeze,
     Strategy,
 )
 from .tuner import JumpLoraConfig
@@ -178,6 +180,8 @@ _TABLE: dict[str, Method] = {
     "sora": Method("incremental", {"gate": False}, (SoRA,), paper="SoRA (arXiv 2311.11696)"),
     "codyra": Method("incremental", {"gate": False}, (CoDyRA,), paper="CoDyRA (arXiv 2412.01004)"),
     "lora-ga": Method("incremental", {"gate": False}, (LoraGA,), paper="LoRA-GA (arXiv 2407.05000)"),
+    "lora-squeeze": Method("incremental", {"gate": False}, (Squeeze,), paper="LoRA-Squeeze (arXiv 2602.10993)"),
+    "boost": Method("incremental", {"gate": False}, (Boost,), paper="Brainstacks (arXiv 2604.01152)"),
     "ewc": Method("sequential", {"gate": False}, (Ewc,), paper="EWC (arXiv 1612.00796), online (arXiv 1805.06370)"),
     "lwf": Method("incremental", {"gate": False}, (Lwf,), paper="LwF (arXiv 1606.09282)"),
     "replay": Method("sequential", {"gate": False}, (Replay,), paper="baseline (arXiv 2310.14152, table 1)"),

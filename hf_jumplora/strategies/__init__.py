@@ -17,12 +17,14 @@ from .olora import OLora
 from .osf import Osf
 from .ranks import CoDyRA, SoRA
 from .replay import Replay
+from .rounds import Boost, Squeeze
 from .slao import Slao
 from .unlearn import Unlearn
 
 
 __all__ = [
     "L2",
+    "Boost",
     "CoDyRA",
     "Drift",
     "Ella",
@@ -41,6 +43,7 @@ __all__ = [
     "Replay",
     "Slao",
     "SoRA",
+    "Squeeze",
     "Strategy",
     "Unlearn",
 ]

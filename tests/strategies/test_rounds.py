@@ -1,0 +1,142 @@
+"""Rounds of a task: falling ranks and boosting; a round starts afresh, frozen ranks stay, what they do not go with."""
+
+import pytest
+import torch
+import toy
+
+from hf_jumplora import load_stack
+from hf_jumplora.methods import METHODS
+from hf_jumplora.stack.operations import open_tasks
+from hf_jumplora.strategies import L2, Boost, Replay, Squeeze
+from hf_jumplora.tuner import named_layers
+
+
+def factors(model, adapter="default"):
+    return [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for _, layer in named_layers(model)]
+
+
+def started(strategy, model, steps):
+    """The strategy at the first step of a task, and the optimizer that it knows."""
+    strategy.steps = steps
+    strategy.on_task_start(model, "default", None)
+    torch.manual_seed(2)
+    for _, B in factors(model):
+        B.data.normal_()
+    optimizer = torch.optim.AdamW([p for pair in factors(model) for p in pair], lr=1e-2, weight_decay=0.0)
+    strategy.on_optimizer(optimizer)
+    return optimizer
+
+
+def a_step(model, strategy, optimizer, ids):
+    optimizer.zero_grad()
+    model(ids).logits.square().sum().backward()
+    strategy.on_gradients(model, "default")
+    optimizer.step()
+    strategy.on_step_end(model, "default")
+
+
+def test_ranks_fall(gated, ids):
+    """B A is cut to the best of half the rank after each round, whose singular values say so, and trained on there."""
+    model, strategy = gated(gate=False, init_weights=True, r=2), Squeeze(rounds=3)
+    optimizer = started(strategy, model, steps=6)
+    assert [len(A) for A, _ in factors(model)] == [8] * 4
+    scalings = [layer.scaling["default"] for _, layer in named_layers(model)]
+    for strategy.step, rank in enumerate([8, 4, 4, 2, 2, 2]):
+        optimizer.zero_grad()
+        model(ids).logits.square().sum().backward()
+        optimizer.step()
+        products = [(B @ A).detach() for A, B in factors(model)]
+        strategy.on_step_end(model, "default")
+        for (A, B), before in zip(factors(model), products, strict=True):
+            S = torch.linalg.svdvals(before)
+            assert int(((B != 0).any(0) | (A != 0).any(1)).sum()) <= rank
+            error = torch.linalg.matrix_norm(before - B @ A, 2)
+            torch.testing.assert_close(error, S[rank], rtol=1e-3, atol=1e-4)
+        assert (len(optimizer.state) == 0) == (strategy.step in (1, 3))
+    updates = [layer.update("default") for _, layer in named_layers(model)]
+    strategy.on_task_end(model, "default", None)
+    assert [len(A) for A, _ in factors(model)] == [2] * 4
+    assert [layer.scaling["default"] for _, layer in named_layers(model)] == scalings
+    for (_, layer), update in zip(named_layers(model), updates, strict=True):
+        torch.testing.assert_close(layer.update("default"), update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [-1e9, 1e9])
+def test_boosting(gain, gated, ids):
+    """A round trains its own ranks alone, and their gradients are those of all; without gain it is taken back."""
+    model, strategy = gated(gate=False, init_weights=True, r=2), Boost(rounds=2, gain=gain)
+    strategy.rows = [None] * 2
+    optimizer = started(strategy, model, steps=4)
+    strategy.examples = lambda count, rows, batch: [{"input_ids": ids, "labels": ids}]
+    for strategy.step in range(2):
+        a_step(model, strategy, optimizer, ids)
+    first = [(A.clone(), B.clone()) for A, B in factors(model)]
+    strategy.step = 2
+    model(ids).logits.square().sum().backward()
+    A, B = factors(model)[0]
+    whole = A.grad.clone(), B.grad.clone()
+    strategy.on_gradients(model, "default")
+    assert torch.equal(A.grad[2:], whole[0][2:])
+    assert torch.equal(B.grad[:, 2:], whole[1][:, 2:])
+    assert not A.grad[:2].any()
+    assert not B.grad[:, :2].any()
+    for strategy.step in (2, 3):
+        a_step(model, strategy, optimizer, ids)
+    for (A, B), (A_0, B_0) in zip(factors(model), first, strict=True):
+        assert torch.equal(A[:2], A_0[:2])
+        assert torch.equal(B[:, :2], B_0[:, :2])
+        assert B[:, 2:].any() == (gain < 0)
+    assert len(strategy.losses) == 2
+    other = Boost(rounds=2, gain=gain)
+    other.load_checkpoint_state(strategy.checkpoint_state())
+    assert (other.losses, other.stopped) == (strategy.losses, gain > 0)
+    strategy.on_task_end(model, "default", None)
+    assert [len(A) for A, _ in factors(model)] == [4 if gain < 0 else 2] * 4
+
+
+def test_held_out_rows_are_not_trained_on():
+    rows = list(range(30))
+    strategy = Boost(held_out=0.1)
+    trained = strategy.training_data(rows, 0, [])
+    held = [strategy.rows[i] for i in range(len(strategy.rows))]
+    assert sorted(held + [trained[i] for i in range(len(trained))]) == rows
+    assert len(held) == 3
+
+
+def test_finished_adapters_are_ordinary(toy_base, tmp_path):
+    """Two tasks of rank r and of 2 r on disk, loaded as they are in memory."""
+    for method, ranks in (("lora-squeeze", {2}), ("boost", {2, 4})):
+        run = toy.make_run(toy_base, tmp_path / method, method, toy.tasks(2, 20, 2))
+        run.train()
+        _, _, tasks = open_tasks(tmp_path / method)
+        assert {len(task.factors(layer)[0]) for task in tasks for layer in task.shapes} <= ranks
+        ids = torch.tensor([[3, 12, 13, 8]])
+        with torch.no_grad():
+            assert torch.equal(run.model.eval()(ids).logits, load_stack(tmp_path / method)(ids).logits)
+
+
+def test_refused(toy_base, tmp_path):
+    for strategy in (Boost(), Squeeze()):
+        with pytest.raises(ValueError, match=f"only Replay goes with {type(strategy).__name__}"):
+            strategy.check_run([L2()], None, "none")
+        strategy.check_run([Replay()], toy.arguments(tmp_path), "ddp")
+        with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+            strategy.check_run([], None, "zero1")
+        with pytest.raises(ValueError, match="factor_optimizer='muon' remembers factors"):
+            strategy.check_run([], toy.arguments(tmp_path, factor_optimizer="muon"), "none")
+        for method in ("jumplora", "seqlora"):
+            with pytest.raises(ValueError, match="without a gate, such as inclora"):
+                toy.make_run(toy_base, tmp_path, method, strategies=[strategy])
+        strategy.steps = 1
+        with pytest.raises(ValueError, match=r"a task of 1 steps has no \d rounds"):
+            strategy.on_optimizer(None)
+    with pytest.raises(ValueError, match="weight_decay would shrink them"):
+        Boost().check_run([], toy.arguments(tmp_path, weight_decay=0.1), "none")
+    with pytest.raises(ValueError, match="train it by a ContinualRun"):
+        Boost().on_task_start(None, "default", None)
+    with pytest.raises(ValueError, match="this task is a stream"):
+        Boost().training_data(iter([]), 0, [])
+    for options in ({"rounds": 0}, {"held_out": 1.0}):
+        with pytest.raises(ValueError, match="Boost needs"):
+            Boost(**options)
+    assert METHODS["boost"].make_strategies(["boost.rounds=3"])[0].rounds == 3
