@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of the repository; tag task-002 is the stack after that task")
     parser.add_argument("--out", required=True, help="an empty folder, or one to be made")
     parser.add_argument("--rank", type=int, help="of every layer, at most its own")
+    parser.add_argument("--prefix", action="store_true", help="the first ranks of nested ones (method dylora)")
     parser.add_argument("--energy", type=float, help="fraction of each layer's ||BA||^2 to keep, e.g. 0.99")
     parser.add_argument("--min-energy", type=float, default=0.9, help="refuse a task that keeps less (default 0.9)")
     parser.add_argument("--force", action="store_true", help="write it anyway")
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the smaller stack, and print ranks and retained energy of each task."""
-    rows = squeeze(args.stack, args.out, args.rank, args.energy, args.revision, args.min_energy, args.force)
+    rows = squeeze(
+        args.stack, args.out, args.rank, args.energy, args.revision, args.min_energy, args.force, args.prefix
+    )
     for name, layers in rows.items():
         ranks, kept = [rank for rank, _ in layers.values()], [energy for _, energy in layers.values()]
         span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"

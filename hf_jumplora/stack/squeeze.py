@@ -21,6 +21,7 @@ def squeeze(
     revision: str | None = None,
     min_energy: float = 0.9,
     force: bool = False,
+    prefix: bool = False,
 ) -> dict[str, dict[str, tuple[int, float]]]:
     """Write a stack whose tasks have factors of a lower rank; {task: {layer: (rank, retained energy)}}.
 
@@ -31,19 +32,24 @@ def squeeze(
     Args:
         path, revision: as `load_stack`. out: an empty folder, or one to be made.
         rank: of every layer, at most its own. energy: instead of it, the fraction of ||B A||^2 to keep, layer by layer.
+        prefix: take the first `rank` ranks at alpha / rank in place of the best ones: for ranks that were trained to be
+            nested (method dylora).
         min_energy: refused when a task retains less over all its layers, unless `force`.
 
     Raises:
-        ValueError: neither or both of `rank` and `energy`; too little energy is retained; or as `load_stack`.
+        ValueError: neither or both of `rank` and `energy`; `prefix` without a rank; too little energy is
+        retained; or as `load_stack`.
     """
     check_rank_or_energy(rank, energy, min_energy)
+    if prefix and rank is None:
+        raise ValueError("the first ranks of nested ones are chosen by rank=, not by energy=")
     source, manifest, tasks = open_tasks(path, None, revision)
     rows: dict[str, dict[str, tuple[int, float]]] = {task.name: {} for task in tasks}
     by_folder = {task.folder: task for task in tasks}
 
     def cut(folder: str, target: Path, config: dict[str, Any]) -> str:
         task = by_folder[folder]
-        tensors, row, retained = _cut_task(task, config, rank, energy)
+        tensors, row, retained = _cut_task(task, config, rank, energy, prefix)
         rows[task.name] = row
         if retained < min_energy and not force:
             raise ValueError(
@@ -60,7 +66,7 @@ def squeeze(
 
 
 def _cut_task(
-    task: TaskFile, config: dict[str, Any], rank: int | None, energy: float | None
+    task: TaskFile, config: dict[str, Any], rank: int | None, energy: float | None, prefix: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, float]], float]:
     """(all tensors of a task's file with cut factors, {layer: (rank, retained energy)}, that of all layers together);
     the ranks are written into `config`, in which every layer's scaling stays what it was."""
@@ -68,7 +74,12 @@ def _cut_task(
     ranks, alphas, lost, total = {}, {}, 0.0, 0.0
     for layer in task.shapes:
         r, alpha = rank_and_alpha(task.config, layer)
-        A, B, _ = cut_factors(*task.factors(layer), rank, energy)
+        A, B = task.factors(layer)
+        if prefix:
+            kept = min(rank or r, r)
+            A, B = A[:kept], B[:, :kept] * ((r / kept) ** 0.5 if task.config.use_rslora else r / kept)
+        else:
+            A, B, _ = cut_factors(A, B, rank, energy)
         before, after = task.update(layer), task.update(layer, (A, B))
         size = float(before.double().square().sum())
         change = float((before - after).double().square().sum())

@@ -9,13 +9,14 @@ from .ilora import ILora
 from .kfac import KFac
 from .l2 import L2
 from .loraga import LoraGA
+from .lorasb import LoraSB
 from .lwf import Lwf
 from .migu import Migu
 from .nlora import NLora
 from .nullspace import NullSpace
 from .olora import OLora
 from .osf import Osf
-from .ranks import CoDyRA, SoRA
+from .ranks import CoDyRA, DyLora, SoRA
 from .replay import Replay
 from .rounds import Boost, Squeeze
 from .slao import Slao
@@ -27,6 +28,7 @@ __all__ = [
     "Boost",
     "CoDyRA",
     "Drift",
+    "DyLora",
     "Ella",
     "Ewc",
     "Gorp",
@@ -34,6 +36,7 @@ __all__ = [
     "KFac",
     "LayerSize",
     "LoraGA",
+    "LoraSB",
     "Lwf",
     "Migu",
     "NLora",

@@ -121,7 +121,9 @@ def weight_gradients(model: nn.Module, adapter: str, batches: Iterable[dict[str,
             for batch in batches:
                 loss, count = model(**batch)["loss"], count + 1
                 if loss is None:
-                    raise ValueError("LoRA-GA takes the gradient of the model's own loss, and it has none: give labels")
+                    raise ValueError(
+                        "the start takes the gradient of the model's own loss, and it has none: give labels"
+                    )
                 grads = torch.autograd.grad(loss, [edge for _, _, edge in seen], allow_unused=True)
                 for (name, x, _), g in zip(seen, grads, strict=True):
                     if g is not None:
@@ -132,20 +134,22 @@ def weight_gradients(model: nn.Module, adapter: str, batches: Iterable[dict[str,
         for handle in handles:
             handle.remove()
     if missing := [name for name, _ in named_layers(model, adapter) if name not in sums]:
-        raise ValueError(
-            f"LoRA-GA: the loss of no example depends on layer {missing[0]}: leave it out of target_modules"
-        )
+        raise ValueError(f"the loss of no example depends on layer {missing[0]}: leave it out of target_modules")
     return {name: total / count for name, total in sums.items()}
 
 
 def gradient_factors(G: torch.Tensor, r: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A_0 [r, in], B_0 [out, r]) of a gradient [out, in]; a large one by a randomised SVD with a fixed seed."""
-    if min(G.shape) <= 512:
-        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-    else:
-        with torch.random.fork_rng([G.device] if G.is_cuda else []):
-            torch.manual_seed(0)
-            U, _, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
-        Vh = V.T
+    """(A_0 [r, in], B_0 [out, r]) of a gradient [out, in]."""
+    U, _, Vh = top_directions(G, 2 * r)
     scale = len(G) ** 0.25 / gamma**0.5
     return scale * Vh[:r], scale * U[:, r : 2 * r]
+
+
+def top_directions(G: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(U [out, k], S [k], V^T [k, in]) of a matrix, k >= count; of a large one by a randomised SVD of fixed seed."""
+    if min(G.shape) <= 512:
+        return torch.linalg.svd(G, full_matrices=False)
+    with torch.random.fork_rng([G.device] if G.is_cuda else []):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(G, q=min(2 * count, *G.shape), niter=4)
+    return U, S, V.T

@@ -1,6 +1,7 @@
-"""Ranks that close in training: SoRA (arXiv 2311.11696) and CoDyRA (arXiv 2412.01004)."""
+"""Gates on ranks: SoRA (arXiv 2311.11696) and CoDyRA (arXiv 2412.01004) close them, DyLoRA (arXiv 2210.07558) draws."""
 
 import math
+import random
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,3 +117,72 @@ class CoDyRA(RankGates):
         if done <= half:
             return 0.0
         return self.largest * min(math.floor(50 * (done - half) / (self.steps - half)), 49) / 49
+
+
+@dataclass
+class DyLora(Strategy):
+    """A step trains the first b ranks alone: the update is (r / b) s sum over i <= b of b_i a_i, with b drawn from
+    1, ..., r by seed and step, one for all layers (a share of r, where layers differ in r). So the first b ranks of the
+    finished adapter are an adapter of rank b at alpha / b: `hf-jumplora squeeze --rank b --prefix`.
+
+    frozen: the ranks before b act, but rank b alone gets gradients. AdamW's momentum moves ranks that were not drawn,
+    as in the released code.
+    """
+
+    frozen: bool = False
+    layers: list[tuple[JumpLoraLayer, str]] = field(default_factory=list, init=False, repr=False)
+
+    def check(self, mode, config):
+        if config.gate or mode == "sequential":
+            raise ValueError(
+                "DyLora trains nested ranks of one task, which neither a gate on entries nor the adapter of the task "
+                "before leaves nested: use it through method='dylora'"
+            )
+
+    def check_run(self, others, args, sharding):
+        if sharding.startswith("zero"):
+            raise ValueError("DyLora sets which ranks act before each step, and DeepSpeed cuts gradients: use DDP")
+        if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
+            raise ValueError(f"only Replay goes with DyLora, not {acting}: they take all ranks for the update")
+        if (kind := getattr(args, "factor_optimizer", "default")) != "default":
+            raise ValueError(f"factor_optimizer={kind!r} takes all ranks of a factor at once: leave it out with DyLora")
+
+    def on_task_start(self, model, adapter, examples):
+        self.layers = [(layer, adapter) for _, layer in named_layers(model, adapter)]
+        for layer, _ in self.layers:
+            layer.gate_ranks(adapter, torch.ones(len(layer.jumplora_A[adapter])))
+            layer.jumplora_g[adapter].requires_grad_(False)
+
+    def drawn(self, step: int, r: int) -> int:
+        """b of a step of the task, from 1 to r."""
+        return 1 + int(r * random.Random(f"{self.seed} {step}").random())
+
+    @torch.no_grad()
+    def _draw(self, step: int) -> None:
+        for layer, adapter in self.layers:
+            g = layer.jumplora_g[adapter]
+            b = self.drawn(step, len(g))
+            g.zero_()[:b] = len(g) / b
+
+    def on_optimizer(self, optimizer):
+        self._draw(self.step)
+
+    def on_step_end(self, model, adapter):
+        self._draw(self.step + 1)
+
+    def on_gradients(self, model, adapter):
+        for layer, _ in self.layers if self.frozen else ():
+            A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
+            b = self.drawn(self.step, len(A))
+            for grads in (A.grad, B.grad.T if B.grad is not None else None):
+                if grads is not None:
+                    grads[: b - 1] = 0
+
+    @torch.no_grad()
+    def on_task_end(self, model, adapter, examples):
+        for layer, _ in self.layers:
+            layer.jumplora_g[adapter].fill_(1.0)
+        self.layers = []
+
+    def memory_bytes(self, layers, tasks):
+        return sum(4 * layer.r for layer in layers)

@@ -142,9 +142,9 @@ class Squeeze(Rounds):
 
 @dataclass
 class Boost(Rounds):
-    """Each round trains r ranks more on what the ranks before, which are frozen, leave over. A fraction `held_out` of the
-    task's rows is not trained on: a round after the first that does not lower the loss on them by `gain` is taken back,
-    and nothing is trained any more. The finished adapter has the ranks of the rounds that are left.
+    """Each round trains r ranks more on what the ranks before, which are frozen, leave over. A fraction `held_out` of
+    the task's rows is not trained on: a round after the first that does not lower the loss on them by `gain` is taken
+    back, and nothing is trained any more. The finished adapter has the ranks of the rounds that are left.
 
     gain: of Brainstacks, which has patience and the best of several snapshots as well.
     """

@@ -93,7 +93,7 @@ class StrategyCallback(TrainerCallback):
         if sharding(args) == "zero3" and any("penalty" in s.hooks for s in self.strategies):
             keep_whole_in_forward(model, adapter_parameters(model, self.adapter))
         for strategy in self.strategies:
-            strategy.steps = state.max_steps
+            strategy.step, strategy.steps = state.global_step, state.max_steps
             strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -122,14 +122,15 @@ class JumpLoraLayer(AdapterUpdates):
         self.finished.forget_past()
 
     def gate_ranks(self, adapter: str, g: torch.Tensor) -> None:
-        """From here on the adapter's update has B diag(g) in place of B, with a trained g [r]."""
+        """From here on the adapter's update has B diag(g) in place of B, with a trained g [r]; or B g, g [r, r]."""
         A = self.jumplora_A[adapter]
         self.jumplora_g[adapter] = nn.Parameter(g.to(A.device, torch.float32))
 
     @torch.no_grad()
     def absorb_rank_gate(self, adapter: str, config: JumpLoraConfig) -> None:
-        """B <- B diag(g) without the ranks where g = 0, at the scaling of before; at least one rank stays."""
-        (A, B, _), open_ranks = self.factors(adapter), self.jumplora_g[adapter] != 0
+        """B <- B diag(g) without the ranks where g = 0, or B g, at the scaling of before; at least one rank stays."""
+        (A, B, _), g = self.factors(adapter), self.jumplora_g[adapter]
+        open_ranks = g != 0 if g.ndim == 1 else torch.ones_like(g[0], dtype=torch.bool)
         open_ranks[0] |= not open_ranks.any()
         del self.jumplora_g[adapter]
         self.replace_factors(adapter, config, A[open_ranks].clone(), B[:, open_ranks].clone())

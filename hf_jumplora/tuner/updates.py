@@ -89,12 +89,13 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
             )
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(A [r, in], B [out, r], packed bits of the entries it may use or None), B with the gates of its ranks, if it
-        has any. Raises ValueError if folded."""
+        """(A [r, in], B [out, r], packed bits of the entries it may use or None), B with what `gate_ranks` put
+        between it and A. Raises ValueError if folded."""
         self._own(adapter)
         B = self.jumplora_B[adapter]
         if adapter in self.jumplora_g:
-            B = B * self.jumplora_g[adapter]
+            g = self.jumplora_g[adapter]
+            B = B * g if g.ndim == 1 else B @ g
         return self.jumplora_A[adapter], B, self.free(adapter)
 
     def free(self, adapter: str) -> torch.Tensor | None:

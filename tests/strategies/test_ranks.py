@@ -5,8 +5,9 @@ import torch
 import toy
 
 from hf_jumplora import finish_adapter, load_stack
+from hf_jumplora.cli import main
 from hf_jumplora.stack.operations import open_tasks
-from hf_jumplora.strategies import L2, CoDyRA, Migu, Replay, SoRA
+from hf_jumplora.strategies import L2, CoDyRA, DyLora, Migu, Replay, SoRA
 from hf_jumplora.strategies.ranks import soft_threshold
 from hf_jumplora.tuner import named_layers
 
@@ -99,3 +100,57 @@ def test_what_it_does_not_go_with(toy_base, tmp_path):
     for wrong in (lambda: SoRA(weight=-1), lambda: CoDyRA(largest=-1)):
         with pytest.raises(ValueError, match="needs"):
             wrong()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dylora(frozen, gated, ids):
+    """A = I, B = [[1, 2], [3, 4]], alpha 2: rank 1 gives (2, 6), both give (3, 7); ranks not drawn get no gradient."""
+    model, strategy = gated(gate=False, r=2, lora_alpha=2), DyLora(frozen=frozen)
+    strategy.on_task_start(model, "default", None)
+    assert {strategy.drawn(step, 4) for step in range(50)} == {1, 2, 3, 4}
+    layer = next(layer for _, layer in named_layers(model))
+    A, B = layer.jumplora_A["default"], layer.jumplora_B["default"]
+    with torch.no_grad():
+        A.zero_()[:, :2] = torch.eye(2)
+        B.zero_()[:2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    x = torch.zeros(1, 32)
+    x[0, :2] = 1
+    seen = set()
+    for strategy.step in range(12):
+        strategy.on_optimizer(None)
+        b = strategy.drawn(strategy.step, 2)
+        change = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(change[0, :2], torch.tensor([[2.0, 6.0], [3.0, 7.0]])[b - 1])
+        A.grad = B.grad = None
+        model(ids).logits.square().sum().backward()
+        strategy.on_gradients(model, "default")
+        moved = [bool(A.grad[rank].any()) and bool(B.grad[:, rank].any()) for rank in range(2)]
+        assert moved == [[True, False], [not frozen, True]][b - 1]
+        seen.add(b)
+    assert seen == {1, 2}
+    strategy.on_task_end(model, "default", None)
+    finish_adapter(model, "default", "task_000")
+    torch.testing.assert_close((layer(x) - layer.base_layer(x))[0, :2], torch.tensor([3.0, 7.0]))
+
+
+def test_dylora_is_cut_by_its_first_ranks(toy_base, tmp_path):
+    """`squeeze --prefix`: ranks 1 to b at alpha / b, loaded like any stack; what it does not go with."""
+    toy.make_run(toy_base, tmp_path / "whole", "dylora", toy.tasks(1, 8, 2), {"r": 4}).train()
+    assert (
+        main(["squeeze", str(tmp_path / "whole"), "--rank", "2", "--prefix", "--force", "--out", str(tmp_path / "two")])
+        == 0
+    )
+    (_, _, (whole,)), (_, _, (two,)) = open_tasks(tmp_path / "whole"), open_tasks(tmp_path / "two")
+    for layer in whole.shapes:
+        A, B = whole.factors(layer)
+        torch.testing.assert_close(two.update(layer), 8 / 2 * B[:, :2] @ A[:2])
+    assert main(["squeeze", str(tmp_path / "whole"), "--energy", "0.5", "--prefix", "--out", str(tmp_path / "no")]) == 2
+    with pytest.raises(ValueError, match="only Replay goes with DyLora"):
+        DyLora().check_run([L2()], None, "none")
+    with pytest.raises(ValueError, match="DeepSpeed cuts gradients"):
+        DyLora().check_run([], None, "zero1")
+    with pytest.raises(ValueError, match="takes all ranks of a factor at once"):
+        DyLora().check_run([Replay()], toy.arguments(tmp_path, factor_optimizer="muon"), "none")
+    for method in ("jumplora", "seqlora"):
+        with pytest.raises(ValueError, match="method='dylora'"):
+            toy.make_run(toy_base, tmp_path / "x", method, strategies=[DyLora()])
