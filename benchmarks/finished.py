@@ -52,10 +52,10 @@ def main() -> None:
     def is_forgotten(row: dict) -> bool:
         return row["labels"] == number
 
-    def run(folder: Path, stream: list[Task]) -> ContinualRun:
-        config = get_method(args.method).adapter_config({"target_modules": ["query", "value"]})
+    def run(folder: Path, stream: list[Task], method: str = args.method) -> ContinualRun:
+        config = get_method(method).adapter_config({"target_modules": ["query", "value"]})
         return ContinualRun(
-            setting()[0], stream, args.method, ContinualTrainingArguments(str(folder), **arguments), tokenizer,
+            setting()[0], stream, method, ContinualTrainingArguments(str(folder), **arguments), tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer), adapter_config=config,
         )  # fmt: skip
 
@@ -71,9 +71,9 @@ def main() -> None:
     print("| --- " * (len(names) + 3) + "|")
 
     def show(label: str, folder: Path, route: str | None = None) -> None:
-        model = trained.model if route is None and args.method == "perlora" else None
-        model = model or load_stack(folder, setting()[0], route=route)
-        scorer = run(args.output_dir / "none", [*tasks, rest, gone])
+        task_id = args.method == "perlora" and route is None  # given: each task is scored with its own adapter
+        model = trained.model if task_id else load_stack(folder, setting()[0], route=route)
+        scorer = run(args.output_dir / "none", [*tasks, rest, gone], args.method if task_id else "inclora")
         scores = [100 * score for score in scorer.evaluator.row(model)[0]]
         size = sum(file.stat().st_size for file in folder.glob("task_*/adapter_model.safetensors"))
         average = sum(scores[: len(tasks)]) / len(tasks)
