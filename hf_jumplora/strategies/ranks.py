@@ -140,8 +140,10 @@ class DyLora(Strategy):
             )
 
     def check_run(self, others, args, sharding):
-        if sharding.startswith("zero"):
-            raise ValueError("DyLora sets which ranks act before each step, and DeepSpeed cuts gradients: use DDP")
+        if sharding not in ("none", "ddp"):
+            raise ValueError(
+                "DyLora sets before each step which ranks act, in whole layers: DeepSpeed and FSDP cut them"
+            )
         if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
             raise ValueError(f"only Replay goes with DyLora, not {acting}: they take all ranks for the update")
         if (kind := getattr(args, "factor_optimizer", "default")) != "default":

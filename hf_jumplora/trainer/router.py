@@ -69,6 +69,8 @@ def train_router(
         merge = data_collator if data_collator and not text else collate(processing_class, seq2seq)
         for start in range(0, len(rows), batch_size):
             batch = dict(merge(rows[start : start + batch_size]))
+            if {"input_ids", "labels"} - batch.keys():
+                raise ValueError(f"task {name!r}: a router needs rows with input_ids and labels, not {sorted(batch)}")
             batches.append(batch)
             owners += [number] * len(batch["input_ids"])
     model: Any = attach(base, folder, chosen, separate=True)
@@ -106,6 +108,8 @@ def train_router(
 def _rows(task: Any, encoder: Encoder, examples: int) -> list[Any]:
     """Training rows of a task, as its collator takes them."""
     data = task.train_dataset
+    if data is None:
+        raise ValueError(f"task {task.name!r} has no training rows, from which a router could learn")
     if row_count(data) is None:
         data = list(itertools.islice(data, examples))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:examples].tolist()
