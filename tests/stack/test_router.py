@@ -6,7 +6,7 @@ import pytest
 import torch
 import toy
 
-from hf_jumplora import load_stack
+from hf_jumplora import Task, load_stack
 from hf_jumplora.stack import read_manifest, switch_tasks, verify_stack
 from hf_jumplora.stack.router import Router, read_router, write_router
 from hf_jumplora.trainer.router import helpful_tasks, router_loss, row_losses, targets, train_router
@@ -139,6 +139,12 @@ def test_refused(stack, plain, toy_base, tmp_path):
         load_stack(stack, route="best")
     with pytest.raises(ValueError, match=r"trained on all its tasks, size, light, mood; got rows of size, light$"):
         train_router(stack, toy.tasks(2))
+    plain_rows = [Task(task.name, [{"input_ids": [3]}], None) for task in toy.tasks()]
+    with pytest.raises(ValueError, match="task 'size': a router needs rows with input_ids and labels"):
+        train_router(stack, plain_rows)
+    plain_rows[0].train_dataset = None
+    with pytest.raises(ValueError, match="task 'size' has no training rows"):
+        train_router(stack, plain_rows)
     hashes = {task["name"]: task["files"]["adapter_model.safetensors"] for task in read_manifest(stack).tasks}
     weight, bias = torch.zeros(3, 64), torch.zeros(3)
     with pytest.raises(ValueError, match="trained for size, light, mood and knows another task 'light'"):
