@@ -1,6 +1,7 @@
 """LwF (arXiv 1606.09282): answer the new task's inputs much as the model before it did."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ class Lwf(Strategy):
     every: n adds the penalty, n times as heavy, to the last of every n steps alone: a cheaper estimate of the same.
     mask_target: compare only the answers that are not the row's own ("Mask the Target", arXiv 2605.29498), each side
     normalised over these: what the model makes of the right answer is then the task's alone.
+    hidden: adds hidden * mean squared distance of the last hidden states from the teacher's, over tokens that are not
+    padding (of a decoder behind an encoder: those with a label). It costs two more forward passes.
     """
 
     requires = frozenset({"softmax"})
@@ -30,16 +33,17 @@ class Lwf(Strategy):
     temperature: float = 2.0
     every: int = 1
     mask_target: bool = False
+    hidden: float = 0.0
 
     def __post_init__(self):
-        if self.weight < 0 or self.temperature <= 0 or self.every < 1:
+        if min(self.weight, self.hidden) < 0 or self.temperature <= 0 or self.every < 1:
             raise ValueError(
-                f"LwF needs weight >= 0, temperature > 0 and every >= 1, got weight={self.weight}, "
-                f"temperature={self.temperature}, every={self.every}"
+                f"LwF needs weight >= 0, hidden >= 0, temperature > 0 and every >= 1, got weight={self.weight}, "
+                f"hidden={self.hidden}, temperature={self.temperature}, every={self.every}"
             )
 
     def __repr__(self):  # as before there was `every`, so that runs begun then go on
-        new = {"every": (self.every, 1), "mask_target": (self.mask_target, False)}
+        new = {"every": (self.every, 1), "mask_target": (self.mask_target, False), "hidden": (self.hidden, 0.0)}
         more = "".join(f", {name}={value}" for name, (value, default) in new.items() if value != default)
         return f"Lwf(weight={self.weight}, temperature={self.temperature}{more})"
 
@@ -51,7 +55,7 @@ class Lwf(Strategy):
 
     def penalty(self, model, inputs, adapter, output):
         later = any(layer.configs[adapter].parent_adapters for _, layer in named_layers(model, adapter))
-        if not (later and self.weight) or (self.step + 1) % self.every:
+        if not (later and (self.weight or self.hidden)) or (self.step + 1) % self.every:
             return None
         labels, causal = inputs.get("labels"), can_continue(model)
         leave_out = {"num_items_in_batch", *(_FOR_A_LOSS if causal else ())}
@@ -81,12 +85,31 @@ class Lwf(Strategy):
         before, now = before.log_softmax(-1), now.log_softmax(-1)
         possible = before > -torch.inf  # answers that the model itself has closed
         divergence = before.exp() * (before - now).masked_fill(~possible, 0.0)
-        return self.every * self.weight * self.temperature**2 * divergence.sum() / count
+        penalty = self.weight * self.temperature**2 * divergence.sum() / count
+        if self.hidden:
+            penalty = penalty + self.hidden * _hidden_distance(model, adapter, asked)
+        return self.every * penalty
 
     def memory_bytes(self, layers, tasks):
-        """None are kept: what it compares with is computed in the step."""
-        return 0
+        """None are kept: what it compares with is computed in the step. With `hidden` that is a second graph of the
+        whole model, which is not estimated."""
+        return None if self.hidden else 0
 
     def logit_bytes(self, logits, width, tasks):
         """Both models' answers and their log-probabilities in float32."""
         return (24 + width) * logits if tasks else 0
+
+
+def _hidden_distance(model: Any, adapter: str, asked: dict[str, Any]) -> torch.Tensor:
+    """Mean squared distance of the last hidden states from those without the adapter, with its graph."""
+
+    def last() -> torch.Tensor:
+        output = model.base_model(**asked, output_hidden_states=True)  # past the hook that calls the penalty
+        return (output.get("decoder_hidden_states") or output["hidden_states"])[-1].float()
+
+    now = last()
+    with without_adapter(model, adapter):
+        before = last()
+    decoder = model.get_base_model().config.is_encoder_decoder
+    kept = asked["labels"] != -100 if decoder else asked.get("attention_mask", torch.ones_like(now[..., 0])).bool()
+    return (now - before)[kept].square().mean()

@@ -228,6 +228,20 @@ def test_lwf(base, request, relative_error):
     (penalty + masked).backward()
     assert all(layer.jumplora_A["default"].grad.abs().sum() > 0 for _, layer in named_layers(model))
     assert all(layer.jumplora_A["default"].grad.isfinite().all() for _, layer in named_layers(model))
+    output = model(**batch)
+    features = Lwf(0.0, hidden=2.0).penalty(model, batch, "default", output)
+
+    def states():
+        out = model(**batch, output_hidden_states=True)
+        return (out.get("decoder_hidden_states") or out["hidden_states"])[-1]
+
+    change = states()
+    with without_adapter(model, "default"):
+        change = change - states()
+    kept = batch["attention_mask"].bool() if causal else batch["labels"] != -100
+    torch.testing.assert_close(features, 2 * change[kept].square().mean())
+    grads = torch.autograd.grad(features, [layer.jumplora_A["default"] for _, layer in named_layers(model)])
+    assert all(grad.any() for grad in grads[:2])
     batch["num_items_in_batch"] = 12  # of a micro-batch on average; this one has 6
     torch.testing.assert_close(lwf.penalty(model, batch, "default", output), penalty / 2)
     seldom = Lwf(0.5, 3.0, every=3)
