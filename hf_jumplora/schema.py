@@ -51,6 +51,7 @@ class _Weight(_Part):
     dtype: Identifier
     shape: list[Annotated[int, Field(ge=0, le=2**53)]] = Field(max_length=16)
     probe: list[float] = Field(max_length=4)
+    sums: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = Field([], max_length=8)
 
 
 class _Base(_Part):

@@ -72,7 +72,7 @@ def config_differences(expected: dict[str, Any], found: dict[str, Any]) -> list[
 def check_base(manifest: "Manifest", base: nn.Module, where: str) -> None:
     """Raise ValueError, naming what was expected and found, if `base` is not the model a stack was trained on.
 
-    Weights of other dtypes than there are compared by four values of each, quantised ones not at all. Stacks of
+    Weights of other dtypes than there are compared by sums (see `same_weight`), quantised ones not at all. Stacks of
     earlier versions know their base by sixteen values of one weight.
     """
     expected = manifest.base_model
@@ -92,7 +92,8 @@ def check_base(manifest: "Manifest", base: nn.Module, where: str) -> None:
         if probe_differs(expected.get("probe", []), weight_probe(base, expected["layers"])):
             raise ValueError(f"{where} was trained on {expected['name_or_path']}; this base has other weights")
         return
-    found = {name: None if t is None else identity(t) for name, t in named_tensors(base)}
+    known = expected["weights"]
+    found = {name: None if t is None else identity(t, known.get(name)) for name, t in named_tensors(base)}
     refuse_weights(manifest, differing_weights(expected["weights"], found), where)
 
 

@@ -217,7 +217,7 @@ def _check_weights(manifest: Manifest, skeleton: nn.Module, shards: list[Shard],
             shard, key = place
             value, dtype = shard.read(key), getattr(torch, entry["dtype"])
             rounds = torch.promote_types(value.dtype, dtype) == value.dtype  # as loading it in `dtype` did
-            found[name] = identity(value.to(dtype) if rounds else value)
+            found[name] = identity(value.to(dtype) if rounds else value, entry)
         refuse_weights(manifest, differing_weights(expected, found), where)
         return
     name = untouched_weight(skeleton, manifest.base_model["layers"])

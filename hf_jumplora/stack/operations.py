@@ -216,10 +216,13 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
     (_, a, tasks_a), (_, b, tasks_b) = open_tasks(first), open_tasks(second)
     of_b = {task.name: task for task in tasks_b}
     names_a, names_b = {task.name for task in tasks_a}, set(of_b)
-    keys = {"architecture", "layers", "probe", "weights", "config"} & a.base_model.keys() & b.base_model.keys()
+    bases = [dict(manifest.base_model) for manifest in (a, b)]
+    for base in bases:  # earlier versions stored less of each weight beside its digest
+        base["weights"] = {name: entry and entry["sha256"] for name, entry in base.get("weights", {}).items()}
+    keys = {"architecture", "layers", "probe", "weights", "config"} & bases[0].keys() & bases[1].keys()
     rows = {task.name: _compare(task, of_b[task.name]) for task in tasks_a if task.name in of_b}
     return {
-        "base": any(a.base_model.get(key) != b.base_model.get(key) for key in keys),
+        "base": any(bases[0][key] != bases[1][key] for key in keys),
         "method": [a.method, b.method],
         "only_first": [name for name in a.task_names if name in names_a - names_b],
         "only_second": [name for name in b.task_names if name in names_b - names_a],
