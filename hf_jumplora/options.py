@@ -128,7 +128,7 @@ class MethodArguments:
     def plans(self, compare: list[str]) -> dict[str, tuple[JumpLoraConfig, list[Strategy] | None]]:
         """{method: (adapter config, strategies)} of this method and of others to compare it with.
 
-        Options that only some of the methods have, or leave to their users, are those methods' alone.
+        Options that only some of the methods have, or leave to the user, apply to those methods only.
         """
         plans = {self.method: (self.adapter_config(), self.strategies())}
         for name in compare:
@@ -142,7 +142,7 @@ class MethodArguments:
 
 
 def run_recipe(main: Callable[[], Any]) -> None:
-    """Run a recipe's `main`: what a user got wrong is one line on stderr and the exit code 2, not a traceback.
+    """Run a recipe's `main`: a user's mistake is one line on stderr and exit code 2, not a traceback.
 
     With HF_JUMPLORA_TRACEBACK=1 in the environment the traceback is shown.
     """
@@ -159,7 +159,7 @@ def run_recipe(main: Callable[[], Any]) -> None:
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong in one line, where argparse would print two hundred options before it."""
+    """Reports an error in one line, where argparse would print two hundred options first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists all options)\n")
@@ -178,9 +178,9 @@ def parse_recipe(
     defaults: the recipe's own, over which both win. parser_options: of `argparse.ArgumentParser`.
 
     Raises:
-        SystemExit: an unknown option or key, or a value that cannot be (the message, one line, names it).
+        SystemExit: an unknown option or key, or an invalid value (the one-line message names it).
     """
-    # PEFT asks every transformers model for a property that transformers 5 has renamed: nothing a user can act on.
+    # PEFT reads a property of every model that transformers 5 has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = recipe_parser(classes, **parser_options)

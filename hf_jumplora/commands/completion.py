@@ -6,8 +6,8 @@ bash: add `eval "$(hf-jumplora completion bash)"` to ~/.bashrc
 zsh: add `eval "$(hf-jumplora completion zsh)"` to ~/.zshrc
 fish: hf-jumplora completion fish > ~/.config/fish/completions/hf-jumplora.fish
 
-Starting a shell is quicker with the script in a file: write it once, and `source` the file instead. The script is
-fixed: write it again after an update, or after installing a package with methods of its own.
+Starting a shell is quicker with the script in a file: write it once, and `source` the file instead. The script does
+not update itself: write it again after an update, or after installing a package that adds methods.
 """
 
 import argparse

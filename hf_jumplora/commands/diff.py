@@ -11,7 +11,7 @@ from ..stack.operations import diff
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora diff`."""
     parser.add_argument("first", help="folder of a stack, or a repository on the Hub")
-    parser.add_argument("second", help="another one")
+    parser.add_argument("second", help="folder of another stack, or a repository on the Hub")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> None:
         else:
             change = "-" if row["update"] is None else f"{row['update']:.3g}"
             lines.append(f"{name}: update differs by {change} of its norm, supports agree in {row['kept']:.1%}")
-    print("\n".join(lines) or "both compute the same")
+    print("\n".join(lines) or "no difference: both compute the same")

@@ -3,8 +3,8 @@
     hf-jumplora estimate llama-2-7b --processes 8
 
 MODEL is llama-2-7b, llama-2-13b, llama-2-70b, a folder or a Hub id; only its config.json is read. Weights
-and activations are counted on the model's own code, without weights. Not counted: the CUDA context and what the
-allocator wastes (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).
+and activations are counted by running the model's code without weights. Not counted: the CUDA context and
+fragmentation (1 to 2 GiB), and evaluation (generating keeps keys and values of all tokens of a batch).
 """
 
 import argparse

@@ -5,10 +5,12 @@
 
 The updates are merged into the base model first; with `--route learned` the stack's router chooses among them for each
 prompt. Plain text also gets its cross-entropy in nats per token. Tasks of lm-eval (extra `eval`) are evaluated on the
-base model too; the scores of a whole run are kept in its lm_eval.json, and its report.html shows them.
+base model too, which is loaded after the stack is done. The scores of a whole run are kept in its lm_eval.json, and its
+report.html shows them.
 """
 
 import argparse
+import gc
 import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -83,7 +85,7 @@ def merged_and_encoder(
 
 
 def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float]:
-    """{"task metric": score} of a model on the tasks `options.lm_eval` by lm-eval, whose files say how they are asked.
+    """{"task metric": score} of a model on the tasks `options.lm_eval`, evaluated by lm-eval.
 
     Raises:
         ValueError: lm-eval does not know one of the tasks.
@@ -131,7 +133,10 @@ def run(args: argparse.Namespace) -> None:
     )
     scores = _stream_scores(model, encoder, tasks, options)
     if options.lm_eval:
-        scores |= _harness_scores(args.stack, model, encoder, options)
+        after = harness(model, encoder, options)
+        del model  # the base is loaded next: one model in memory at a time
+        gc.collect()
+        scores |= _harness_scores(args.stack, after, encoder, options)
     if options.json:
         print(json.dumps(scores, indent=2))
 
@@ -156,13 +161,17 @@ def _stream_scores(model: Any, encoder: Any, tasks: list, options: EvalArguments
     return scores
 
 
-def _harness_scores(stack: str, model: Any, encoder: Any, options: EvalArguments) -> dict[str, dict[str, float]]:
-    """{"task metric": {"base", "stack"}} by lm-eval; kept in the folder of a run that was evaluated whole."""
+def _harness_scores(
+    stack: str, after: dict[str, float], encoder: Any, options: EvalArguments
+) -> dict[str, dict[str, float]]:
+    """{"task metric": {"base", "stack"}} by lm-eval; saved in the run's folder if all its tasks were evaluated.
+
+    after: the scores of the stack.
+    """
     from ..stack.disk import write_json
     from ..stack.load import load_base, open_stack
 
     folder, manifest, _ = open_stack(stack, options.tasks, options.revision)
-    after = harness(model, encoder, options)
     before = harness(load_base(manifest, options.base_model, str(folder)), encoder, options)
     scores = {key: {"base": before[key], "stack": after[key]} for key in after}
     if not options.json:

@@ -2,8 +2,8 @@
 
     hf-jumplora export runs/mine --format lora --rank 16 --out exported
 
---format lora: the sum of the tasks' masked updates as a plain LoRA adapter of best rank k (randomised SVD). Something
-is lost: the retained energy is printed for each layer, and with --stream the change of accuracy on it.
+--format lora: the sum of the tasks' masked updates as a plain LoRA adapter of best rank k (randomised SVD). This is
+an approximation: the retained energy of each layer is printed, and with --stream the change in accuracy.
 --format sparse: the values of the sum and their columns, row by row, in one safetensors file.
 """
 

@@ -1,9 +1,9 @@
-"""Show what a stack holds: base model, method, tasks, densities, sizes, and how much the tasks overlap.
+"""Show what a stack contains: base model, method, tasks, densities, sizes, and how much the tasks overlap.
 
     hf-jumplora inspect runs/mine
 
 Overlap of two tasks: |Si & Sj| / min(|Si|, |Sj|), Si the entries that task i changes.
-Sizes: the adapter's file, beside a LoRA adapter of the same rank in float32 plus the coded support.
+Sizes: the adapter's file, compared with a float32 LoRA adapter of the same rank plus the encoded support.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def text(result: dict[str, Any]) -> str:
     revision = f", revision {base['revision']}" if base["revision"] else ""
     lines = [
         f"{result['stack']}: {len(tasks)} tasks, method {result['method']}"
-        + (" (each folder is a model of its own, for its task)" if result["separate"] else "")
+        + (" (each folder is a separate model for its task)" if result["separate"] else "")
         + ("" if result["additive"] or result["separate"] else " (each folder holds the whole model after its task)"),
         f"base model: {base['name_or_path'] or '(no name)'} ({base['architecture']}{revision})",
         f"{result['layers']} adapted layers, {result['entries']:,} entries",

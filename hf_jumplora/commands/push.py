@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises what [`push_stack`] raises, and ValueError when nobody said where to."""
+    """Raises what [`push_stack`] raises, and ValueError if no repository is known."""
     record = Path(args.stack) / RECORD
     before = read_record(record) if record.is_file() else {}
     repo = args.repo or before.get("repo_id")

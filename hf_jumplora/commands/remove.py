@@ -2,9 +2,9 @@
 
     hf-jumplora remove runs/mine --tasks tickets --out runs/without_tickets
 
-Exact for the sum: the result is bit for bit the stack to which their updates were never added. It is not the stack
-that would have been trained without them: later tasks were trained on top of them and keep what they learned there.
-Under isolation="hard" the entries of a removed task are given back unchanged and no other task has used them.
+The result is bit for bit the stack to which their updates were never added. It is not the stack
+that would have been trained without them: later tasks were trained on top of them and may depend on them.
+Under isolation="hard" the entries of a removed task return to the base model's values, and no other task has used them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the rest, and say what has been taken out and what has not."""
+    """Write the rest, and say what was removed and what was not."""
     _, manifest, gone = open_stack(args.stack, args.tasks, args.revision)
     rest = remove(args.stack, args.tasks, args.out, args.revision)
     names = [task["name"] for task in gone]

@@ -2,7 +2,7 @@
 
     hf-jumplora reorder runs/mine --tasks invoices tickets --out runs/reordered
 
-That is where no two tasks change the same entry (isolation="hard" makes such stacks). Elsewhere the command refuses:
+Order does not matter if no two tasks change the same entry, as with isolation="hard". Otherwise the command refuses:
 the sum of updates is rounded in the order of the stack, and a later task was trained on top of the earlier ones.
 """
 

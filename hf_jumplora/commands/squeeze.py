@@ -1,6 +1,6 @@
 """Write a stack whose tasks have a lower rank: LoRA-Squeeze (arXiv 2602.10993), after training.
 
-Supports stay as they are; the values change, and how much is printed. The scores are left out: evaluate the result.
+Supports stay as they are; the values change, and the command prints how much. Scores are not copied.
 
     hf-jumplora squeeze runs/demo --rank 4 --out runs/demo-small
 """
@@ -15,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stack", help="folder of a stack, or a repository on the Hub")
     parser.add_argument("--revision", help="of the repository; tag task-002 is the stack after that task")
     parser.add_argument("--out", required=True, help="an empty folder, or one to be made")
-    parser.add_argument("--rank", type=int, help="of every layer, at most its own")
+    parser.add_argument("--rank", type=int, help="rank of every layer, at most its current one")
     parser.add_argument("--prefix", action="store_true", help="the first ranks of nested ones (method dylora)")
     parser.add_argument("--energy", type=float, help="fraction of each layer's ||BA||^2 to keep, e.g. 0.99")
     parser.add_argument("--min-energy", type=float, default=0.9, help="refuse a task that keeps less (default 0.9)")
-    parser.add_argument("--force", action="store_true", help="write it anyway")
+    parser.add_argument("--force", action="store_true", help="write the stack anyway")
 
 
 def run(args: argparse.Namespace) -> None:

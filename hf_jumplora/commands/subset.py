@@ -2,7 +2,7 @@
 
     hf-jumplora subset runs/mine --tasks tickets invoices --out runs/part
 
-The scores of the whole stack do not hold for a part of it: metrics.json is left out.
+metrics.json is not copied, because its scores are those of the whole stack.
 """
 
 import argparse
@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the part and say what it holds."""
+    """Write the stack and say what it contains."""
     part = subset(args.stack, args.tasks, args.out, args.revision)
     print(f"{args.out}: {', '.join(part.task_names)}")

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ValueError that names the first file which is missing or damaged."""
+    """Raises ValueError, which names the first missing or damaged file."""
     if os.path.isdir(args.stack) and args.revision is None:
         manifest = verify_stack(args.stack)
     else:

@@ -1,4 +1,4 @@
-"""Model cards, made from the manifest, metrics.json and run.json alone."""
+"""Model cards, generated from nothing but the manifest, metrics.json and run.json."""
 
 import re
 from pathlib import Path, PureWindowsPath
@@ -30,7 +30,7 @@ _SETTINGS = ("adapter.", "args.")
 
 
 def template_path() -> Path:
-    """model_card_template.md: beside this file in an installed package, at the top of a checkout."""
+    """model_card_template.md: next to this file in an installed package, at the top of a checkout."""
     packaged = Path(__file__).with_name("model_card_template.md")
     return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_card_template.md"
 
@@ -41,7 +41,7 @@ def _dataset(info: dict[str, Any]) -> str | None:
 
 
 def _base_id(manifest: Manifest) -> str | None:
-    """The base model's id; None for a folder of some machine, which is no id."""
+    """The base model's id; None for a local folder."""
     base = manifest.base_model["name_or_path"]
     return base if base and not is_folder(base) else None
 
@@ -119,7 +119,7 @@ def stack_card(
     pictures: list[str] | tuple[str, ...] = (),
     template: str | Path | None = None,
 ) -> str:
-    """README.md of a stack: what it is, how to load it, what it was trained on and how well, with which settings.
+    """README.md of a stack: what it is, how to load it, its training data, scores and settings.
 
     result: the content of metrics.json; settings: of run.json. where: its id on the Hub, or "." for a folder.
     template: a file of your own in place of model_card_template.md (Jinja; the packaged one shows the variables).
@@ -161,7 +161,7 @@ def stack_card(
 
 
 def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any], where: str = ".") -> str:
-    """README.md of one task's folder. where: the stack's id on the Hub, or "." for the folder that holds stack.json."""
+    """README.md of one task's folder. where: the stack's id on the Hub, or "." for the folder with stack.json."""
     rows = [["what", "value"]]
     for key, value in info.items():
         if key not in ("name", "index") and value not in (None, "", []):

@@ -1,4 +1,4 @@
-"""Pushing a stack to the Hub: one commit and one tag a task, none of them twice, whatever the network does.
+"""Pushing a stack to the Hub: one commit and one tag per task, each exactly once, whatever the network does.
 
 Nothing says which tasks wait but the two manifests: a task of the folder's stack.json that the one on the Hub lacks is
 still to be pushed. A commit is made from what the folder holds about the tasks up to its own, so that it does not
@@ -59,9 +59,9 @@ def push_stack(
     """Push every task of a stack that the repository lacks: a commit and a tag `task-00k` each, in order.
 
     Args:
-        folder: holds stack.json. repo_id: "owner/name", or "name" for the token's owner; it is made if need be.
+        folder: holds stack.json. repo_id: "owner/name", or "name" for the token's owner; it is created if needed.
         token: None takes `HF_TOKEN` or the login. It is handed to the client and written nowhere.
-        private: of a repository that is made now. revision: a branch; tags of another than main are "branch-task-00k".
+        private: applies to a new repository. revision: a branch; tags of branches but main are "branch-task-00k".
         template: of the model card (see card.py).
         attempts, wait: a failure is tried again after wait, 2 wait, 4 wait, ... seconds, or as the Hub says.
         sleep: how to wait; an error that it raises ends the attempts.
@@ -106,7 +106,7 @@ def open_repository(
     private: bool | None = None,
     revision: str = "main",
 ) -> str:
-    """Make the repository and branch if need be and check that they can take this folder's stack; the full id.
+    """Create the repository and branch if needed and check that they can hold this folder's stack; returns the full id.
 
     Raises:
         ValueError: they hold something else. Errors of the client as they are.
@@ -156,7 +156,7 @@ def _remote(
 
 
 def _edited(api: HfApi, repo_id: str, commit: str | None, listed: dict[str, str]) -> bool:
-    """Whether the card of a commit is another one than its stack.json lists: somebody's work."""
+    """Whether the card of a commit differs from the one its stack.json lists, because somebody has edited it."""
     with tempfile.TemporaryDirectory() as temporary:
         card = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=temporary)
         return file_sha256(Path(card)) != listed.get("README.md")
@@ -186,7 +186,7 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
             verify(folder, manifest.tasks[index])
             with snapshot(folder, index, repo_id, template, card=not edited) as files:
                 operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-                # What the method remembers is kept after the newest task alone, as in the folder.
+                # The state of the method is kept for the newest task only, as in the folder.
                 old = {f"{task['folder']}/{STRATEGIES}" for task in tasks[:index] if "state" in task} & there
                 operations += [CommitOperationDelete(name) for name in sorted(old)]
                 # With the parent named, the Hub refuses the commit (412) if it holds anything newer than we have seen.
@@ -216,7 +216,7 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of hub.json; it has a seal of its own, because it is written while training goes on.
+    """The content of hub.json, which has its own hash because it is written during training.
 
     Raises:
         ValueError: it is damaged.
@@ -232,7 +232,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def snapshot(
     folder: Path, index: int, repo_id: str, template: str | Path | None = None, card: bool = True
 ) -> Iterator[dict[str, Path]]:
-    """{path in the repository: file} of a stack as it was after task `index`, however much further it is now.
+    """{path in the repository: file} of a stack as it was after task `index`, even if it has more tasks now.
 
     The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but
     for the pictures, which belong to the newest task's commit. No path of this machine is in it (`portable`).
@@ -289,7 +289,7 @@ def snapshot(
 
 
 def push_options(args: Any) -> dict[str, Any]:
-    """What [`push_stack`] takes of training arguments."""
+    """The options of [`push_stack`] that training arguments give."""
     return {
         "token": args.hub_token,
         "private": args.hub_private_repo,
@@ -299,7 +299,7 @@ def push_options(args: Any) -> dict[str, Any]:
 
 
 class Pusher(threading.Thread):
-    """Pushes in the background while training goes on; a failure is logged and made up for by the next task's push."""
+    """Pushes in the background while training goes on; a failure is logged, and the next push makes up for it."""
 
     def __init__(self, folder: Path, repo_id: str, **options: Any):
         super().__init__(name="push to the Hub", daemon=True)
@@ -307,7 +307,7 @@ class Pusher(threading.Thread):
         self._work, self._stopped, self._closing = threading.Event(), threading.Event(), False
 
     def push(self) -> None:
-        """There is a task more; returns at once."""
+        """Push a newly finished task; returns at once."""
         self._work.set()
 
     def finish(self) -> None:
@@ -317,14 +317,14 @@ class Pusher(threading.Thread):
         self.join()
 
     def end(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """As the end of a `with` block: [`finish`], but after Ctrl-C wait for nobody. Another push makes up for it."""
+        """The end of a `with` block: [`finish`], but after Ctrl-C without waiting. A later push makes up for it."""
         if kind is None or issubclass(kind, Exception):
             self.finish()
             return
         self._closing = True
         self._stopped.set()
         self._work.set()
-        self.join(timeout=5)  # for a request at work; the thread does not keep the process alive
+        self.join(timeout=5)  # for a running request; the thread does not keep the process alive
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
@@ -344,7 +344,7 @@ class Pusher(threading.Thread):
 
 
 def start_push(folder: Path, args: Any) -> Pusher:
-    """Make the repository of these training arguments, refuse one that holds something else, and start the thread that
+    """Create the repository of these training arguments, refuse one with other content, and start the thread that
     pushes. A Hub that cannot be reached or refuses the token does not stop the training, and is logged.
 
     Raises:
@@ -359,7 +359,11 @@ def start_push(folder: Path, args: Any) -> Pusher:
             raise ValueError(
                 f"the Hub did not say who owns {name!r} ({error}): give hub_model_id='owner/name'"
             ) from error
-        logger.error("the Hub cannot be reached now; finished tasks wait in %s: %s", folder, explain(error, name))
+        logger.error(
+            "the Hub cannot be reached now; it is tried again after each task of %s: %s",
+            folder,
+            explain(error, name),
+        )
     pusher = Pusher(folder, name, **options)
     pusher.start()
     pusher.push()  # what an earlier process left
@@ -376,7 +380,7 @@ def _retry_after(error: Exception) -> float | None:
 
 
 def explain(error: Exception, repo_id: str) -> str:
-    """An error of the client in words; for a refused token (401, 403) what to do."""
+    """The message for an error of the client; for a refused token (401, 403) it says what to do."""
     if (status := _status(error)) not in (401, 403):
         return f"{type(error).__name__}: {error}"
     cause = "no valid token was given" if status == 401 else "the token may not write there"

@@ -1,1 +1,1 @@
-"""One readable table at the end of a run, `report.md`, pictures, the page and the verdict. Importing it loads none."""
+"""Reports: the table at the end of a run, `report.md`, pictures, report.html and the verdict, each imported on use."""

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read back: metrics.json, run.json, history.jsonl and the predictions.
+"""Reading a run's folder: metrics.json, run.json, history.jsonl and the predictions.
 
 `history.jsonl`: one JSON object a logging step, {"task", "step", "loss", ...} with what the trainer logged; a step that
 was logged twice (after an interruption) counts as it was logged last.
@@ -20,7 +20,7 @@ HARNESS = "lm_eval.json"  # {"after": finished tasks, "limit", "scores": {"task 
 
 
 def after(stage: int) -> str:
-    """The file of what the model said after so many tasks."""
+    """The file with the model's answers after `stage` tasks."""
     return f"after_{stage:03d}.jsonl"
 
 
@@ -39,19 +39,19 @@ class StoredRun:
 
     @property
     def name(self) -> str:
-        """The folder's name, and the method where that says something else."""
+        """The folder's name, with the method if the name does not contain it."""
         folder, method = self.path.resolve().name, self.metrics["method"]
         return folder if folder == method else f"{folder} ({method})"
 
     def answers(self, stage: int) -> dict[tuple[str, int], dict[str, Any]]:
-        """{(task, row): {"predicted", "correct"}} of the model after so many tasks; empty where none were stored."""
+        """{(task, row): {"predicted", "correct"}} of the model after `stage` tasks; empty if none were stored."""
         if stage not in self._answers:
             lines = read_lines(self.path / PREDICTIONS / after(stage))
             self._answers[stage] = {(line["task"], line["row"]): line for line in lines}
         return self._answers[stage]
 
     def rows(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """{(task, row): {"text", "expected"}}; empty where none were stored."""
+        """{(task, row): {"text", "expected"}}; empty if none were stored."""
         return {(line["task"], line["row"]): line for line in read_lines(self.path / PREDICTIONS / ROWS)}
 
     def flips(self, task: str, learned: int) -> tuple[list[int], list[int]]:
@@ -64,7 +64,7 @@ class StoredRun:
 
 
 def read_run(path: str | Path) -> StoredRun:
-    """Read what a run left behind.
+    """Read the folder of a run.
 
     Raises:
         FileNotFoundError: no metrics.json there. ValueError: a file is not what it should be; it is named.
@@ -103,7 +103,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file, none without one; a last line that a kill cut off is left out."""
+    """The objects of a JSON lines file, empty if there is none; an incomplete last line, left by a kill, is skipped."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

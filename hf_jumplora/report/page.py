@@ -1,4 +1,4 @@
-"""report.html: one page of one or several runs. Its pictures are inside; it has no script and asks no network."""
+"""report.html: one page about one or several runs, with its pictures inside, no script and no network access."""
 
 import base64
 import importlib.util
@@ -20,7 +20,7 @@ EXAMPLES, LETTERS = 3, 400  # a task's rows that turned from right to wrong, and
 
 
 def write_page(path: Path, runs: list[StoredRun]) -> None:
-    """Write one page of these runs. Without matplotlib (extra `report`) it has the tables alone and says so."""
+    """Write one page about these runs. Without matplotlib (extra `report`) it has only the tables, and says so."""
     drawn = importlib.util.find_spec("matplotlib") is not None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
@@ -40,7 +40,7 @@ def write_page(path: Path, runs: list[StoredRun]) -> None:
 
 
 def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
-    """What the template shows of a run."""
+    """The template's values for one run."""
     metrics, names = stored.metrics, [info["name"] for info in stored.metrics["trained"]]
     content = {
         "name": stored.name,
@@ -74,7 +74,7 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
 
 
 def _harness(found: dict[str, Any]) -> list[list[str]]:
-    """The scores of lm-eval before training and after so many tasks; the head alone where there are none."""
+    """The scores of lm-eval before training and with the stack; only the header if there are none."""
     rows = [["lm-eval", "base model", f"after {found.get('after')} tasks", "change"]]
     for key, row in found.get("scores", {}).items():
         rows.append([key, f"{row['base']:.4f}", f"{row['stack']:.4f}", f"{row['stack'] - row['base']:+.4f}"])
@@ -82,7 +82,7 @@ def _harness(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _flipped(stored: StoredRun) -> list[dict[str, Any]]:
-    """Of each task, some rows that were right when it was learned and are wrong now."""
+    """For each task, some rows that were right when it was learned and are wrong now."""
     matrix, rows, found = stored.metrics["matrix"], stored.rows(), []
     for stage, task in enumerate(stored.metrics["tasks"][: len(matrix) - 1], 1):
         lost, won = stored.flips(task, stage)
@@ -98,7 +98,7 @@ def _flipped(stored: StoredRun) -> list[dict[str, Any]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a.b": text} of nested settings; texts of rows and prompts are cut."""
+    """{"a.b": text} of nested settings; texts of rows and prompts are truncated."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -110,7 +110,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _shade(value: float | None, top: float = 1.0) -> str:
-    """A cell's colours for a value in [0, top]: white over green to dark green, or none where nothing was measured."""
+    """A cell's colours for a value in [0, top]: white over green to dark green, or none if it was not measured."""
     if value is None:
         return ""
     share = max(0.0, min(1.0, value / top))

@@ -1,4 +1,4 @@
-"""The pictures of report.html, as SVG text. Names of tasks are data: nothing in them is read as mathematics."""
+"""The pictures of report.html, as SVG text. Task names are data: nothing in them is parsed as mathematics."""
 
 import io
 from typing import Any
@@ -34,7 +34,7 @@ def accuracy_over_time(metrics: dict[str, Any]) -> str:
 
 
 def average_over_time(runs: list[StoredRun]) -> str:
-    """Of several runs, the mean score over the tasks trained so far."""
+    """For several runs, the mean score over the tasks trained so far."""
     figure, axes = _figure(8, 3.6)
     unit = common(unit for run in runs for unit in units_of(run.metrics))
     scale = 100 if unit and unit.share else 1
@@ -56,7 +56,7 @@ def average_over_time(runs: list[StoredRun]) -> str:
 
 
 def over_steps(history: list[dict[str, Any]]) -> str | None:
-    """Loss, penalty, density and threshold over the steps of all tasks; None where nothing was logged."""
+    """Loss, penalty, density and threshold over the steps of all tasks; None if nothing was logged."""
     shown = [key for key in PANELS if any(key in line for line in history)]
     if not shown:
         return None

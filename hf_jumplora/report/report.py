@@ -1,4 +1,4 @@
-"""From the content of metrics.json to text and pictures."""
+"""Text and pictures from the content of metrics.json."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ METRIC_NAMES = {
 
 
 def figures(result: dict[str, Any], digits: int = 1) -> dict[str, tuple[str, str]]:
-    """{metric of metrics.json: (its name, its value)} of those that there are."""
+    """{metric of metrics.json: (its name, its value)} of the metrics that were measured."""
     unit = common(units_of(result)) or PERCENT
     named = METRIC_NAMES if unit.share else {k: n.replace("accuracy", unit.name) for k, n in METRIC_NAMES.items()}
     return {key: (name, unit.show(result[key], digits)) for key, name in named.items() if key in result}
@@ -60,7 +60,7 @@ def table(result: dict[str, Any], method: str) -> str:
 
 
 def measured_as(result: dict[str, Any]) -> str:
-    """What stands in the matrix: "accuracy in %", or each task's own measure and unit."""
+    """What the matrix shows: "accuracy in %", or each task's own measure and unit."""
     measures = {info["name"]: info["metric"] for info in result.get("data", ()) if not info["held_out"]}
     found = dict(zip(result["tasks"], units_of(result), strict=True))
     if all(unit.share for unit in found.values()):
@@ -73,8 +73,8 @@ def measured_as(result: dict[str, Any]) -> str:
 
 
 def general_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Scores on what nobody trained on and cross-entropy of plain text, before training, after each task, and the
-    change; the head alone where nothing was measured."""
+    """Scores on tasks that were not trained on, and cross-entropy of plain text: before training, after each task, and
+    the change. Only the header if nothing was measured."""
     rows, names = result.get("general", []), [info["name"] for info in result["trained"]]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     found = {key: general_unit(key, rows) for key in keys}
@@ -95,7 +95,7 @@ def general_unit(key: str, rows: Iterable[Mapping[str, float]]) -> Unit:
 
 
 def general_name(key: str, unit: Unit = PERCENT) -> str:
-    """The head of a column of general ability, "wikitext cross-entropy" of "wikitext cross_entropy"."""
+    """The header of a column of general ability, "wikitext cross-entropy" of "wikitext cross_entropy"."""
     task, measure = key.split(" ")
     return f"{task} cross-entropy" if in_nats(key) else f"{task} {measure.replace('_', ' ')}{' %' * unit.share}"
 
@@ -106,7 +106,7 @@ def in_nats(key: str) -> bool:
 
 
 def data_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Of each task: where its rows are from, how many there are, what is measured, which prompt it has."""
+    """For each task: the source and number of its rows, its metric and its prompt."""
     rows = [["task", "data", "training rows", "evaluated rows", "measured", "prompt style", "trained on"]]
     for info in result.get("data", ()):
         sizes = ["-" if n is None else str(n) for n in (info["train_examples"], info["eval_examples"])]
@@ -116,7 +116,7 @@ def data_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def warning(result: dict[str, Any]) -> str | None:
-    """What a report says when the prompts name their data set, else None."""
+    """The warning if prompts name their data set, else None."""
     names = sorted({name for info in result.get("data", ()) for name in info["names_in_prompt"]})
     if not names:
         return None
@@ -158,7 +158,7 @@ def comparison(results: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table; the first row is its head."""
+    """A Markdown table; the first row is its header."""
     head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
@@ -174,7 +174,7 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
 
 
 def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None) -> None:
-    """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES beside it."""
+    """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES next to it."""
     measured = measured_as(result)
     parts = [
         f"# {result['method']}",

@@ -1,4 +1,4 @@
-"""SHIP or DON'T SHIP: whether a run lost more than it may, and whether it is worse than another one."""
+"""SHIP or DON'T SHIP: whether a run lost more than the limits allow, and whether it is worse than another run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def judge(stored: StoredRun, other: StoredRun | None = None, limits: Limits | No
 def judge_metrics(
     metrics: dict[str, Any], limits: Limits | None = None, flips: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The verdict of [`judge`] on the content of metrics.json alone; `flips` as there."""
+    """The verdict of [`judge`] on the content of metrics.json only; `flips` as there."""
     limits = limits or Limits()
     checks: list[dict[str, Any]] = []
     check = _adder(checks)
@@ -93,7 +93,7 @@ def judge_metrics(
 
 
 def verdict_text(result: dict[str, Any]) -> str:
-    """What [`judge`] returns, for a terminal: a line for each check."""
+    """The result of [`judge`] for a terminal: one line per check."""
     lines = [f"{WORDS[c['ok']]}  {c['check']}: {c['says']}" for c in result["checks"]]
     return terminal("\n".join([says(result), *lines]))
 
@@ -130,7 +130,7 @@ def _flips(stored: StoredRun) -> list[dict[str, Any]]:
 
 
 def _check_tasks(check: Any, metrics: dict[str, Any], limits: Limits, flips: dict[str, dict[str, Any]]) -> None:
-    """What each task lost since it was learned; one that lost nothing is not mentioned."""
+    """What each task has lost since it was learned; tasks that lost nothing are left out."""
     matrix, found = metrics["matrix"], units_of(metrics)
     for j, task in enumerate(metrics["tasks"][: len(matrix) - 2]):
         learned, now = matrix[j + 1][j], matrix[-1][j]

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from packaging.version import Version
 
 from hf_jumplora.cli import COMMANDS, main
 from hf_jumplora.commands import doctor
+from hf_jumplora.commands import eval as eval_command
 from hf_jumplora.methods import METHODS
 
 
@@ -162,6 +164,22 @@ def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
         main(["eval", str(out), "--stream", str(stream), "--limit", "3"])
     assert stop.value.code == 2
     assert "--include_path and --limit are for --lm_eval" in capsys.readouterr().err
+
+
+def test_lm_eval_loads_one_model_at_a_time(toy_run, capsys, monkeypatch):
+    """The merged model is gone when the base is loaded. lm-eval itself is not needed for that."""
+    models = []
+
+    def harness(model, encoder, options):
+        assert [ref() for ref in models] == [None] * len(models)
+        models.append(weakref.ref(model))
+        return {"toy acc": float(len(models))}
+
+    monkeypatch.setattr(eval_command, "find_spec", lambda name: True)
+    monkeypatch.setattr(eval_command, "harness", harness)
+    argv = ["eval", str(toy_run.output_dir), "--tasks", toy.tasks()[0].name, "--lm_eval", "toy", "--json", "true"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == {"toy acc": {"base": 2.0, "stack": 1.0}}
 
 
 TASK = """

@@ -123,6 +123,28 @@ def test_same_as_one_process(config, alone, toy_base, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_own_trainer(toy_base, tmp_path):
+    """A task with a trainer class and arguments of its own trains the same under DDP as in one process."""
+    import worker
+
+    def job(name, batch):
+        own = {BATCH: batch, "learning_rate": 5e-3, "max_steps": 6, "logging_steps": 1}
+        more = {"options": {BATCH: batch}, "own trainer": own}
+        return {"base": toy_base, "output_dir": str(tmp_path / name), "method": "inclora", **more}
+
+    one, two = job("one", 4), job("two", 2)
+    worker.main([one])
+    launch.run([two], tmp_path, launch.CONFIGS / "cpu2.yaml")
+    (expected,) = launch.results(one, 1)
+    for found in launch.results(two):
+        assert found["engines"] == ["DistributedDataParallel"]
+        assert [log["loss"] for log in found["logs"]] == pytest.approx([log["loss"] for log in expected["logs"]])
+    assert len(expected["logs"]) == 8 + 6
+    theirs, ours = (merged(toy_base, tmp_path / name) for name in ("two", "one"))
+    torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_bf16_base(config, tmp_path):
     """Over a base in bf16 the factors and thresholds that DeepSpeed trains are float32, not rounded to bf16."""

@@ -5,6 +5,7 @@ JOBS.json is a list of runs, done one after the other in the same processes: {"b
     "strategies": {name of a strategy's class: its options}
     "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does
     "rank 1": what is different in process 1
+    "own trainer": training arguments of the second of two plain tasks, which has a trainer class of its own too
     "fails": true if an error is expected: its text goes to `output_dir`.rank.error, and the next job is begun.
 Every process leaves `output_dir`.rank.json: what it was, losses and scores.
 """
@@ -26,7 +27,7 @@ import toy
 from transformers import TrainerCallback
 
 import hf_jumplora.trainer.task as task_module
-from hf_jumplora import ContinualTrainer, strategies
+from hf_jumplora import ContinualTrainer, Task, strategies
 from hf_jumplora.stack.load import merge_finished
 from hf_jumplora.tuner.sharded_parameters import full_shape, piece
 
@@ -114,6 +115,10 @@ def one(job: dict) -> None:
     count = job.get("tasks", 2)
     tasks = toy.tasks(min(count, 4), job.get("train", 32), job.get("evaluate", 7))
     tasks += [dataclasses.replace(tasks[k % 4], name=f"{tasks[k % 4].name}{k}") for k in range(4, count)]
+    if "own trainer" in job:
+        rows = [{"input_ids": [8 + k % 4, 9], "labels": [8 + k % 4, 9]} for k in range(32)]
+        own = toy.arguments(job["output_dir"], **job["own trainer"])
+        tasks = [Task("a", rows), Task("b", rows, trainer_cls=type("Own", (watched_trainer(engines),), {}), args=own)]
     callbacks = [record, Kill(*job["kill"])] if "kill" in job else [record]
     named = [getattr(strategies, name)(**options) for name, options in job.get("strategies", {}).items()]
     run = toy.make_run(
