@@ -77,7 +77,7 @@ class Method:
 
         Raises:
             ValueError: the user gives an option another value than the method prescribes, or one of the gate to a
-            method that has none; the message names both.
+                method that has none; the message names both.
         """
         if given is not None and not isinstance(given, (JumpLoraConfig, dict)):
             raise ValueError(f"adapter_config is a JumpLoraConfig (gate=False: plain LoRA), got {type(given).__name__}")

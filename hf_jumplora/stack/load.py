@@ -76,7 +76,7 @@ def load_stack(
 
     Raises:
         FileNotFoundError: no stack there. ValueError: an unknown task, a damaged file or another base model; the
-        message names the file or layer, what was expected and what was found.
+            message names the file or layer, what was expected and what was found.
     """
     folder, manifest, chosen = open_stack(path, tasks, revision)
     if route is not None:

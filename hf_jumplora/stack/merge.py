@@ -94,7 +94,7 @@ def merge_stack(
 
     Raises:
         FileNotFoundError: no stack there. ValueError: as `load_stack`; the base has no safetensors files; a weight is
-        not found under its name; or a task holds modules trained in full.
+            not found under its name; or a task holds modules trained in full.
     """
     free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)

@@ -176,7 +176,7 @@ class ContinualRun:
 
         Raises:
             FileNotFoundError: no stack there. ValueError: something cannot work; a setting that differs from the
-            stack's is named (by `train`).
+                stack's is named (by `train`).
         """
         run = cls.__new__(cls)
         own = {"strategies": strategies, "data_collator": data_collator, "callbacks": callbacks}
@@ -189,9 +189,9 @@ class ContinualRun:
 
         Raises:
             RuntimeError: an earlier call on this object was interrupted, a callback stopped a task, or another process
-            trains in output_dir.
+                trains in output_dir.
             KeyboardInterrupt: Ctrl-C, or with `enable_jit_checkpoint` SIGTERM, after a checkpoint; the same command
-            continues.
+                continues.
         """
         if isinstance(self.model, PeftModel):
             if len(self.record.stack_tasks) < len(self.plan.stages()):
