@@ -11,7 +11,8 @@ from .escape import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (0, `check` 1 too), or 2 after an error, which is one line on stderr."""
+    """Run one command; returns its exit code (0, `check` 1 too), 2 after an error or 130 after an interruption,
+    which is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="hf-jumplora", description="Train, evaluate and inspect runs and stacks of JumpLoRA adapters."
@@ -31,3 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hf-jumplora: {terminal(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:  # Ctrl-C says nothing; SIGTERM in a run, what is safe
+        print(f"hf-jumplora: {terminal(' '.join(str(error).split()) or 'interrupted')}", file=sys.stderr)
+        return 130

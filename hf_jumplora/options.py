@@ -142,7 +142,8 @@ class MethodArguments:
 
 
 def run_recipe(main: Callable[[], Any]) -> None:
-    """Run a recipe's `main`: a user's mistake is one line on stderr and exit code 2, not a traceback.
+    """Run a recipe's `main`: a user's mistake is one line on stderr and exit code 2, not a traceback; an interruption
+    (Ctrl-C, SIGTERM) is one line and exit code 130.
 
     With HF_JUMPLORA_TRACEBACK=1 in the environment the traceback is shown.
     """
@@ -151,11 +152,13 @@ def run_recipe(main: Callable[[], Any]) -> None:
         disable_progress_bar()
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         if os.environ.get("HF_JUMPLORA_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: {terminal(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        text = str(error) or "interrupted"  # Ctrl-C says nothing
+        print(f"{Path(sys.argv[0]).name}: {terminal(' '.join(text.split()))}", file=sys.stderr)
+        sys.exit(130 if interrupted else 2)
 
 
 class _Parser(HfArgumentParser):

@@ -22,6 +22,7 @@ from hf_jumplora.cli import COMMANDS, main
 from hf_jumplora.commands import doctor
 from hf_jumplora.commands import eval as eval_command
 from hf_jumplora.methods import METHODS
+from hf_jumplora.options import run_recipe
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -69,6 +70,23 @@ def test_an_error_is_one_line(argv, capsys):
     error = capsys.readouterr().err
     assert error.startswith("hf-jumplora: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("said", ["", "finished tasks are safe"])
+def test_an_interruption_is_one_line(said, monkeypatch, capsys):
+    """Ctrl-C (without words) or SIGTERM, in a command and in a recipe: code 130, as shells have it."""
+
+    def stopped(args=None):
+        raise KeyboardInterrupt(*filter(None, [said]))
+
+    monkeypatch.setattr(doctor, "run", stopped)
+    assert main(["doctor"]) == 130
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(stopped)
+    assert stop.value.code == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"hf-jumplora: {said or 'interrupted'}"
+    assert second.endswith(f": {said or 'interrupted'}")
 
 
 @pytest.mark.parametrize("argv", [[], ["inspct"], ["inspect"], ["--nonsense"]], ids=str)
