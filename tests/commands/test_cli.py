@@ -258,7 +258,7 @@ def bash_completes(script, *words):
         ("squ", ["squeeze"]),
         ("check --max_general", ["--max_general_loss", "--max_general_drop"]),
         ("train run.yaml --gate_l", ["--gate_learning_rate"]),
-        ("train run.yaml --method jumplora-b", ["jumplora-best"]),
+        ("train run.yaml --method jumplora-b", ["jumplora-best", "jumplora-best-lwf"]),
         ("eval --max_ev", ["--max_eval"]),
         ("bench --methods al", ["all"]),
         ("completion z", ["zsh"]),
