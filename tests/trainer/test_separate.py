@@ -64,7 +64,7 @@ def test_the_whole_stack_can_be_inspected_and_divided(oracle, toy_base, tmp_path
     """Looking at all tasks is no loading; a part of the stack is such a stack again."""
     result = describe(oracle.output_dir)
     assert [task["name"] for task in result["tasks"]] == ["size", "light", "mood"]
-    assert "each folder is a model of its own" in text(result)
+    assert "each folder is a separate model for its task" in text(result)
     subset(oracle.output_dir, ["light", "mood"], tmp_path / "part")
     assert read_manifest(tmp_path / "part").separate
     load_stack(tmp_path / "part", toy.load_base(toy_base), tasks=["mood"])
