@@ -342,7 +342,7 @@ def test_llama2_cl_with_everything_made_on_the_spot(tmp_path):
     line = ["--tiny_steps", 3, "--max_train", 320, "--max_eval", 8, "--compare", "seqlora", "--output_dir", "out"]
     line += ["--use_cpu", "True", "--disable_tqdm", "True"]
     output = command("llama2_cl", *line, cwd=tmp_path)
-    assert "all methods, in %" in output
+    assert "all methods, accuracy in %" in output
     matrix = json.loads((tmp_path / "out" / "jumplora-best" / "metrics.json").read_text())["matrix"]
     assert (len(matrix), len(matrix[0])) == (5, 4)
     model = load_stack(tmp_path / "out" / "jumplora-best")
