@@ -33,5 +33,5 @@ def test_one_layer_at_a_time(tmp_path, capsys):
         assert found["held"] == pytest.approx(0.5, abs=0.01)
         with capsys.disabled():
             print("\nmerging, in matrices of one weight:", [round(peak / matrix, 2) for peak in found["merge_peaks"]])
-        assert len(found["merge_peaks"]) == 3
+        assert len(found["merge_peaks"]) == 5  # each task at its end, and the earlier ones below a new adapter
         assert max(found["merge_peaks"]) < 4 * matrix < block
