@@ -42,7 +42,7 @@ def squeeze(
     """
     check_rank_or_energy(rank, energy, min_energy)
     if prefix and rank is None:
-        raise ValueError("the first ranks of nested ones are chosen by rank=, not by energy=")
+        raise ValueError("the first of nested ranks are taken by their number: give a rank, not an energy")
     source, manifest, tasks = open_tasks(path, None, revision)
     rows: dict[str, dict[str, tuple[int, float]]] = {task.name: {} for task in tasks}
     by_folder = {task.folder: task for task in tasks}

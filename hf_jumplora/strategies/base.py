@@ -192,6 +192,18 @@ class Strategy:
         step."""
 
 
+def check_alone(name: str, others: list[Strategy], sharding: str, acts: str, because: str) -> None:
+    """For `check_run` of a strategy that trains the factors in its own way: raise ValueError unless the others only
+    change the training data, and each process has the whole factors and weights.
+
+    acts: what it does with them ("replaces whole factors"). because: why others would be wrong ("they ...").
+    """
+    if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
+        raise ValueError(f"only Replay goes with {name}, not {acting}: {because}")
+    if sharding not in ("none", "ddp"):
+        raise ValueError(f"{name} {acts}, which DeepSpeed and FSDP cut: train it with DDP")
+
+
 def join_states(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The states of all strategies of a run in one dict, by their number in the list: "0.name"."""
     return {f"{n}.{key}": value.contiguous() for n, state in enumerate(states) for key, value in state.items()}

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..tuner import named_layers
 from ..tuner.lookup import adapter_config
-from .base import Strategy
+from .base import Strategy, check_alone
 from .moments import evaluation
 
 
@@ -65,14 +65,8 @@ class LoraGA(Strategy):
             )
 
     def check_run(self, others, args, sharding):
-        if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
-            raise ValueError(
-                f"only Replay goes with LoRA-GA, not {acting}: they take s B A for the update, which is less here"
-            )
-        if sharding not in ("none", "ddp"):
-            raise ValueError(
-                "LoRA-GA takes gradients of whole weights, which DeepSpeed and FSDP cut: train it with DDP"
-            )
+        because = "they take s B A for the update, which is less here"
+        check_alone("LoRA-GA", others, sharding, "takes gradients of whole weights", because)
 
     def on_task_start(self, model, adapter, examples):
         gradients = weight_gradients(model, adapter, examples(self.examples))

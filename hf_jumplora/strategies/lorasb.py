@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..tuner import named_layers
-from .base import Strategy
+from .base import Strategy, check_alone
 from .loraga import top_directions, weight_gradients
 
 
@@ -37,12 +37,8 @@ class LoraSB(Strategy):
             )
 
     def check_run(self, others, args, sharding):
-        if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
-            raise ValueError(f"only Replay goes with LoRA-SB, not {acting}: they act on A and B, which stay")
-        if sharding not in ("none", "ddp"):
-            raise ValueError(
-                "LoRA-SB takes gradients of whole weights, which DeepSpeed and FSDP cut: train it with DDP"
-            )
+        because = "they act on A and B, which stay"
+        check_alone("LoRA-SB", others, sharding, "takes gradients of whole weights", because)
         for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
             if (value := getattr(args, name, default)) != default:
                 raise ValueError(f"{name}={value!r} is for A and B, and LoRA-SB trains neither: leave it out")

@@ -10,7 +10,7 @@ from torch import nn
 from ..tuner import named_layers
 from ..tuner.lookup import adapter_config
 from ..tuner.peft_compat import OSFLinear, osf_factors
-from .base import Strategy
+from .base import Strategy, check_alone
 
 
 @dataclass
@@ -51,14 +51,8 @@ class Osf(Strategy):
             )
 
     def check_run(self, others, args, sharding):
-        acting = [strategy for strategy in others if strategy.hooks - {"training_data"}]
-        if acting:
-            raise ValueError(f"only Replay goes with OSF, not {acting}: they act on the adapter's factors")
-        if sharding not in ("none", "ddp"):
-            raise ValueError(
-                "OSF reads whole weights and factors, which DeepSpeed and FSDP cut into pieces: train it with the "
-                "whole model in each process (plain or DDP)"
-            )
+        because = "they act on the adapter's factors"
+        check_alone("OSF", others, sharding, "reads whole weights and factors", because)
         for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
             value = getattr(args, name, default)  # fields of ContinualTrainingArguments
             if value != default:

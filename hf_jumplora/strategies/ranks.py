@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..tuner import JumpLoraLayer, named_layers
-from .base import Strategy
+from .base import Strategy, check_alone
 
 
 def soft_threshold(g: torch.Tensor, width: float) -> torch.Tensor:
@@ -140,12 +140,8 @@ class DyLora(Strategy):
             )
 
     def check_run(self, others, args, sharding):
-        if sharding not in ("none", "ddp"):
-            raise ValueError(
-                "DyLora sets before each step which ranks act, in whole layers: DeepSpeed and FSDP cut them"
-            )
-        if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
-            raise ValueError(f"only Replay goes with DyLora, not {acting}: they take all ranks for the update")
+        because = "they take all ranks for the update"
+        check_alone("DyLora", others, sharding, "sets before each step which ranks of whole factors act", because)
         if (kind := getattr(args, "factor_optimizer", "default")) != "default":
             raise ValueError(f"factor_optimizer={kind!r} takes all ranks of a factor at once: leave it out with DyLora")
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from ..stack.export import cut_factors
 from ..tuner import JumpLoraLayer, named_layers
 from ..tuner.lookup import adapter_config
-from .base import Strategy
+from .base import Strategy, check_alone
 from .moments import evaluation
 from .replay import some_rows
 
@@ -58,12 +58,8 @@ class Rounds(Strategy):
 
     def check_run(self, others, args, sharding):
         name = type(self).__name__
-        if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
-            raise ValueError(
-                f"only Replay goes with {name}, not {acting}: they read or change factors that it replaces"
-            )
-        if sharding not in ("none", "ddp"):
-            raise ValueError(f"{name} replaces whole factors, which DeepSpeed and FSDP cut: train it with DDP")
+        because = "they read or change factors that it replaces"
+        check_alone(name, others, sharding, "replaces whole factors", because)
         if (kind := getattr(args, "factor_optimizer", "default")) != "default":
             raise ValueError(f"factor_optimizer={kind!r} remembers factors that {name} replaces: leave it out")
 

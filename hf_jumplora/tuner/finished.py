@@ -22,7 +22,6 @@ class Updates(Protocol):
     configs: dict[str, JumpLoraConfig]
     quantization_backend: Any
     jumplora_support: Any
-
     task_weights: Any
 
     def get_base_layer(self) -> nn.Module: ...

@@ -78,6 +78,23 @@ def test_killed(config, ranks, toy_base, tmp_path, capsys):
         print(f"\n{config}, {ranks} killed: all gone after {took:.1f} s")
 
 
+@pytest.mark.slow
+def test_sigterm_of_one_process(toy_base, tmp_path):
+    """All save a checkpoint after that step and end with the error; the same command again gives the same bytes."""
+    options = {**OPTIONS, "enable_jit_checkpoint": True}
+    straight = job(toy_base, tmp_path / "straight", "cpu2") | {"options": options}
+    stopped = job(toy_base, tmp_path / "stopped", "cpu2", kill=["task_001", 5, [1], "SIGTERM"]) | {"options": options}
+    launcher = launch.start([straight, stopped], tmp_path, launch.CONFIGS / "cpu2.yaml")
+    assert launcher.wait(240) not in (0, None)
+    log = (tmp_path / "log").read_text()
+    assert log.count("interrupted by SIGTERM at step 5 of 8 of a task: finished tasks and checkpoints are safe") == 2
+    assert read_manifest(tmp_path / "stopped").task_names == ["size"]
+    del stopped["kill"]
+    launch.run([stopped], tmp_path, launch.CONFIGS / "cpu2.yaml")
+    assert files(tmp_path / "stopped") == files(tmp_path / "straight")
+    assert [log["step"] for log in launch.results(stopped)[0]["logs"]] == [6, 7, 8]  # went on at that step's checkpoint
+
+
 def test_other_number_of_processes(toy_base, tmp_path):
     """Allowed between tasks, and recorded. Inside a task it is refused, with what to do."""
     folder = tmp_path / "run"

@@ -3,7 +3,8 @@
 JOBS.json is a list of runs, done one after the other in the same processes: {"base", "output_dir", and what
 `toy.make_run` takes}, and
     "strategies": {name of a strategy's class: its options}
-    "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does
+    "kill": [folder of a task, step, ranks]: these ranks kill themselves there, as `kill -9` does; with "SIGTERM" behind
+        them by that signal
     "rank 1": what is different in process 1
     "own trainer": training arguments of the second of two plain tasks, which has a trainer class of its own too
     "fails": true if an error is expected: its text goes to `output_dir`.rank.error, and the next job is begun.
@@ -80,8 +81,8 @@ def watch_merging(peaks: list[int]) -> None:
 
 
 class Kill(TrainerCallback):
-    def __init__(self, folder: str, step: int, ranks: list[int]):
-        self.folder, self.step, self.ranks = folder, step, ranks
+    def __init__(self, folder: str, step: int, ranks: list[int], name: str = "SIGKILL"):
+        self.folder, self.step, self.ranks, self.signal = folder, step, ranks, getattr(signal, name)
 
     def on_step_end(self, args, state, control, **kwargs):
         if (
@@ -89,7 +90,7 @@ class Kill(TrainerCallback):
             and args.output_dir.endswith(self.folder)
             and state.global_step == self.step
         ):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
 
 
 def main(jobs: list[dict]) -> None:
