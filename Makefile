@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-all test-layers test-runs test-gpu test-versions quality docs bench
+.PHONY: demo demo-real test test-all test-layers test-runs test-gpu test-versions test-lowest test-newest quality docs bench
 demo: $(VENV)/.installed
 	$(RUN) recipes/llama2_cl.py --compare jumplora inclora seqlora --output_dir runs/demo
 
@@ -39,15 +39,21 @@ test-gpu: $(VENV)/.installed
 	$(RUN) benchmarks/gpu.py
 
 # The lowest and the newest versions that pyproject.toml lets in, each in an environment of its own, which is made anew.
+# torch 2.7.0 from PyPI brings CUDA's libraries (5 GB on disk); LOWEST_TORCH="torch==2.7.0+cpu" takes a build without them
+# where pip has an index of such builds.
 LOWEST := transformers==5.10.1 peft==0.21.0 accelerate==1.10.0 trl==1.0.0 datasets==4.7.0
 LOWEST_TORCH ?= torch==2.7.0
 NEWEST_TORCH ?= torch
 VERSION_TESTS := tests/test_compat.py tests/tuner/test_peft_verbs.py tests/trainer/test_mixin.py tests/trainer/test_run.py
 
-test-versions:
+test-versions: test-lowest test-newest
+
+test-lowest:
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet "$(LOWEST_TORCH)" $(LOWEST) pytest evaluate matplotlib -e ".[trl]"
 	.venv-lowest/bin/python -m pytest $(VERSION_TESTS)
+
+test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet "$(NEWEST_TORCH)" pytest evaluate matplotlib -e ".[trl]"
 	.venv-newest/bin/python -m pytest $(VERSION_TESTS)

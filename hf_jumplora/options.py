@@ -195,7 +195,7 @@ def parse_recipe(
         path = Path(argv[position + 1])
         del argv[position : position + 2]
         if not path.is_file():
-            parser.error(f"--config {path}: no such file")
+            parser.error(f"{path} is a folder, not a YAML file" if path.is_dir() else f"{path}: no such file")
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -158,10 +159,41 @@ def test_modules_are_short_and_say_what_they_are():
     assert not [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))], "no docstring"
 
 
-def run(code: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, **options
-    )
+# Imports torch and transformers, which is two thirds of the time, and runs each piece of code in a fork of itself. The
+# pieces see a process in which nothing of ours, PEFT or the extras has been imported.
+FORKS = """
+import json, os, sys, tempfile
+import torch, transformers.modeling_utils
+assert not {"peft", "hf_jumplora", "trl", "datasets", "matplotlib", "transformers.trainer"} & set(sys.modules)
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out:
+        if (child := os.fork()) == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            exec(json.loads(line), {})
+            sys.exit()
+        status = os.waitpid(child, 0)[1]
+        out.seek(0)
+        print(json.dumps([status, out.read()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Runs code in a process that has imported torch and transformers; returns what it printed, or fails."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+
+        def run(code: str) -> str:
+            process.stdin.write(json.dumps(code) + "\n")
+            process.stdin.flush()
+            status, printed = json.loads(process.stdout.readline())
+            assert status == 0, printed[-2000:]
+            return printed
+
+        yield run
+        process.stdin.close()
 
 
 BLOCK = """
@@ -171,7 +203,7 @@ for name in {names}:
 """
 
 
-def test_imports_without_the_extras():
+def test_imports_without_the_extras(fresh):
     """Without TRL, Triton, DeepSpeed, bitsandbytes and matplotlib everything but ContinualSFTTrainer is there."""
     names = ["trl", "triton", "deepspeed", "matplotlib", "bitsandbytes"]
     code = BLOCK.format(names=names) + (
@@ -180,9 +212,7 @@ def test_imports_without_the_extras():
         "try:\n    hf_jumplora.ContinualSFTTrainer\n"
         "except ImportError as error: print(error)\n"
     )
-    done = run(code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "pip install 'hf-jumplora[trl]'" in done.stdout
+    assert "pip install 'hf-jumplora[trl]'" in fresh(code)
 
 
 def test_check_does_not_wait_for_torch(tmp_path):
@@ -193,23 +223,22 @@ def test_check_does_not_wait_for_torch(tmp_path):
         f"code = main(['check', {str(tmp_path / 'run')!r}])\n"
         "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\nsys.exit(code)"
     )
-    done = run(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("SHIP")
 
 
 @pytest.mark.parametrize("first", ["hf_jumplora.tuner.config", "transformers.trainer"])
-def test_the_method_is_registered(first):
+def test_the_method_is_registered(fresh, first):
     """Whatever is imported before what."""
     code = (
         f"import {first}\nimport hf_jumplora\nfrom peft import mapping, get_peft_config\n"
         "assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING['JUMPLORA'] is hf_jumplora.JumpLoraConfig\n"
     )
-    done = run(code)
-    assert done.returncode == 0, done.stderr[-2000:]
+    fresh(code)
 
 
-def test_import_is_light():
+def test_import_is_light(fresh):
     """`import hf_jumplora` registers the method and loads neither trainers nor data sets nor plots."""
     code = (
         "import sys, hf_jumplora\nfrom peft import mapping\nassert 'JUMPLORA' in mapping.PEFT_TYPE_TO_CONFIG_MAPPING\n"
@@ -217,9 +246,7 @@ def test_import_is_light():
         "heavy.add('hf_jumplora.trainer')\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = run(code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "[]"
+    assert fresh(code).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", hf_jumplora.__all__)

@@ -1,15 +1,16 @@
 """Evaluate a stack on the tasks of a stream, or on tasks of lm-eval: accuracy, or each task's own measure.
 
     hf-jumplora eval runs/mine --stream my_stream.yaml --max_eval 200
-    hf-jumplora eval runs/mine --lm_eval hellaswag arc_easy --limit 200
+    hf-jumplora eval runs/mine --lm_eval hellaswag arc_easy --limit 200 --each_task
 
 The updates are merged into the base model first; with `--route learned` the stack's router chooses among them for each
 prompt. Plain text also gets its cross-entropy in nats per token. Tasks of lm-eval (extra `eval`) are evaluated on the
-base model too, which is loaded after the stack is done. The scores of a whole run are kept in its lm_eval.json, and its
-report.html shows them.
+base model too and, with `--each_task`, on the model after each task; one model is in memory at a time. The scores
+of a whole run are kept in its lm_eval.json, and its report.html shows them.
 """
 
 import argparse
+import functools
 import gc
 import json
 from dataclasses import dataclass, field
@@ -35,13 +36,14 @@ class EvalArguments:
     lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval, by name."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval tasks of your own (YAML)."})
     limit: int | None = field(default=None, metadata={"help": "At most this many rows of each lm-eval task."})
+    each_task: bool = field(default=False, metadata={"help": "lm-eval after each of the tasks, not only the last."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
     def __post_init__(self):
         if self.eval_mode not in ("generate", "score"):
             raise ValueError(f"eval_mode is 'generate' or 'score', got {self.eval_mode!r}")
-        if not self.lm_eval and (self.include_path is not None or self.limit is not None):
-            raise ValueError("--include_path and --limit are for --lm_eval (rows of a stream: --max_eval)")
+        if not self.lm_eval and (self.include_path is not None or self.limit is not None or self.each_task):
+            raise ValueError("--include_path, --limit and --each_task are for --lm_eval (rows of a stream: --max_eval)")
         if self.lm_eval and self.route is not None:
             raise ValueError("--route goes with --stream alone: lm-eval gives the model prompt and answer as one text")
 
@@ -92,16 +94,9 @@ def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     names = options.lm_eval or []
-    for everything in (False, True):  # the index of lm-eval's own tasks takes a quarter of a minute
-        manager = TaskManager(include_path=options.include_path, include_defaults=everything)
-        unknown = [name for name in names if name not in manager.all_tasks]
-        if not unknown:
-            break
-    else:
-        raise ValueError(f"lm-eval has no task {', '.join(unknown)}; --include_path DIR finds tasks of your own")
+    manager = _task_manager(tuple(names), options.include_path)
     backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
     lm = HFLM(
         model, backend=backend, tokenizer=encoder.tokenizer, max_length=encoder.max_length,
@@ -118,6 +113,18 @@ def harness(model: Any, encoder: Any, options: EvalArguments) -> dict[str, float
     }
 
 
+@functools.cache
+def _task_manager(names: tuple[str, ...], include_path: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    for everything in (False, True):  # the index of lm-eval's own tasks takes a quarter of a minute
+        manager = TaskManager(include_path=include_path, include_defaults=everything)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if not unknown:
+            return manager
+    raise ValueError(f"lm-eval has no task {', '.join(unknown)}; --include_path DIR finds tasks of your own")
+
+
 def run(args: argparse.Namespace) -> None:
     """Print the scores, a line for each task."""
     options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora eval STACK")
@@ -128,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
     tasks = [task for task in stream.load() if task.eval_dataset is not None] if stream.stream else []
     if stream.stream and not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
+    if options.each_task:
+        _check_each_task(args.stack, options)
     model, encoder = merged_and_encoder(
         args.stack, options.base_model, options.tasks, options.revision, options.max_length, options.route
     )
@@ -161,22 +170,46 @@ def _stream_scores(model: Any, encoder: Any, tasks: list, options: EvalArguments
     return scores
 
 
+def _check_each_task(stack: str, options: EvalArguments) -> None:
+    from ..stack.load import find_manifest
+
+    _, manifest = find_manifest(stack, options.revision)
+    if not manifest.additive or manifest.separate:
+        raise ValueError(
+            f"--each_task adds up the updates of the tasks, which is not how {manifest.method!r} makes its models; "
+            "evaluate the stack without it"
+        )
+
+
 def _harness_scores(
     stack: str, after: dict[str, float], encoder: Any, options: EvalArguments
-) -> dict[str, dict[str, float]]:
-    """{"task metric": {"base", "stack"}} by lm-eval; saved in the run's folder if all its tasks were evaluated.
+) -> dict[str, dict[str, Any]]:
+    """{"task metric": {"base", "stack"}} by lm-eval, and "each", the scores after each task, if asked for; saved in
+    the run's folder if all its tasks were evaluated.
 
     after: the scores of the stack.
     """
     from ..stack.disk import write_json
-    from ..stack.load import load_base, open_stack
+    from ..stack.load import load_base, load_stack, open_stack
 
-    folder, manifest, _ = open_stack(stack, options.tasks, options.revision)
+    folder, manifest, chosen = open_stack(stack, options.tasks, options.revision)
+    names = [task["name"] for task in chosen]
     before = harness(load_base(manifest, options.base_model, str(folder)), encoder, options)
-    scores = {key: {"base": before[key], "stack": after[key]} for key in after}
+    scores: dict[str, dict[str, Any]] = {key: {"base": before[key], "stack": after[key]} for key in after}
+    if options.each_task:
+        each = []
+        for n in range(1, len(names)):
+            gc.collect()  # the model before
+            model = load_stack(stack, options.base_model, names[:n], options.revision, merge=True)
+            each.append(harness(model, encoder, options))
+            del model
+        for key, row in scores.items():
+            row["each"] = [found[key] for found in [*each, after]]
     if not options.json:
         for key, row in scores.items():
             print(f"{key:<40} {row['base']:.4f} before training, {row['stack']:.4f} with the stack")
+            for name, score in zip(names, row.get("each", []), strict=False):
+                print(f"  after {name:<32} {score:.4f}")
     if options.tasks is None and (Path(stack) / "metrics.json").is_file():
         from ..report.folder import read_run
         from ..report.page import write_page

@@ -16,7 +16,8 @@ from typing import Any
 
 HISTORY = "history.jsonl"
 PREDICTIONS, ROWS = "predictions", "rows.jsonl"
-HARNESS = "lm_eval.json"  # {"after": finished tasks, "limit", "scores": {"task metric": {"base", "stack"}}}
+# {"after": finished tasks, "limit", "scores": {"task metric": {"base", "stack"}}}, with "each" (after each task) or not
+HARNESS = "lm_eval.json"
 
 
 def after(stage: int) -> str:

@@ -51,7 +51,7 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
         "rows": list(zip(["before training", *names], metrics["matrix"], strict=True)),
         "verdict": judge(stored),
         "general": general_rows(metrics) if len(metrics["matrix"]) > 1 else [],
-        "harness": _harness(stored.harness),
+        "harness": _harness(stored.harness, names),
         "overlap": [[names[i], info["overlap"]] for i, info in enumerate(metrics["trained"]) if info.get("overlap")],
         "collision": [
             [names[i], info["collision"]] for i, info in enumerate(metrics["trained"]) if info.get("collision")
@@ -73,11 +73,18 @@ def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:
     return content
 
 
-def _harness(found: dict[str, Any]) -> list[list[str]]:
-    """The scores of lm-eval before training and with the stack; only the header if there are none."""
-    rows = [["lm-eval", "base model", f"after {found.get('after')} tasks", "change"]]
-    for key, row in found.get("scores", {}).items():
-        rows.append([key, f"{row['base']:.4f}", f"{row['stack']:.4f}", f"{row['stack'] - row['base']:+.4f}"])
+def _harness(found: dict[str, Any], names: list[str]) -> list[list[str]]:
+    """The scores of lm-eval before training, after each task if they were measured, and with the stack; only the header
+    if there are none."""
+    scores = found.get("scores", {})
+    each = all("each" in row for row in scores.values())
+    stages = (
+        [f"after {name}" for name in names[: found.get("after")]] if each else [f"after {found.get('after')} tasks"]
+    )
+    rows = [["lm-eval", "base model", *stages, "change"]]
+    for key, row in scores.items():
+        values = [row["base"], *(row["each"] if each else [row["stack"]])]
+        rows.append([key, *(f"{value:.4f}" for value in values), f"{row['stack'] - row['base']:+.4f}"])
     return rows
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,11 +182,11 @@ def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["eval", str(out), "--stream", str(stream), "--limit", "3"])
     assert stop.value.code == 2
-    assert "--include_path and --limit are for --lm_eval" in capsys.readouterr().err
+    assert "--include_path, --limit and --each_task are for --lm_eval" in capsys.readouterr().err
 
 
 def test_lm_eval_loads_one_model_at_a_time(toy_run, capsys, monkeypatch):
-    """The merged model is gone when the base is loaded. lm-eval itself is not needed for that."""
+    """Each merged model is gone when the next one or the base is loaded. lm-eval itself is not needed for that."""
     models = []
 
     def harness(model, encoder, options):
@@ -195,9 +196,21 @@ def test_lm_eval_loads_one_model_at_a_time(toy_run, capsys, monkeypatch):
 
     monkeypatch.setattr(eval_command, "find_spec", lambda name: True)
     monkeypatch.setattr(eval_command, "harness", harness)
-    argv = ["eval", str(toy_run.output_dir), "--tasks", toy.tasks()[0].name, "--lm_eval", "toy", "--json", "true"]
+    names = [task.name for task in toy.tasks(2)]
+    argv = ["eval", str(toy_run.output_dir), "--tasks", *names, "--lm_eval", "toy", "--each_task"]
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"toy acc": {"base": 2.0, "stack": 1.0, "each": [3.0, 1.0]}}
     assert main(argv) == 0
-    assert json.loads(capsys.readouterr().out) == {"toy acc": {"base": 2.0, "stack": 1.0}}
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[-4:-1] == [
+        f"{'toy acc':<40} 5.0000 before training, 4.0000 with the stack",
+        f"  after {names[0]:<32} 6.0000",
+        f"  after {names[1]:<32} 4.0000",
+    ]
+    snapshots = SimpleNamespace(additive=False, separate=False, method="seqlora")
+    monkeypatch.setattr("hf_jumplora.stack.load.find_manifest", lambda *_: (None, snapshots))
+    assert main(argv) == 2
+    assert "which is not how 'seqlora' makes its models" in capsys.readouterr().err
 
 
 TASK = """
@@ -213,7 +226,7 @@ doc_to_target: label
 
 
 def test_lm_eval(toy_run, tmp_path, capsys, monkeypatch):
-    """A local task, on the base and on the merged model; the page of the run shows both."""
+    """A local task, on the base and after each task; the page of the run shows all."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     run, task = tmp_path / "run", toy.tasks()[0]
@@ -224,14 +237,16 @@ def test_lm_eval(toy_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "toy_choice.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.json")))
     argv = ["eval", str(run), "--max_length", "32", "--include_path", str(tmp_path), "--lm_eval"]
-    assert main([*argv, "toy_choice", "--json", "true"]) == 0
+    assert main([*argv, "toy_choice", "--each_task", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     page = (run / "report.html").read_text()
     for key, row in scores.items():
         assert key.startswith("toy_choice acc")
-        assert f"<th>{key}</th><td>{row['base']:.4f}</td><td>{row['stack']:.4f}</td>" in page
-    untrained, *_, last = toy_run.record.matrix  # lm-eval takes the likeliest answer, as eval_mode="score" does
-    assert scores["toy_choice acc"] == {"base": untrained[0], "stack": last[0]}
+        cells = "".join(f"<td>{value:.4f}</td>" for value in [row["base"], *row["each"]])
+        assert f"<th>{key}</th>{cells}" in page
+    untrained, *trained = [row[0] for row in toy_run.record.matrix]
+    # lm-eval takes the likeliest answer, as eval_mode="score" does
+    assert scores["toy_choice acc"] == {"base": untrained, "stack": trained[-1], "each": trained}
 
 
 @pytest.fixture(scope="module")

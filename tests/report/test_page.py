@@ -43,7 +43,7 @@ def page(tmp_path):
     general = [{"wiki cross_entropy": 3.0}, {}, {}, {"wiki cross_entropy": 3.01}]
     names = ["first", EVIL, "third"]
     run = write_run(tmp_path / "run", names, steps=5, layers=2, flips={"first": (4, 1)}, general=general)
-    scores = {"arc_<easy> acc": {"base": 0.5, "stack": 0.45}}
+    scores = {"arc_<easy> acc": {"base": 0.5, "stack": 0.45, "each": [0.55, 0.4, 0.45]}}
     (run / "lm_eval.json").write_text(json.dumps({"after": 3, "limit": None, "scores": scores}))
     with toy.pictures():
         assert main(["report", str(run)]) == 0
@@ -59,7 +59,8 @@ def test_what_it_shows(page):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in parsed.addresses)
     for words in (
         "Average accuracy (AA)", "AA = mean_j a[T-1][j]", "Backward transfer", "FWT (GEM)", "DON&#39;T SHIP",
-        "after 3 tasks", "<th>arc_&lt;easy&gt; acc</th><td>0.5000</td><td>0.4500</td><td>-0.0500</td>",
+        "<th>base model</th><th>after first</th>",
+        "<td>0.5000</td><td>0.5500</td><td>0.4000</td><td>0.4500</td><td>-0.0500</td>",
         "wiki cross-entropy", "first: 4 rows from right to wrong, 1 from wrong to right", "Row 2 &lt;b&gt;of&lt;/b&gt;",
         "arguments.learning_rate", "Where in the network each task lives", "How much the tasks share",
     ):  # fmt: skip
@@ -72,12 +73,16 @@ def test_several_runs_and_missing_parts(page, tmp_path):
     """A run of before there were histories, layers and predictions, beside one that has them."""
     old = write_run(tmp_path / "old", ["first", EVIL, "third"], method="inclora")
     (old / "run.json").unlink()
+    scores = {"arc acc": {"base": 0.5, "stack": 0.45}}
+    (old / "lm_eval.json").write_text(json.dumps({"after": 3, "limit": None, "scores": scores}))
     out = tmp_path / "both.html"
     assert main(["report", str(page.parent), str(old), "--output", str(out)]) == 0
     text = out.read_text()
     assert not Tags(text).open
     assert "<h1>2 runs</h1>" in text
     assert "old (inclora)" in text
+    assert "<th>base model</th><th>after 3 tasks</th>" in text
+    assert "<th>arc acc</th><td>0.5000</td><td>0.4500</td><td>-0.0500</td>" in text
     assert "Versions were not recorded." in text
     assert "No answers were kept" in text
 
