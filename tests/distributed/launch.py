@@ -21,7 +21,8 @@ def environment(**more: str) -> dict[str, str]:
 def accelerate(config: Path | str, script: Path | str, *arguments: str) -> list[str]:
     """The command line `accelerate launch` of this Python."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
-    return [*launch, str(script), *map(str, arguments)]
+    script = [HERE / "without_extension.py", script] if Path(config).stem.startswith("zero") else [script]
+    return [*launch, *map(str, script), *map(str, arguments)]
 
 
 def start(jobs: list[dict], folder: Path, config: Path | str, **env: str) -> subprocess.Popen:
