@@ -47,7 +47,8 @@ BUDGETS = {
 }
 
 # Fields of ContinualTrainingArguments that a variant may set; the others are the protocol's.
-TRAINING = ("factor_optimizer", "gate_learning_rate", "loraplus_lr_ratio", "optim", "riemannian_reg", "weight_decay")
+TRAINING = ("allora_eta", "factor_optimizer", "gate_learning_rate", "loraplus_lr_ratio", "optim", "riemannian_reg",
+            "weight_decay")  # fmt: skip
 
 # Times the default of a penalty's `weight`, in the order in which they are tried.
 FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01)

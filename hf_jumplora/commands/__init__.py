@@ -17,6 +17,7 @@ COMMANDS = {
     "remove": "write a stack without some of the tasks",
     "reorder": "write a stack in another order, where order does not matter",
     "squeeze": "write a stack whose tasks have a lower rank",
+    "recover": "write a stack for the whole base, trained on a pruned one",
     "router": "train what tells which tasks of a stack act on a prompt",
     "merge": "write a plain model with the updates merged in",
     "push": "bring a stack on the Hub up to date: one commit and one tag per task",

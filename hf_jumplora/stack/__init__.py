@@ -5,6 +5,7 @@ from .load import load_stack
 from .manifest import Manifest, read_manifest, write_manifest
 from .merge import merge_stack
 from .operations import diff, remove, reorder, subset
+from .recover import recover
 from .save import save_task
 from .squeeze import squeeze
 from .switch import switch_tasks
@@ -20,6 +21,7 @@ __all__ = [
     "merge_stack",
     "read_manifest",
     "read_sparse",
+    "recover",
     "remove",
     "reorder",
     "save_task",

@@ -15,7 +15,7 @@ from ..schema import read_json
 from .disk import copy_atomic, explained, file_sha256, sync_folder, write_atomic, write_json
 from .files import TaskFile
 from .load import open_stack
-from .manifest import Manifest, library_versions, write_manifest
+from .manifest import Manifest, library_versions, stack_support_sha256, write_manifest
 from .save import STRATEGIES
 from .verify import task_description
 
@@ -149,18 +149,25 @@ def write_stack(
     manifest: Manifest,
     folders: list[str],
     out: str | os.PathLike,
-    change: Callable[[str, Path, dict[str, Any]], str] | None = None,
+    change: Callable[[str, Path, dict[str, Any], dict[str, Any]], str] | None = None,
+    base_model: dict[str, Any] | None = None,
+    said: str = "are those of that stack, byte for byte",
 ) -> Manifest:
     """Copy these task folders, in this order, as a stack of their own.
 
-    change: called with (folder, its copy, its adapter's config); it rewrites the weights and the config in place, and
-    returns what its card is to say of that.
+    change: called with (folder, its copy, its adapter's config, its task.json); it rewrites the weights and these two
+    in place, and returns what its card is to say of that. base_model: another one, as a manifest has it. said: of the
+    updates, on the stack's card.
     """
     entries = {task["folder"]: task for task in manifest.tasks}
     old = [task["folder"] for task in manifest.tasks]
     result = Manifest(
-        manifest.base_model, manifest.method, manifest.additive, versions=library_versions(), separate=manifest.separate
-    )
+        base_model or manifest.base_model,
+        manifest.method,
+        manifest.additive,
+        versions=library_versions(),
+        separate=manifest.separate,
+    )  # fmt: skip
     infos = {name: task_description(source, entries[name]) for name in folders}
 
     def pair(name: str, other: str, key: str) -> float:
@@ -183,25 +190,25 @@ def write_stack(
                     copy_atomic(source / name / file, target / file)
             card = (source / name / "README.md").read_text("utf-8", "replace").replace(name, new)
             if change is not None:
-                card += change(name, target, config)
+                card += change(name, target, config, info)
+            support = info["support_sha256"] = stack_support_sha256(config.get("support"))
             write_json(target / "adapter_config.json", config)
             write_json(target / "task.json", info)
             write_atomic(target / "README.md", card)
             files = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
             kept = {key: value for key, value in entries[name].items() if key != "state"}
-            result.tasks.append({**kept, "folder": new, "files": files})
-        write_atomic(temporary / "README.md", _readme(manifest, result, same=change is None))
+            result.tasks.append({**kept, "folder": new, "files": files, "support_sha256": support})
+        write_atomic(temporary / "README.md", _readme(manifest, result, said))
         write_manifest(temporary, result)
     return result
 
 
-def _readme(whole: Manifest, part: Manifest, same: bool) -> str:
+def _readme(whole: Manifest, part: Manifest, said: str) -> str:
     order = ", ".join(part.task_names)
-    updates = "are those of that stack, byte for byte" if same else "have a lower rank than there (each task's card)"
     return (
         "---\nlibrary_name: peft\ntags:\n- continual-learning\n- jumplora\n---\n\n# Adapter stack\n\n"
         f"Tasks: {order}. Made from a stack ({whole.method}) of: {', '.join(whole.task_names)}. The updates "
-        f"{updates}; its scores do not hold for this one and are left out.\n\n```python\n"
+        f"{said}; its scores do not hold for this one and are left out.\n\n```python\n"
         "import hf_jumplora\n\nmodel = hf_jumplora.load_stack(path)\n```\n"
     )
 

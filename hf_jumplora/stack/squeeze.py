@@ -47,7 +47,7 @@ def squeeze(
     rows: dict[str, dict[str, tuple[int, float]]] = {task.name: {} for task in tasks}
     by_folder = {task.folder: task for task in tasks}
 
-    def cut(folder: str, target: Path, config: dict[str, Any]) -> str:
+    def cut(folder: str, target: Path, config: dict[str, Any], _: dict[str, Any]) -> str:
         task = by_folder[folder]
         tensors, row, retained = _cut_task(task, config, rank, energy, prefix)
         rows[task.name] = row
@@ -61,7 +61,8 @@ def squeeze(
         sizes = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         return f"\nIts factors were cut to rank {sizes} after training; {retained:.2%} of the energy is retained.\n"
 
-    write_stack(source, manifest, [task.folder for task in tasks], out, cut)
+    said = "have a lower rank than there (each task's card)"
+    write_stack(source, manifest, [task.folder for task in tasks], out, cut, said=said)
     return rows
 
 

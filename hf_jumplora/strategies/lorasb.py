@@ -39,7 +39,7 @@ class LoraSB(Strategy):
     def check_run(self, others, args, sharding):
         because = "they act on A and B, which stay"
         check_alone("LoRA-SB", others, sharding, "takes gradients of whole weights", because)
-        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
+        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None), ("allora_eta", None)):
             if (value := getattr(args, name, default)) != default:
                 raise ValueError(f"{name}={value!r} is for A and B, and LoRA-SB trains neither: leave it out")
         self.rate = args.learning_rate

@@ -53,7 +53,7 @@ class Osf(Strategy):
     def check_run(self, others, args, sharding):
         because = "they act on the adapter's factors"
         check_alone("OSF", others, sharding, "reads whole weights and factors", because)
-        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None)):
+        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None), ("allora_eta", None)):
             value = getattr(args, name, default)  # fields of ContinualTrainingArguments
             if value != default:
                 raise ValueError(f"{name}={value!r} is for A and B, and OSF trains neither: leave it out")

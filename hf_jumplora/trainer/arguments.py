@@ -41,6 +41,10 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: learning rate of B divided by that of A. None: the same."}
     )
+    allora_eta: float | None = field(
+        default=None,
+        metadata={"help": "ALLoRA: gradients of an output's factors shrink as its update grows. None: off."},
+    )
     riemannian_reg: float = field(
         default=1e-2,
         metadata={"help": "Damping of 'riemannian' (PEFT's default) and 'altlora'."},
@@ -81,7 +85,7 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("FSDP needs several processes: leave it out, or give --num_processes to accelerate launch")
         if self.max_length < 8:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt")
-        for name in ("gate_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
+        for name in ("gate_learning_rate", "loraplus_lr_ratio", "riemannian_reg", "allora_eta"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
 

@@ -18,12 +18,14 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     `gate_learning_rate`: a group for the thresholds, without weight decay. `loraplus_lr_ratio`: B's learning rate is
     that many times A's (LoRA+, arXiv 2402.12354). `factor_optimizer`: "muon" trains A and B with `torch.optim.Muon` and
     "altlora" or "altlora+" with [`AltLora`], all else stays where it is; "riemannian" preconditions their gradients
-    before each step. Learning rate schedules act on every group in proportion.
+    before each step. `allora_eta`: gradients of A and B are [`RowScaledUpdate`]'s. Learning rate schedules act on every
+    group in proportion.
 
     sharded: DeepSpeed, where no process sees a whole matrix.
 
     Raises:
-        ValueError: a `factor_optimizer` when sharded. ImportError: this torch has no Muon.
+        ValueError: a `factor_optimizer` when sharded; `allora_eta` with a gate or a `factor_optimizer`.
+        ImportError: this torch has no Muon.
     """
     kind = argument(args, "factor_optimizer")
     if kind != "default" and sharded:
@@ -32,6 +34,14 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
             "or train with DDP or FSDP2"
         )
     layers = [layer for _, layer in named_layers(model, adapter)]
+    eta = argument(args, "allora_eta")
+    if eta is not None and (kind != "default" or any(adapter in layer.jumplora_gate for layer in layers)):
+        raise ValueError(
+            f"allora_eta={eta} changes the gradients of the factors of s B A: a gated update has others, and "
+            f"factor_optimizer={kind!r} takes them as they are. Leave it out, or take inclora and the default optimizer"
+        )
+    for layer in layers:
+        layer.allora_eta = eta
     pairs = [(layer.jumplora_A[adapter], layer.jumplora_B[adapter]) for layer in layers]
     if (rate := argument(args, "gate_learning_rate")) is not None:
         gates = [gate.log_tau for gate, _ in gate_groups(model, adapter)]

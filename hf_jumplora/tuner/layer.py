@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import gated_linear
 from ..ops.sparse import encode_support, pack_bits, remember_support, sparse_linear, support_sha256
+from .allora import RowScaledUpdate
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 from .peft_compat import BufferDict, freeze, in_out_features, start_inactive
@@ -24,6 +25,7 @@ class JumpLoraLayer(AdapterUpdates):
     A finished adapter has a saved support, and its update is D on that support: the threshold is not evaluated again.
     """
 
+    allora_eta: float | None = None  # of the adapter in training; None: its gradients are as they are
     adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_g", "jumplora_gate")
     other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "jumplora_free")
 
@@ -211,6 +213,9 @@ class JumpLoraLayer(AdapterUpdates):
     def _live_update(self, adapter: str, x, weight=None, bias=None):
         (A, B, free), scaling = self.factors(adapter), self.scaling[adapter]
         if adapter not in self.jumplora_gate:
+            if self.allora_eta is not None and torch.is_grad_enabled():
+                with torch.autocast(x.device.type, enabled=False):
+                    return RowScaledUpdate.apply(x.to(A.dtype), A, B, scaling, self.allora_eta).to(x.dtype)
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)
         gate, config = self.gate(adapter), self.configs[adapter]
         # A number where it is known to be 0: plain LoRA. Under torch.compile a tensor, which compiles once.
@@ -259,6 +264,7 @@ class JumpLoraLayer(AdapterUpdates):
         if adapter in self.jumplora_free:
             del self.jumplora_free[adapter]
         self.finished.forget_past()
+        self.allora_eta = None
         freeze(self, adapter, self.adapter_layer_names)
         return [code.numel(), support_sha256(code)]
 

@@ -59,7 +59,7 @@ def test_refused(toy_base, tmp_path):
     assert strategy.rate == 0.5
     with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
         strategy.check_run([], None, "fsdp2")
-    for option in ({"factor_optimizer": "muon"}, {"loraplus_lr_ratio": 2.0}):
+    for option in ({"factor_optimizer": "muon"}, {"loraplus_lr_ratio": 2.0}, {"allora_eta": 1.0}):
         with pytest.raises(ValueError, match="LoRA-SB trains neither"):
             strategy.check_run([], toy.arguments(tmp_path, **option), "none")
     for method in ("jumplora", "seqlora"):

@@ -11,6 +11,7 @@ from hf_jumplora import ContinualTrainer, JumpLoraConfig
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.trainer.altlora import AltLora
 from hf_jumplora.tuner import gate_groups, named_layers
+from hf_jumplora.tuner.allora import RowScaledUpdate
 
 
 def one_step(base, folder, gate=False, **options):
@@ -138,6 +139,38 @@ def test_altlora_against_the_algorithm(adaptive):
     assert torch.allclose(one, other) != adaptive
 
 
+def test_allora(gated, ids, relative_error):
+    """B = (3, 0), A = (1, 0), eta 1: by hand; in a model: plain LoRA's, with c_i in the output's."""
+    x = torch.eye(2, requires_grad=True)
+    A, B = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[3.0], [0.0]], requires_grad=True)
+    G = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    (RowScaledUpdate.apply(x, A, B, 1.0, 1.0) * G.T).sum().backward()
+    assert (B.grad.tolist(), A.grad.tolist()) == ([[0.5], [3.0]], [[1.5, 3.0]])
+    assert torch.equal(x.grad, G.T @ (B @ A).detach())
+    model, eta = gated(gate=False), 2.0
+    layer = next(layer for _, layer in named_layers(model))
+    gradients = {}
+    for layer.allora_eta in (None, eta):
+        model.zero_grad()
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded).logits
+        logits.square().sum().backward()
+        factors = layer.jumplora_A["default"], layer.jumplora_B["default"]
+        gradients[layer.allora_eta] = (logits.detach(), embedded.grad, *(p.grad.clone() for p in factors))
+    plain, scaled = gradients[None], gradients[eta]
+    assert torch.equal(plain[0], scaled[0])
+    assert relative_error(scaled[1], plain[1]) < 1e-5
+    c = (layer.update("default").norm(dim=1) + eta**-2).rsqrt()[:, None]
+    assert relative_error(scaled[3], c * plain[3]) < 1e-5
+    assert relative_error(scaled[2], plain[2]) > 0.01
+
+
+def test_allora_is_refused(toy_base, tmp_path):
+    for options in ({"factor_optimizer": "riemannian"}, {"gate": True}):
+        with pytest.raises(ValueError, match=r"allora_eta=2\.0 changes the gradients of the factors"):
+            one_step(toy_base, tmp_path, allora_eta=2.0, **options)
+
+
 class _Watch(TrainerCallback):
     """Learning rates of all groups after each step; may interrupt the second task."""
 
@@ -150,16 +183,19 @@ class _Watch(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["default", "muon", "riemannian", "altlora+"])
+@pytest.mark.parametrize("kind", ["allora", "muon", "riemannian", "altlora+"])
 def test_schedule_and_restart(kind, toy_base, tmp_path):
     """The schedule moves every group in proportion; a run stopped inside a task ends with the same bits."""
     options = {"factor_optimizer": kind, "loraplus_lr_ratio": 4.0, "gate_learning_rate": 0.5, "save_steps": 2}
     options |= {"save_strategy": "steps", "lr_scheduler_type": "linear", "stream": toy.tasks(2)}
+    if kind == "allora":
+        options |= {"factor_optimizer": "default", "allora_eta": 2.0, "gate_learning_rate": None, "method": "inclora"}
     watch = _Watch()
     toy.make_run(toy_base, tmp_path / "straight", callbacks=[watch], **options).train()
     for step, rates in enumerate(watch.rates[:8], start=1):
         left = 1 - step / 8
-        assert sorted(set(rates)) == pytest.approx(sorted({0.01 * left, 0.04 * left, 0.5 * left}))
+        gate = set() if kind == "allora" else {0.5 * left}
+        assert sorted(set(rates)) == pytest.approx(sorted({0.01 * left, 0.04 * left, *gate}))
     with pytest.raises(KeyboardInterrupt):
         toy.make_run(toy_base, tmp_path / "broken", callbacks=[_Watch(5)], **options).train()
     toy.make_run(toy_base, tmp_path / "broken", **options).train()
@@ -169,9 +205,10 @@ def test_schedule_and_restart(kind, toy_base, tmp_path):
 
 
 def test_values_that_cannot_be(tmp_path):
-    for name, value in (("loraplus_lr_ratio", 0.0), ("riemannian_reg", -1.0), ("gate_learning_rate", 0.0)):
-        with pytest.raises(ValueError, match=f"{name} must be positive"):
-            toy.arguments(tmp_path, **{name: value})
+    for name in ("loraplus_lr_ratio", "riemannian_reg", "gate_learning_rate", "allora_eta"):
+        for value in (0.0, -1.0):
+            with pytest.raises(ValueError, match=f"{name} must be positive"):
+                toy.arguments(tmp_path, **{name: value})
     with pytest.raises(ValueError, match="factor_optimizer is one of"):
         toy.arguments(tmp_path, factor_optimizer="Muon")
 
