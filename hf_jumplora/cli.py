@@ -3,35 +3,47 @@
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 import hf_jumplora
 
 from .commands import COMMANDS
-from .escape import terminal
+from .escape import one_line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line, where argparse would print the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0, `check` 1 too), 2 after an error or 130 after an interruption,
     which is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-jumplora", description="Train, evaluate and inspect runs and stacks of JumpLoRA adapters."
     )
     parser.add_argument("--version", action="version", version=f"hf-jumplora {hf_jumplora.__version__}")
+    chosen = parser
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, line in COMMANDS.items():
         command = commands.add_parser(name, help=line)
         if argv[:1] == [name]:
             module = importlib.import_module(f"{__package__}.commands.{name}")
-            command.description = module.__doc__
-            command.formatter_class = argparse.RawDescriptionHelpFormatter
-            module.add_arguments(command)
-    args = parser.parse_args(argv)
+            chosen = command
+            chosen.description = module.__doc__
+            chosen.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(chosen)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen.error(f"not understood: {' '.join(unknown)}")
     try:
         return module.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"hf-jumplora: {terminal(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"hf-jumplora: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # Ctrl-C says nothing; SIGTERM in a run, what is safe
-        print(f"hf-jumplora: {terminal(' '.join(str(error).split()) or 'interrupted')}", file=sys.stderr)
+        print(f"hf-jumplora: {one_line(error) or 'interrupted'}", file=sys.stderr)
         return 130

@@ -34,3 +34,10 @@ def plot(text: object) -> str:
     """For matplotlib: no formula, and no longer than an axis can show."""
     plain = re.sub(r"\s+", " ", terminal(text)).replace("$", r"\$")
     return plain if len(plain) <= 60 else plain[:59] + "…"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line for a terminal; of one of the operating system, the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return terminal(f"{error.filename}: {error.strerror}")
+    return terminal(" ".join(str(error).split()))

@@ -1,6 +1,7 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
 import dataclasses
+import difflib
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ._compat import CHECKPOINTING
 from .data import load_tasks
-from .escape import terminal
+from .escape import one_line
 from .methods import GATE_OPTIONS, METHODS, get_method, strategy_name
 from .strategies import Strategy
 from .tuner import JumpLoraConfig
@@ -155,10 +156,8 @@ def run_recipe(main: Callable[[], Any]) -> None:
     except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         if os.environ.get("HF_JUMPLORA_TRACEBACK"):
             raise
-        interrupted = isinstance(error, KeyboardInterrupt)
-        text = str(error) or "interrupted"  # Ctrl-C says nothing
-        print(f"{Path(sys.argv[0]).name}: {terminal(' '.join(text.split()))}", file=sys.stderr)
-        sys.exit(130 if interrupted else 2)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error) or 'interrupted'}", file=sys.stderr)  # Ctrl-C says nothing
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 class _Parser(HfArgumentParser):
@@ -210,9 +209,15 @@ def parse_recipe(
                 parser.error(f"{path}: unknown key {key!r}")
         argv = [*_as_options(values), *argv]
     try:
-        return parser.parse_args_into_dataclasses([*_as_options(defaults or {}), *argv])
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            [*_as_options(defaults or {}), *argv], return_remaining_strings=True
+        )
     except ValueError as error:
         parser.error(str(error))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        parser.error(f"not understood: {' '.join(unknown)}" + "".join(f"; did you mean {name}?" for name in close))
+    return tuple(parsed)
 
 
 def _as_options(values: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ def main() -> None:
     parsed = parse_recipe((EncoderArguments, StreamArguments, MethodArguments, ContinualTrainingArguments))
     encoder_args, stream, method, args = parsed
     if stream.stream is None:
-        raise SystemExit("--stream is missing: a name such as order1, or a file (docs/streams.md)")
+        raise ValueError("--stream is missing: a name such as order1, or a file (docs/streams.md)")
     name = encoder_args.model_name_or_path or default_encoder()
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
     model, tasks = encoder_setting(

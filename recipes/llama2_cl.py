@@ -86,16 +86,13 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
     path = write_demo_stream(Path(model.cache_dir) / "demo_stream") if embedded else stream.stream
     tasks = dataclasses.replace(stream, stream=str(path)).load()
     if model.model == "smollm2":
-        try:
-            return str(smollm2()), tasks
-        except FileNotFoundError as error:
-            raise SystemExit(str(error)) from error
+        return str(smollm2()), tasks
     if model.model_name_or_path is not None:
         if model.tiny_from_text:
-            raise SystemExit("--tiny_from_text makes the model itself: leave --model_name_or_path out")
+            raise ValueError("--tiny_from_text makes the model itself: leave --model_name_or_path out")
         return model.model_name_or_path, tasks
     if not embedded and not model.tiny_from_text:
-        raise SystemExit("--stream needs --model_name_or_path, --model, or --tiny_from_text: a tiny Llama of its text")
+        raise ValueError("--stream needs --model_name_or_path, --model, or --tiny_from_text: a tiny Llama of its text")
     texts = demo_corpus()
     if model.tiny_from_text:  # the texts in their prompts, without any label's answer
         texts = [task.render(row[task.text_column]) for task in tasks for row in task.train_dataset or ()]
@@ -115,9 +112,9 @@ def add_to_stack(
     """Train the stream's tasks on top of a stack; options of the command line alone are compared with the stack's."""
     own = {f.name for f in (*dataclasses.fields(method), *dataclasses.fields(model)) if f.name not in _WITH_STACK}
     if wrong := sorted(given & (own | {"config"})):
-        raise SystemExit(f"--{wrong[0]} has no meaning with --from_stack: method and settings are the stack's own")
+        raise ValueError(f"--{wrong[0]} has no meaning with --from_stack: method and settings are the stack's own")
     if stream.stream is None:
-        raise SystemExit("--from_stack needs --stream: the tasks to add")
+        raise ValueError("--from_stack needs --stream: the tasks to add")
     tasks = stream.load()
     options = {name: getattr(args, name) for name in given if hasattr(args, name) and name != "output_dir"}
     base = model.model_name_or_path

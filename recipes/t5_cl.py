@@ -23,7 +23,7 @@ def main() -> None:
     classes = (ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments)
     model_args, stream, method, args = parse_recipe(classes)
     if stream.stream is None:
-        raise SystemExit("--stream is missing: a file of recipes/streams, or your own (docs/streams.md)")
+        raise ValueError("--stream is missing: a file of recipes/streams, or your own (docs/streams.md)")
     model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
     run = ContinualRun(
         model,

@@ -127,16 +127,22 @@ def _task_manager(names: tuple[str, ...], include_path: str | None) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Print the scores, a line for each task."""
+    from ..stack.load import find_manifest
+
     options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora eval STACK")
     if stream.stream is None and not options.lm_eval:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md); or --lm_eval")
     if options.lm_eval and find_spec("lm_eval") is None:
         raise ValueError("--lm_eval needs lm-eval: pip install 'hf-jumplora[eval]'")
+    _, manifest = find_manifest(args.stack, options.revision)
+    if options.each_task and (manifest.separate or not manifest.additive):
+        raise ValueError(
+            f"--each_task adds up the updates of the tasks, which is not how {manifest.method!r} makes its models; "
+            "evaluate the stack without it"
+        )
     tasks = [task for task in stream.load() if task.eval_dataset is not None] if stream.stream else []
     if stream.stream and not tasks:
         raise ValueError(f"{stream.stream}: no task has an eval set")
-    if options.each_task:
-        _check_each_task(args.stack, options)
     model, encoder = merged_and_encoder(
         args.stack, options.base_model, options.tasks, options.revision, options.max_length, options.route
     )
@@ -168,17 +174,6 @@ def _stream_scores(model: Any, encoder: Any, tasks: list, options: EvalArguments
             ]
             print(f"{task.name:<24} {', '.join(shown)}", flush=True)
     return scores
-
-
-def _check_each_task(stack: str, options: EvalArguments) -> None:
-    from ..stack.load import find_manifest
-
-    _, manifest = find_manifest(stack, options.revision)
-    if not manifest.additive or manifest.separate:
-        raise ValueError(
-            f"--each_task adds up the updates of the tasks, which is not how {manifest.method!r} makes its models; "
-            "evaluate the stack without it"
-        )
 
 
 def _harness_scores(

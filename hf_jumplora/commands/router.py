@@ -37,11 +37,13 @@ def option_classes() -> tuple[type, ...]:
 
 def run(args: argparse.Namespace) -> None:
     """Print a line for each task."""
+    from ..stack.load import find_manifest
     from ..trainer.router import train_router
 
     options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora router STACK")
     if stream.stream is None:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md)")
+    find_manifest(args.stack)  # a wrong folder is named before data is loaded
     rows = train_router(
         args.stack, stream.load(), options.base_model, examples=options.examples, batch_size=options.batch_size,
         max_length=options.max_length,

@@ -36,6 +36,7 @@ from .verify import check_task, not_a_task, task_config, verify
 
 
 _REASONS = {
+    HFValidationError: "a repository is named owner/name",
     RepositoryNotFoundError: "no such repository; for a private one log in with `hf auth login` or set HF_TOKEN",
     RevisionNotFoundError: "the repository has no such branch, tag or commit",
     LocalEntryNotFoundError: "the Hub cannot be reached, and it is not in the cache",

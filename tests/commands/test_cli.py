@@ -65,12 +65,13 @@ def test_python_m():
     assert line.startswith("hf-jumplora: ")
 
 
-@pytest.mark.parametrize("argv", [["inspect", "/nowhere"], ["verify", "/nowhere"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [["inspect"], ["verify"], ["eval", "--stream", "order1"]], ids=" ".join)
 def test_an_error_is_one_line(argv, capsys):
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("hf-jumplora: ")
-    assert error.count("\n") == 1
+    assert main([argv[0], "/nowhere", *argv[1:]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "hf-jumplora: /nowhere is no folder, and no stack on the Hub (a repository is named owner/name)"
+    assert main(["check", "/nowhere", "--limits", "/no/limits.yaml"]) == 2
+    assert capsys.readouterr().err == "hf-jumplora: /no/limits.yaml: No such file or directory\n"
 
 
 @pytest.mark.parametrize("said", ["", "finished tasks are safe"])
@@ -90,12 +91,24 @@ def test_an_interruption_is_one_line(said, monkeypatch, capsys):
     assert second.endswith(f": {said or 'interrupted'}")
 
 
-@pytest.mark.parametrize("argv", [[], ["inspct"], ["inspect"], ["--nonsense"]], ids=str)
-def test_wrong_usage(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "hf-jumplora: the following arguments are required: COMMAND (see hf-jumplora --help)"),
+        (["inspct"], "hf-jumplora: argument COMMAND: invalid choice: 'inspct'"),
+        (["--nonsense", "inspect", "x"], "hf-jumplora: not understood: --nonsense"),
+        (["inspect"], "hf-jumplora inspect: the following arguments are required: stack"),
+        (["inspect", "x", "--nonsense"], "hf-jumplora inspect: not understood: --nonsense (see hf-jumplora inspect -"),
+        (["train", "."], "hf-jumplora train: . is a folder, not a YAML file"),
+        (["train", "nope.yaml"], "hf-jumplora train: nope.yaml: no such file"),
+    ],
+)  # fmt: skip
+def test_wrong_usage(argv, said, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
-    assert "usage: hf-jumplora" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
 
 
 def test_methods(capsys):
@@ -176,7 +189,7 @@ def test_train_and_eval(toy_base, tmp_path, capsys, monkeypatch):
     assert main(["eval", str(out), "--lm_eval", "hellaswag"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-jumplora")]
     assert "pip install 'hf-jumplora[eval]'" in errors.pop()
-    assert "'--lerning_rate', '1'" in errors[0]
+    assert "not understood: --lerning_rate 1; did you mean --learning_rate?" in errors[0]
     assert "has no model_name_or_path: give it there or as --model_name_or_path" in errors[1]
     assert len(errors) == 2
     with pytest.raises(SystemExit) as stop:
