@@ -47,7 +47,7 @@ Schema = TypeVar("Schema", bound=_Part)
 
 
 class _Weight(_Part):
-    sha256: Sha256
+    sha256: Sha256 | None = None  # quantised ones have none
     dtype: Identifier
     shape: list[Annotated[int, Field(ge=0, le=2**53)]] = Field(max_length=16)
     probe: list[float] = Field(max_length=4)

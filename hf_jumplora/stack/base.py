@@ -72,8 +72,8 @@ def config_differences(expected: dict[str, Any], found: dict[str, Any]) -> list[
 def check_base(manifest: "Manifest", base: nn.Module, where: str) -> None:
     """Raise ValueError, naming what was expected and found, if `base` is not the model a stack was trained on.
 
-    Weights of other dtypes than there are compared by sums (see `same_weight`), quantised ones not at all. Stacks of
-    earlier versions know their base by sixteen values of one weight.
+    Weights of other dtypes than there, and quantised ones, are compared by sums (see `same_weight`). Stacks of earlier
+    versions know their base by sixteen values of one weight.
     """
     expected = manifest.base_model
     if "_orig_mod" in {part for name, _ in base.named_modules() for part in name.split(".")}:
@@ -98,7 +98,8 @@ def check_base(manifest: "Manifest", base: nn.Module, where: str) -> None:
 
 
 def differing_weights(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What differs, in words. Quantised weights (None) are not compared; a tied weight may have a second name."""
+    """What differs, in words. A weight quantised by an unknown library (None) is not compared; a tied one may
+    have a second name."""
     differ = [f"{name} is missing" for name in expected if name not in found]
     values = [entry for entry in expected.values() if entry]
     for name, entry in found.items():

@@ -225,7 +225,7 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
     names_a, names_b = {task.name for task in tasks_a}, set(of_b)
     bases = [dict(manifest.base_model) for manifest in (a, b)]
     for base in bases:  # earlier versions stored less of each weight beside its digest
-        base["weights"] = {name: entry and entry["sha256"] for name, entry in base.get("weights", {}).items()}
+        base["weights"] = {n: entry and entry.get("sha256", entry) for n, entry in base.get("weights", {}).items()}
     keys = {"architecture", "layers", "probe", "weights", "config"} & bases[0].keys() & bases[1].keys()
     rows = {task.name: _compare(task, of_b[task.name]) for task in tasks_a if task.name in of_b}
     return {

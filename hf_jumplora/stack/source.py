@@ -23,6 +23,7 @@ from ..tuner.model import gate_key
 from .base import base_name, config_differences, first, result_config
 from .disk import explained, sync_folder
 from .merge import weight_files
+from .quantised import Dequantised, comes_from
 from .weights import named_tensors
 
 
@@ -104,7 +105,8 @@ def source_folder(base: nn.Module) -> Path | None:
 def differences(base: nn.Module, folder: Path) -> list[str]:
     """What a base in memory has other than the files of a folder, in words. Every process must call it.
 
-    Values are compared in the dtype they have in memory; quantised weights are left out.
+    Values are compared in the dtype they have in memory, those that bitsandbytes has quantised in that form; weights
+    quantised by other libraries are left out.
     """
     files = {key: file for path in weight_files(folder) for file in [safe_open(path, "pt")] for key in file.keys()}  # noqa: SIM118
     names: dict[int, list[str]] = {}  # of tied weights
@@ -120,8 +122,13 @@ def differences(base: nn.Module, folder: Path) -> list[str]:
                     return files[key].get_tensor(key)
         return None
 
-    rest = {n: t for n, t in named_tensors(base) if t is not None and not _equal(stored(n), t)}
-    differ = _config_differences(base, folder)
+    differ, rest = _config_differences(base, folder), {}
+    for name, value in named_tensors(base):
+        if isinstance(value, Dequantised):
+            if not comes_from(stored, name, value):
+                differ.append(f"{name} has other values (as {value.kind})")
+        elif value is not None and not _equal(stored(name), value):
+            rest[name] = value
     for name, value in _as_saved(base, rest):
         there = stored(name)
         if there is None:

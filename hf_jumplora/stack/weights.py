@@ -1,4 +1,5 @@
-"""What the weights of a base are known by: a digest of all their bytes, and sums of their values for other dtypes."""
+"""What the weights of a base are known by: a digest of all their bytes, and sums of their values for other dtypes and
+for quantised weights."""
 
 import functools
 import hashlib
@@ -15,21 +16,25 @@ from accelerate.utils.modeling import align_module_device
 from torch import nn
 
 from ..tuner.sharded_parameters import full_shape, whole
+from .quantised import Dequantised, dequantised
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EPS = {str(dtype).removeprefix("torch."): torch.finfo(dtype).eps for dtype in _FLOATS}
+_QUANTISED = 0.5  # in place of eps: 4 bits change a weight by a tenth of its norm
+_ALIKE = {"int8": 0.1}  # of weights quantised alike, 8 bits perhaps from another dtype; others: 0.01
 _BYTES = 1 << 23  # of a weight that a thread hashes at once
 _WORDS = 1 << 14  # 64-bit words that share a sum
 _PIECE = 1 << 18  # values that a thread adds up at once
 _PARTS = 8  # of a weight, with sums of their own
 
 
-def named_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+def named_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor | Dequantised | None]]:
     """(name, value) of every weight and saved buffer of a base without adapters; a tied one once, by its first name.
 
     Values are whole (see `sharded_parameters`: every process must go through all), and of offloaded weights in memory
-    until the next one. None: the weight, or one beside it in its module, is quantised.
+    until the next one. None: the weight, or one beside it in its module, is quantised by another library than
+    bitsandbytes.
 
     Raises:
         ValueError: a weight is on the meta device, and nothing knows its values.
@@ -41,11 +46,12 @@ def named_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
         seen |= {id(tensor) for tensor in own.values()}
         quantised = getattr(base, "is_quantized", False) and any(map(_quantised, own.values()))
         with align_module_device(module):
+            weight = dequantised(module) if quantised else None
             for key in own:
                 name, tensor = f"{prefix}.{key}".lstrip("."), getattr(module, key)
                 if tensor.is_meta:
                     raise ValueError(f"{name} is on the meta device: load the base's weights first")
-                yield name, None if quantised else whole(tensor)
+                yield name, weight if quantised and (key == "weight" or weight is None) else whole(tensor)
 
 
 def _quantised(tensor: torch.Tensor) -> bool:
@@ -128,31 +134,41 @@ def _signed(piece: torch.Tensor, number: int) -> torch.Tensor:
     return torch.stack([rows.mv(signs).dot(signs[first : first + len(rows)]), values.dot(values).sqrt()])
 
 
-def identity(tensor: torch.Tensor, known: dict[str, Any] | None = None) -> dict[str, Any]:
+def identity(tensor: torch.Tensor | Dequantised, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a weight is known by: dtype, shape, four values, its digest, and for another dtype sums of its parts. Of
-    these two only what tells it from `known`, if that is given."""
-    flat = tensor.detach().reshape(-1)
+    these two only what tells it from `known`, if that is given. A quantised one, whose bits depend on the device, is
+    known by sums of its values."""
+    values, kind = (tensor.values, tensor.kind) if isinstance(tensor, Dequantised) else (tensor, None)
+    dtype = kind or str(values.dtype).removeprefix("torch.")
+    flat = values.detach().reshape(-1)
     at = [int(place * flat.numel()) for place in (0.119, 0.381, 0.618, 0.937)] if flat.numel() else []
     probe = [float(value) for value in flat[at].double().nan_to_num()]
-    entry = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "probe": probe}
-    if known is None or known["dtype"] == entry["dtype"]:
-        entry["sha256"] = digest(tensor)
-    if known is None or known["dtype"] != entry["dtype"]:
-        entry["sums"] = block_sums(tensor)
+    entry = {"dtype": dtype, "shape": list(values.shape), "probe": probe}
+    if not kind and (known is None or known["dtype"] == dtype):
+        entry["sha256"] = digest(values)
+    if kind or known is None or known["dtype"] != dtype:
+        entry["sums"] = block_sums(values)
     return entry
 
 
 def same_weight(expected: dict[str, Any], found: dict[str, Any]) -> bool:
     """Whether two weights are the same: all their bytes; in another dtype their shape and the sums of their parts, up
-    to six standard deviations of a cast's error (stacks of earlier versions: four values within 1 %)."""
-    if expected["dtype"] == found["dtype"]:
+    to six standard deviations of a cast's error (stacks of earlier versions: four values within 1 %). Weights that are
+    quantised alike differ by less than 1 % of a part's norm (8 bits: 10 %)."""
+    same = expected["dtype"] == found["dtype"]
+    if same and expected.get("sha256") and "sha256" in found:
         return expected["sha256"] == found["sha256"]
-    if expected["shape"] != found["shape"] or not expected.get("sums"):
-        return expected["shape"] == found["shape"] and not probe_differs(expected["probe"], found["probe"])
-    near = 1e-5 + 1.28 * max(_EPS.get(entry["dtype"], 0.0) for entry in (expected, found))
-    return all(
+    if expected["shape"] != found["shape"]:
+        return False
+    there, here = expected.get("sums", ()), found.get("sums", ())
+    if not there:
+        return not probe_differs(expected["probe"], found["probe"])
+    near = 1e-5 + 1.28 * max(_EPS.get(entry["dtype"], _QUANTISED) for entry in (expected, found))
+    if same:
+        near = _ALIKE.get(found["dtype"], 1e-2)
+    return len(there) == len(here) and all(
         abs(a - b) <= near * max(one[1], other[1])
-        for one, other in zip(expected["sums"], found["sums"], strict=True)
+        for one, other in zip(there, here, strict=True)
         for a, b in zip(one, other, strict=True)
     )
 

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import toy
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, load_stack
 from hf_jumplora.cli import main
 from hf_jumplora.ops.naive import gated_linear_naive
 from hf_jumplora.stack import switch_tasks
+from hf_jumplora.stack.base import describe_base, differing_weights
+from hf_jumplora.stack.source import differences
 from hf_jumplora.tuner import finish_adapter, fold_finished, named_layers, set_mix, set_threshold
 
 
@@ -337,6 +340,53 @@ def test_sfttrainer(toy_base, tmp_path):
     loaded = load_stack(tmp_path, quantization_config=NF4)
     assert torch.equal(logits(loaded), logits(run.model))
     assert all(layer.jumplora_A["task_001"].dtype == torch.float32 for _, layer in named_layers(loaded))
+
+
+# ---- which base it is --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [NF4, NESTED, INT8], ids=["nf4", "fp4-nested", "int8"])
+def test_quantised_weights_are_compared(config, toy_base, tmp_path):
+    """With the files they were quantised from, with files of them, and with a stack's: quantised alike, differently
+    and not at all."""
+    base = quantised(toy_base, config)
+    assert differences(base, Path(toy_base)) == []
+    base.save_pretrained(tmp_path)
+    assert differences(base, tmp_path) == differences(toy.load_base(str(tmp_path)), tmp_path) == []
+    known = describe_base(base)["weights"]
+    others = [toy.load_base(toy_base), quantised(toy_base, INT8), quantised(toy_base, NF4)]
+    for other in others:
+        found = describe_base(other)["weights"]
+        assert differing_weights(known, found) == differing_weights(found, known) == []
+
+    config = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, layers_to_transform=[1])
+    merged = get_peft_model(base, config).merge_and_unload()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for folder in (Path(toy_base), tmp_path):
+        (told,) = differences(merged, folder)
+        assert told.startswith(f"{name} has other values (as ")
+    assert differing_weights(known, describe_base(merged)["weights"]) == [f"{name} has other values"]
+    with torch.no_grad():
+        others[0].get_submodule(name.removesuffix(".weight")).weight.neg_()
+    assert differing_weights(known, describe_base(others[0])["weights"]) == [f"{name} has other values"]
+
+
+def test_gpt2_is_transposed(tmp_path):
+    """When it is quantised; its files are not."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 64, "vocab_size": 96}
+    GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **sizes)).save_pretrained(tmp_path)
+    whole = GPT2LMHeadModel.from_pretrained(tmp_path)
+    for config in (NF4, INT8):
+        base = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
+        assert differences(base, tmp_path) == []
+        assert differing_weights(describe_base(whole)["weights"], describe_base(base)["weights"]) == []
+
+
+def test_a_stage_merged_into_a_quantised_base_is_refused(toy_base, tmp_path):
+    """Nothing would bring it back when the stack is loaded, and a quantised base is not copied."""
+    stage = get_peft_model(quantised(toy_base), LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"k_proj\.weight has other values \(as nf4.*quantised.*save_pretrained"):
+        toy.make_run(stage.merge_and_unload(), tmp_path, stream=toy.tasks(1)).train()
 
 
 # ---- merging -----------------------------------------------------------------------------------------------------
