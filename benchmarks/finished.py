@@ -27,11 +27,13 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="Folder in the layout of the CL benchmark (SC/, TC/, ...).")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--method", default="inclora")
+    parser.add_argument("--strategy", nargs="+", help="Options of the method's strategy, such as sora.weight=10.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 2])
     parser.add_argument(
         "--forget", type=int, default=1, help="Which label of the last task is forgotten, by its number."
     )
+    parser.add_argument("--no_forgetting", action="store_true", help="The stack and its lower ranks alone.")
     parser.add_argument("--router", action="store_true", help="The router alone; for perlora too.")
     args = parser.parse_args()
     budget, tokenizer = BUDGETS["small"], AutoTokenizer.from_pretrained(default_encoder())
@@ -57,6 +59,7 @@ def main() -> None:
         return ContinualRun(
             setting()[0], stream, method, ContinualTrainingArguments(str(folder), **arguments), tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer), adapter_config=config,
+            strategies=args.strategy if method == args.method else None,
         )  # fmt: skip
 
     whole = args.output_dir / "whole"
@@ -94,6 +97,8 @@ def main() -> None:
         if not smaller.exists():
             squeeze(whole, smaller, rank=rank, force=True)
         show(f"rank {rank}", smaller)
+    if args.no_forgetting:
+        return
     kept = concatenate_datasets([task.train_dataset.filter(lambda row: not is_forgotten(row)) for task in tasks])
     forget = Unlearn(tasks[-1].train_dataset.filter(is_forgotten))
     more = args.output_dir / "forgetful"

@@ -154,7 +154,14 @@ def route_prompts(model: PeftModel, adapters: list[str], choose: Callable[[torch
         inputs |= inputs.pop("kwargs", {})
         past = inputs.get("past_key_values", inputs.get("cache"))  # as it is called from transformers 5.24 on
         if past is None or past.get_seq_length() == 0:
-            weights.set(choose(prompt_features(reader, weights, inputs)))
+            features = prompt_features(reader, weights, inputs)
+            chosen = choose(features)
+            if chosen.shape != (len(features), len(adapters)) or not chosen.isfinite().all():
+                raise ValueError(
+                    f"route gives weights of shape {[*chosen.shape]}: it must give finite ones for {len(features)} "
+                    f"prompts and {len(adapters)} tasks"
+                )
+            weights.set(chosen)
 
     reader.register_forward_pre_hook(before, with_kwargs=True)
 

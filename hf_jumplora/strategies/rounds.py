@@ -62,6 +62,8 @@ class Rounds(Strategy):
         check_alone(name, others, sharding, "replaces whole factors", because)
         if (kind := getattr(args, "factor_optimizer", "default")) != "default":
             raise ValueError(f"factor_optimizer={kind!r} remembers factors that {name} replaces: leave it out")
+        if args.max_steps > 0:
+            self._check_steps(args.max_steps)
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):
@@ -74,9 +76,12 @@ class Rounds(Strategy):
             A.uniform_(-1 / math.sqrt(layer.in_features), 1 / math.sqrt(layer.in_features), generator=generator)
             _replace(layer, adapter, config, A, torch.zeros(layer.out_features, width))
 
+    def _check_steps(self, steps: int) -> None:
+        if steps < self.rounds:
+            raise ValueError(f"a task of {steps} steps has no {self.rounds} rounds: train longer, or set rounds")
+
     def on_optimizer(self, optimizer):
-        if self.steps < self.rounds:
-            raise ValueError(f"a task of {self.steps} steps has no {self.rounds} rounds: train longer, or set rounds")
+        self._check_steps(self.steps)
         self.optimizer = optimizer
 
     @torch.no_grad()

@@ -177,5 +177,8 @@ def test_a_routed_model_has_no_sum(plain):
         layer(torch.zeros(3, 4, layer.in_features))
     with pytest.raises(ValueError, match="gets 8 rows"):  # tokens of all prompts in one list
         layer(torch.zeros(8, layer.in_features))
+    for wrong in ((1.0,), (1.0, 1.0, 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="finite ones for 2 prompts and 2 tasks"):
+            logits(load_stack(plain, route=always(*wrong)))
     with pytest.raises(ValueError, match="call the model with input_ids"):
         model(inputs_embeds=torch.zeros(2, 3, 32))

@@ -127,6 +127,8 @@ def test_refused(toy_base, tmp_path):
         for method in ("jumplora", "seqlora"):
             with pytest.raises(ValueError, match="without a gate, such as inclora"):
                 toy.make_run(toy_base, tmp_path, method, strategies=[strategy])
+        with pytest.raises(ValueError, match=r"a task of 1 steps has no \d rounds"):  # before the first task
+            toy.make_run(toy_base, tmp_path, "inclora", strategies=[strategy], max_steps=1)
         strategy.steps = 1
         with pytest.raises(ValueError, match=r"a task of 1 steps has no \d rounds"):
             strategy.on_optimizer(None)
