@@ -27,6 +27,7 @@ from torch import nn
 from ..tuner import fold_finished, named_layers
 from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
+from ..tuner.rank_routing import refuse_routed
 from .base import MERGED, check_base, merged_before
 from .disk import MANIFEST
 from .manifest import ROUTER, Manifest, is_folder, read_manifest
@@ -204,7 +205,9 @@ def open_stack(
         download(path, folder, needed)
     for task in chosen:
         verify(folder, task, skip=(STRATEGIES,) if on_hub else ())  # older stacks list it among the files
-        check_task(folder, task, manifest)
+        config = check_task(folder, task, manifest)
+        if tasks is not None:
+            refuse_routed(config, "a choice of tasks")
     return folder, manifest, chosen
 
 
@@ -298,7 +301,8 @@ def attach(
 def merge_finished(model: PeftModel, adapters: list[str]) -> None:
     """Fold finished tasks into a float base, where they cost nothing; quantised or offloaded layers keep them live."""
     for _, layer in named_layers(model):
-        if layer.quantization_backend is None and not layer.offloaded():
+        routed = any(config.rank_routing is not None for config in layer.configs.values())
+        if layer.quantization_backend is None and not layer.offloaded() and not routed:
             layer.finished.merge(adapters)
 
 

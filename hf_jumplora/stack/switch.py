@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from ..tuner import named_layers
+from ..tuner.rank_routing import refuse_routed
 
 
 @torch.no_grad()
@@ -31,10 +32,12 @@ def switch_tasks(model: PeftModel, tasks: list[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"this model has no task {unknown[0]!r}; it was loaded with {', '.join(folders)}")
     chosen = [folder for name, folder in folders.items() if tasks is None or name in tasks]
+    configs: Any = model.peft_config
+    for folder in folders.values():
+        refuse_routed(configs[folder], "switching tasks")
     layers = [layer for _, layer in named_layers(model) if layer.quantization_backend is None]
     for layer in layers:
         layer.finished.prepare_switch(list(folders.values()))
-    configs: Any = model.peft_config
     for number, folder in enumerate(chosen):
         configs[folder].parent_adapters = chosen[:number]
     for layer in layers:

@@ -12,6 +12,7 @@ from .loraga import LoraGA
 from .lorasb import LoraSB
 from .lwf import Lwf
 from .migu import Migu
+from .mora import Mora
 from .nlora import NLora
 from .nullspace import NullSpace
 from .olora import OLora
@@ -39,6 +40,7 @@ __all__ = [
     "LoraSB",
     "Lwf",
     "Migu",
+    "Mora",
     "NLora",
     "NullSpace",
     "OLora",

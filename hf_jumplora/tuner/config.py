@@ -116,6 +116,10 @@ class JumpLoraConfig(PeftConfig):
         metadata={"help": "Set when the task is finished: layer name -> [bytes, sha256] of its saved support."},
     )
 
+    rank_routing: dict[str, float] | None = field(
+        default=None, metadata={"help": "Set by method mora: k, tau and delta, by which all tasks' ranks compete."}
+    )
+
     def __new__(cls, *args, **options):
         """Remembers which options were named, `given`: a method that prescribes one must not beat its user in silence.
         Of a copy (`dataclasses.replace`), which names all, those that are not at their defaults."""
@@ -166,6 +170,8 @@ class JumpLoraConfig(PeftConfig):
                 "density_pattern gives layers their own thresholds and holds them: it needs threshold_scope='layer', "
                 "threshold_update='density' and no density_schedule"
             )
+        if self.rank_routing is not None and (self.gate or self.rank_routing.keys() != {"k", "tau", "delta"}):
+            raise ValueError(f"rank_routing is k, tau and delta, with gate=False; got {self.rank_routing}")
         if not self.gate and self.isolation == "hard":
             raise ValueError(
                 "isolation='hard' keeps a task off the entries that earlier gates kept; it needs gate=True"
@@ -192,4 +198,6 @@ class JumpLoraConfig(PeftConfig):
         # Sets in order: a saved config, and with it its sha256, must not depend on the process's hash seed.
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
         del values["backend"]  # the next machine may not have it
+        if self.rank_routing is None:  # as it was written before there was this option
+            del values["rank_routing"]
         return values

@@ -14,6 +14,7 @@ from .allora import RowScaledUpdate
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 from .peft_compat import BufferDict, freeze, in_out_features, start_inactive
+from .rank_routing import rank_weights
 from .updates import AdapterUpdates
 
 
@@ -200,6 +201,18 @@ class JumpLoraLayer(AdapterUpdates):
             y = y.index_add(0, rows, (update * weight).to(y.dtype))
         return y
 
+    def _add_competing(self, y: torch.Tensor, x: torch.Tensor, live: list[str]) -> torch.Tensor:
+        activations, factors = [], []
+        for name in live:
+            A, B, _ = self.factors(name)
+            own = self.jumplora_dropout[name](x) if name in self.active_adapters else x
+            activations.append(F.linear(own.to(A.dtype), A))
+            factors.append(B * self.scaling[name])
+        z, routing = torch.cat(activations, -1), self.configs[live[-1]].rank_routing
+        assert routing is not None
+        weights = rank_weights(z, int(routing["k"]), routing["tau"], 0.0 if self.training else routing["delta"])
+        return y + F.linear(weights.to(z.dtype) * z, torch.cat(factors, 1)).to(y.dtype)
+
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
         """Whether W can be read and multiplied together with the update, instead of calling the base layer."""
         return (
@@ -232,6 +245,10 @@ class JumpLoraLayer(AdapterUpdates):
         if self.task_weights is not None:
             return self._add_weighted(self._base_output(x, *args, **kwargs), x)
         live = self.closure(self.active_adapters, without=self.merged_adapters)
+        if any(routed := [name in self.configs and self.configs[name].rank_routing is not None for name in live]):
+            if not all(routed):
+                raise ValueError(f"{live}: the ranks of some tasks compete for each token, those of others do not")
+            return self._add_competing(self._base_output(x, *args, **kwargs), x, live)
         finished = tuple(n for n in live if n in self.finished.folded or n in self.jumplora_support)
         y = None
         for name in live:

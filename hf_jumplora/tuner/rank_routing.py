@@ -1,0 +1,28 @@
+"""Ranks that compete for each token (MoRA, arXiv 2506.21035), in place of updates that add up."""
+
+from typing import Any
+
+import torch
+
+
+def rank_weights(z: torch.Tensor, k: int, tau: float, delta: float = 0.0) -> torch.Tensor:
+    """The weight of each rank for each token, from their activations z = A x [.., R] of all tasks' ranks.
+
+    s = z / ||z||; the k largest (2 at least) have softmax(s / tau) over these k, all others 0. delta: those with s
+    below it get 0 too, and the others stay as they are; 0: none does. Where z = 0 the result times z is 0.
+    """
+    s = z / z.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    top, index = s.topk(min(max(k, 2), s.shape[-1]))
+    weights = (top / tau).softmax(-1)
+    if delta:
+        weights = weights * (top >= delta)
+    return torch.zeros_like(s).scatter(-1, index, weights)
+
+
+def refuse_routed(config: Any, what: str) -> None:
+    """Raise ValueError if the ranks of this adapter compete with those of the other tasks, so that it has no sum."""
+    if config.rank_routing is not None:
+        raise ValueError(
+            f"the ranks of these tasks compete for each token (method mora): no weight is their sum, which {what} "
+            "needs. Load the whole stack with load_stack(path), or train another method"
+        )
