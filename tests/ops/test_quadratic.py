@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_jumplora.ops import quadratic
 from hf_jumplora.ops.quadratic import quadratic_penalty, stacked_penalty
 
 
@@ -70,3 +71,33 @@ def test_many_layers_at_once(gate, relative_error):
     expected = sum(single), *torch.autograd.grad(3 * sum(single), (A, B))
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("gate", [None, 0.6])
+def test_many_layers_under_autocast(gate):
+    """In float32, and nothing of the weights' size is kept for the backward pass."""
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 2, 30, requires_grad=True), torch.randn(3, 40, 2, requires_grad=True)
+    G, C = torch.randn(3, 40, 4), torch.randn(3, 30, 4)
+    gated = {} if gate is None else {"log_tau": torch.zeros(3), "mix": torch.full((3,), gate)}
+    found, saved = [], []
+    for enabled in (False, True):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        ):
+            value = stacked_penalty(A, B, G, C, scaling=1.5, **gated)
+        found.append((value, *torch.autograd.grad(value, (A, B))))
+    assert all(map(torch.equal, *found))
+    assert saved
+    assert all(t.numel() < 3 * 40 * 30 for t in saved)
+
+
+def test_where_the_kernels_can_run(monkeypatch):
+    """With the Triton backend, and as many columns as registers hold."""
+    A, asked = torch.zeros(1, 2, 3, dtype=torch.bfloat16), []
+    for backend in ("triton", "triton-fold", "blocked"):
+        monkeypatch.setattr(quadratic, "choose_backend", lambda *given, b=backend: asked.append(given) or b)
+        can = [quadratic._kernels_can_run(A, torch.zeros(1, 5, columns)) for columns in (128, 129)]
+        assert can == [backend != "blocked", False]
+    assert set(asked) == {(None, A.device, (torch.bfloat16, torch.float32))}

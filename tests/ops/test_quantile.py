@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from hf_jumplora.ops import quantile
 from hf_jumplora.ops.quantile import kth_magnitude, update_blocks
+from hf_jumplora.ops.sparse import pack_bits
 
 
 def magnitudes(blocks):
@@ -82,6 +84,16 @@ def test_update_blocks_are_the_products(relative_error, rows):
     assert relative_error(torch.cat(blocks), torch.cat([B @ A for A, B in factors])) <= 1e-6
 
 
+def test_update_blocks_of_entries_that_are_free():
+    """256 rows at a time on a CPU, the others zero, in float32 under autocast too."""
+    g = torch.Generator().manual_seed(0)
+    A, B, free = torch.randn(2, 5, generator=g), torch.randn(600, 2, generator=g), torch.rand(600, 5, generator=g) < 0.4
+    with torch.autocast("cpu", torch.bfloat16):
+        blocks = list(update_blocks([(A, B, pack_bits(free)), (A, B, None)]))
+    assert [len(block) for block in blocks] == 2 * [256, 256, 88]
+    torch.testing.assert_close(torch.cat(blocks), torch.cat([B @ A * free, B @ A]))
+
+
 # ---- the bracket -------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +115,17 @@ def test_a_wrong_guess_changes_nothing(near):
     values = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     for k in (1, 45_000, 88_000, 90_000):
         assert kth_magnitude(lambda: [values], k, near=near) == magnitudes([values])[k - 1].item()
+
+
+def test_a_bracket_has_its_upper_end_but_not_its_lower(monkeypatch):
+    blocks = list(torch.tensor([[1.0, -2, 3], [-4, 5, 6]]))
+    inside = {k: quantile._within(lambda: iter(blocks), k, 2.0, 5.0) for k in range(1, 7)}
+    assert inside == {1: None, 2: None, 3: 3.0, 4: 4.0, 5: 5.0, 6: None}
+    for value in (float("nan"), float("inf"), -float("inf")):  # outside the bracket
+        assert quantile._within(lambda value=value: [torch.tensor([1.0, 3, 6, value])], 2, 2.0, 5.0) is None
+    monkeypatch.setattr(quantile, "_INSIDE", 3)  # as many may be kept, and no more
+    assert quantile._within(lambda: iter(blocks), 4, 2.0, 5.0) == 4.0
+    assert quantile._within(lambda: iter(blocks), 4, 1.0, 5.0) is None
 
 
 def test_a_sample_that_misleads_changes_nothing():
