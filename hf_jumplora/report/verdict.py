@@ -77,6 +77,8 @@ def judge_metrics(
     joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
+    if not joint:
+        _check_learned(check, metrics)
     if not joint and done > 1:
         value, unit = metrics.get("forgetting"), common(units_of(metrics))
         if unit is None:
@@ -127,6 +129,18 @@ def _flips(stored: StoredRun) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _check_learned(check: Any, metrics: dict[str, Any]) -> None:
+    """The tasks that their own training made no better."""
+    matrix, found = metrics["matrix"], units_of(metrics)
+    for j, task in enumerate(metrics["tasks"][: len(matrix) - 1]):
+        before, learned, unit = matrix[0][j], matrix[j + 1][j], found[j]
+        if before is None or learned is None or (unit.share and learned == 1):
+            continue
+        if unit.sign * (learned - before) <= 0:
+            says = f"no better after its training ({unit.show(learned)}) than before ({unit.show(before)})"
+            check(f"learning of {task}", False, says)
 
 
 def _check_tasks(check: Any, metrics: dict[str, Any], limits: Limits, flips: dict[str, dict[str, Any]]) -> None:

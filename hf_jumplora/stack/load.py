@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -100,7 +101,9 @@ def load_stack(
     model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
     if not merge:
         return model
-    plain = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")  # they are, by `attach`
+        plain = model.merge_and_unload()
     if hasattr(plain, "config"):
         setattr(plain.config, MERGED, merged_before(plain.config, chosen))
     return plain

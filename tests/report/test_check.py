@@ -42,6 +42,15 @@ def test_forgetting(tmp_path, capsys):
     assert (code, failed(result)) == (0, [])
 
 
+def test_learned_nothing(tmp_path, capsys):
+    """A task that was perfect before its training is no fault of it."""
+    flat = [[0.2, 1.0, 0.2], [0.2, 1.0, 0.2], [0.2, 1.0, 0.2], [0.2, 1.0, 0.7]]
+    code, result = check(capsys, write_run(tmp_path / "run", NAMES, matrix=flat))
+    assert (code, failed(result)) == (1, ["learning of first"])
+    (says,) = [c["says"] for c in result["checks"] if c["check"] == "learning of first"]
+    assert says == "no better after its training (20.0) than before (20.0)"
+
+
 def test_unfinished(tmp_path, capsys):
     code, result = check(capsys, write_run(tmp_path / "run", NAMES, matrix=GOOD[:-1]))
     assert (code, failed(result)) == (1, ["finished"])
