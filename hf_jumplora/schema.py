@@ -87,6 +87,7 @@ class StackFile(_Part):
     method: Name
     additive: bool
     separate: bool = False
+    competing: bool = False
     tasks: list[_Entry] = Field(max_length=100_000)
     versions: dict[Line, Line] = Field({}, max_length=100)
     files: dict[FileName, Sha256] = Field({}, max_length=100)

@@ -67,8 +67,8 @@ def merged_and_encoder(
     max_length: int = 512,
     route: str | None = None,
 ) -> tuple[Any, Any]:
-    """(base model with a stack's updates merged in, or routed, [`Encoder`] with its tokenizer and at most `max_length`
-    tokens).
+    """(base model with a stack's updates merged in, routed or competing, [`Encoder`] with its tokenizer and at most
+    `max_length` tokens).
 
     Raises:
         ValueError, OSError: as `load_stack`.
@@ -79,7 +79,8 @@ def merged_and_encoder(
     from ..stack.load import load_stack, open_stack
 
     _, manifest, _ = open_stack(stack, tasks, revision)
-    model: Any = load_stack(stack, base_model, tasks, revision, merge=route is None, route=route)
+    merge = route is None and not manifest.competing
+    model: Any = load_stack(stack, base_model, tasks, revision, merge=merge, route=route)
     named = {} if base_model else {"revision": manifest.base_model["revision"]}
     tokenizer = AutoTokenizer.from_pretrained(base_model or manifest.base_model["name_or_path"], **named)
     length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     if options.lm_eval and find_spec("lm_eval") is None:
         raise ValueError("--lm_eval needs lm-eval: pip install 'hf-jumplora[eval]'")
     _, manifest = find_manifest(args.stack, options.revision)
-    if options.each_task and (manifest.separate or not manifest.additive):
+    if options.each_task and (manifest.separate or manifest.competing or not manifest.additive):
         raise ValueError(
             f"--each_task adds up the updates of the tasks, which is not how {manifest.method!r} makes its models; "
             "evaluate the stack without it"

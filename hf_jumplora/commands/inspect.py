@@ -42,6 +42,7 @@ def describe(path: str, revision: str | None = None) -> dict[str, Any]:
         "method": manifest.method,
         "additive": manifest.additive,
         "separate": manifest.separate,
+        "competing": manifest.competing,
         "layers": len(manifest.base_model["layers"]),
         "entries": entries,
         "tasks": [{**row, "density": k / entries} for row, k in zip(rows, kept, strict=True)],
@@ -58,6 +59,7 @@ def text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['stack']}: {len(tasks)} tasks, method {result['method']}"
         + (" (each folder is a separate model for its task)" if result["separate"] else "")
+        + (" (the ranks of all tasks compete for each token)" if result["competing"] else "")
         + ("" if result["additive"] or result["separate"] else " (each folder holds the whole model after its task)"),
         f"base model: {base['name_or_path'] or '(no name)'} ({base['architecture']}{revision})",
         f"{result['layers']} adapted layers, {result['entries']:,} entries",

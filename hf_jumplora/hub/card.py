@@ -139,6 +139,7 @@ def stack_card(
         strategies=list(map(cell, (settings or {}).get("strategies") or [])),
         additive=manifest.additive,
         separate=manifest.separate,
+        competing=manifest.competing,
         tasks=manifest.task_names,
         last_folder=manifest.tasks[-1]["folder"] if manifest.tasks else "task_000",
         trained=[{**info, "dataset": _dataset(info), "source": cell(info["source"] or "")} for info in trained],
@@ -166,7 +167,10 @@ def task_card(manifest: Manifest, name: str, folder: str, info: dict[str, Any], 
     for key, value in info.items():
         if key not in ("name", "index") and value not in (None, "", []):
             rows.append([key.replace("_", " "), str(value)])
-    if manifest.additive:
+    if manifest.competing:
+        kind, how = f"The ranks of one task of an adapter stack (`{manifest.method}`)", "with the tasks before it"
+        alone = "load_stack(stack)  # with all other tasks, whose ranks compete with this one's"
+    elif manifest.additive:
         kind, how = (
             f"The update of one task of an adapter stack (`{manifest.method}`)",
             "with the tasks before it",

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..schema import read_json
-from ..tuner.rank_routing import refuse_routed
+from ..tuner.rank_routing import refuse_competing
 from .files import TaskFile, only_updates, total_update
 from .operations import free_folder, new_folder, open_tasks
 from .verify import not_a_task
@@ -118,7 +118,7 @@ def export_lora(
     _, manifest, chosen = open_tasks(path, tasks, revision)
     only_updates(chosen, "a LoRA export")
     for task in chosen:
-        refuse_routed(task.config, "a LoRA export")
+        refuse_competing(task.config.rank_routing, "a LoRA export")
     weights: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[int, float]] = {}
     lost = total = 0.0

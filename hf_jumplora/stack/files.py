@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from ..ops.sparse import add_at, decode_index, decode_support, support_sha256
 from ..tuner.model import rank_and_alpha
-from ..tuner.rank_routing import refuse_routed
+from ..tuner.rank_routing import refuse_competing
 from .manifest import Manifest
 from .verify import check_task, not_a_task
 
@@ -84,7 +84,7 @@ class TaskFile:
         self, total: torch.Tensor, layer: str, factors: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> None:
         """Add a layer's update to a float32 [out, in]. Raises ValueError if the task's ranks compete with others'."""
-        refuse_routed(self.config, "squeezing, merging, exporting or comparing them")
+        refuse_competing(self.config.rank_routing, "squeezing, merging, exporting or comparing them")
         A, B = factors or self.factors(layer)
         scaling, code = self.scaling(layer), self.code(layer)
         if code is None:

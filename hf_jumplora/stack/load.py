@@ -28,7 +28,7 @@ from torch import nn
 from ..tuner import fold_finished, named_layers
 from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
-from ..tuner.rank_routing import refuse_routed
+from ..tuner.rank_routing import refuse_competing
 from .base import MERGED, check_base, merged_before
 from .disk import MANIFEST
 from .manifest import ROUTER, Manifest, is_folder, read_manifest
@@ -208,9 +208,7 @@ def open_stack(
         download(path, folder, needed)
     for task in chosen:
         verify(folder, task, skip=(STRATEGIES,) if on_hub else ())  # older stacks list it among the files
-        config = check_task(folder, task, manifest)
-        if tasks is not None:
-            refuse_routed(config, "a choice of tasks")
+        check_task(folder, task, manifest)
     return folder, manifest, chosen
 
 
@@ -323,6 +321,7 @@ def _choose(
         return manifest.tasks[-1:]
     if tasks is None:
         return manifest.tasks
+    refuse_competing(manifest.competing, "a choice of tasks")
     if isinstance(tasks, str):
         raise ValueError(f"tasks is a list of names or a slice, got {tasks!r}; for one task use tasks=[{tasks!r}]")
     if not isinstance(tasks, (slice, Iterable)):

@@ -31,7 +31,8 @@ class Manifest:
     (`weights`, see `base.identity`), the `config` that shapes results, layers {name: [out, in]} that are adapted.
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
-    is a model of its own for its task (perlora): one is loaded, by name.
+    is a model of its own for its task (perlora): one is loaded, by name. competing: True when the ranks of all tasks
+    compete for each token (mora): all folders are needed, and no weight is their sum.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}, and "state": the sha256 of
     strategies.safetensors, if the method remembers something; only the last task's file is kept.
     files: {file: sha256} of the files beside stack.json; loading does not need them (but a router that is asked for),
@@ -48,6 +49,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     separate: bool = False
+    competing: bool = False
 
     @property
     def task_names(self) -> list[str]:
@@ -89,8 +91,11 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     manifest.format_version = FORMAT_VERSION
     files = {name: folder / name for name in TOP_FILES} | waiting(folder, TOP_FILES)
     manifest.files = {name: file_sha256(files[name]) for name in TOP_FILES if files[name].is_file()}
+    data = asdict(manifest)
+    if not manifest.competing:  # as earlier versions know it, which must not read the others
+        del data["competing"]
     try:
-        write_atomic(folder / MANIFEST, sealed_text(asdict(manifest)))
+        write_atomic(folder / MANIFEST, sealed_text(data))
     except OSError:
         finish_sealed(folder, TOP_FILES)  # those that would have been valid with it are not
         raise

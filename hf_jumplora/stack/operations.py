@@ -166,7 +166,7 @@ def write_stack(
         manifest.method,
         manifest.additive,
         versions=library_versions(),
-        separate=manifest.separate,
+        separate=manifest.separate, competing=manifest.competing,
     )  # fmt: skip
     infos = {name: task_description(source, entries[name]) for name in folders}
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..schema import short
-from ..tuner.rank_routing import refuse_routed
+from ..tuner.rank_routing import refuse_competing
 from ..tuner.task_weights import TaskWeights, weight_tasks
 from .disk import next_path, sealed_path, sync_folder
 from .manifest import ROUTER, Manifest, read_manifest, write_manifest
@@ -147,7 +147,7 @@ def route_prompts(model: PeftModel, adapters: list[str], choose: Callable[[torch
         config = model.peft_config[name]
         if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
             raise ValueError(f"{name} has weights trained in full, which cannot be routed: load it without route=")
-        refuse_routed(config, "a router of tasks")
+        refuse_competing(config.rank_routing, "a router of tasks")
     weights, reader = weight_tasks(model, adapters), prompt_reader(model.get_base_model())
     signature = inspect.signature(reader.forward)
 

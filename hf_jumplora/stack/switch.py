@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 
 from ..tuner import named_layers
-from ..tuner.rank_routing import refuse_routed
+from ..tuner.rank_routing import refuse_competing
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def switch_tasks(model: PeftModel, tasks: list[str] | None = None) -> None:
     chosen = [folder for name, folder in folders.items() if tasks is None or name in tasks]
     configs: Any = model.peft_config
     for folder in folders.values():
-        refuse_routed(configs[folder], "switching tasks")
+        refuse_competing(configs[folder].rank_routing, "switching tasks")
     layers = [layer for _, layer in named_layers(model) if layer.quantization_backend is None]
     for layer in layers:
         layer.finished.prepare_switch(list(folders.values()))

@@ -43,6 +43,7 @@ from ..stack.save import drop_states, save_task
 from ..stack.source import KEPT, differences, keep_base, source_folder
 from ..stack.verify import check_task, state_file, task_description, verify
 from ..strategies.base import join_states
+from ..tuner.lookup import adapter_config
 from .arguments import argument
 from .checkpoints import drop_checkpoints
 from .plan import RunPlan
@@ -171,7 +172,10 @@ class RunFolder:
         if self.manifest is None:
             separate = self.plan.method.mode == "separate"
             base = {**self.base, "layers": layer_shapes(model)}
-            self.manifest = Manifest(base, self.plan.method.name, self.plan.additive, separate=separate)
+            competing = adapter_config(model, f"task_{index:03d}").rank_routing is not None
+            self.manifest = Manifest(
+                base, self.plan.method.name, self.plan.additive, separate=separate, competing=competing
+            )
         on_main(lambda: self._commit(model, f"task_{index:03d}"))
         if not PartialState().is_main_process:
             self.manifest = read_manifest(self.path)

@@ -19,9 +19,9 @@ def rank_weights(z: torch.Tensor, k: int, tau: float, delta: float = 0.0) -> tor
     return torch.zeros_like(s).scatter(-1, index, weights)
 
 
-def refuse_routed(config: Any, what: str) -> None:
-    """Raise ValueError if the ranks of this adapter compete with those of the other tasks, so that it has no sum."""
-    if config.rank_routing is not None:
+def refuse_competing(competing: Any, what: str) -> None:
+    """Raise ValueError if it is true that the ranks of tasks compete, so that `what` has no sum of updates to use."""
+    if competing:
         raise ValueError(
             f"the ranks of these tasks compete for each token (method mora): no weight is their sum, which {what} "
             "needs. Load the whole stack with load_stack(path), or train another method"

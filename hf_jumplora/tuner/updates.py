@@ -11,7 +11,7 @@ from .config import JumpLoraConfig
 from .finished import FinishedUpdates
 from .gate import Float32ParameterDict, JumpGate
 from .peft_compat import BufferDict, base_device, check_adapters_to_merge
-from .rank_routing import refuse_routed
+from .rank_routing import refuse_competing
 
 
 class AdapterUpdates(nn.Module, BaseTunerLayer):
@@ -170,7 +170,7 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         """scaling * E as it acts now: float32 [out, in], without gradient. Raises ValueError if folded, or if its ranks
         compete with those of other tasks."""
         if adapter in self.configs:
-            refuse_routed(self.configs[adapter], "merging, folding, switching or adding them up")
+            refuse_competing(self.configs[adapter].rank_routing, "merging, folding, switching or adding them up")
         if adapter in self.jumplora_support:
             kept = self.jumplora_A[adapter].new_zeros(self.out_features, self.in_features)
             self.add_updates(kept, [adapter])

@@ -7,6 +7,7 @@ import toy
 
 from hf_jumplora import load_stack, switch_tasks
 from hf_jumplora.cli import main
+from hf_jumplora.commands.eval import merged_and_encoder
 from hf_jumplora.methods import METHODS
 from hf_jumplora.strategies import L2, KFac, Mora, Replay
 from hf_jumplora.tuner import named_layers
@@ -92,6 +93,11 @@ def test_what_needs_a_sum(toy_base, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match="compete for each token"):
             refused()
+    assert "tasks=[" not in (stack / "README.md").read_text() + (stack / "task_000" / "README.md").read_text()
+    assert "merge=True" not in (stack / "README.md").read_text()
+    assert main(["inspect", str(stack)]) == 0
+    assert "compete for each token" in capsys.readouterr().out
+    assert merged_and_encoder(str(stack), None, None, None)[0](IDS).logits.equal(model(IDS).logits)
     out = ["--out", str(tmp_path / "out")]
     for command in (
         ["squeeze", "--rank", "1"], ["subset", "--tasks", "size"], ["remove", "--tasks", "size"], ["merge"],
