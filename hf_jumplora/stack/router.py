@@ -147,7 +147,7 @@ def route_prompts(model: PeftModel, adapters: list[str], choose: Callable[[torch
         config = model.peft_config[name]
         if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
             raise ValueError(f"{name} has weights trained in full, which cannot be routed: load it without route=")
-        refuse_competing(config.rank_routing, "a router of tasks")
+        refuse_competing(getattr(config, "rank_routing", None), "a router of tasks")
     weights, reader = weight_tasks(model, adapters), prompt_reader(model.get_base_model())
     signature = inspect.signature(reader.forward)
 

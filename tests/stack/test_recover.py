@@ -45,7 +45,7 @@ def trained(toy_base, tmp_path_factory):
     model, keep = pruned(toy_base)
     model.save_pretrained(folder / "base")
     adapter = {"target_modules": TARGETS}
-    toy.make_run(str(folder / "base"), folder / "stack", "jumplora", toy.tasks(2, 20, 2), adapter).train()
+    toy.make_run(str(folder / "base"), folder / "stack", "jumplora", toy.tasks(2, 20, 1), adapter).train()
     save_file(keep, folder / "keep.safetensors")
     return folder, keep
 
