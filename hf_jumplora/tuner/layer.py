@@ -26,7 +26,7 @@ class JumpLoraLayer(AdapterUpdates):
     A finished adapter has a saved support, and its update is D on that support: the threshold is not evaluated again.
     """
 
-    allora_eta: float | None = None  # of the adapter in training; None: its gradients are as they are
+    allora_eta: float | None = None  # while an adapter is trained with ALLoRA
     adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_g", "jumplora_gate")
     other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "jumplora_free")
 
@@ -226,7 +226,7 @@ class JumpLoraLayer(AdapterUpdates):
     def _live_update(self, adapter: str, x, weight=None, bias=None):
         (A, B, free), scaling = self.factors(adapter), self.scaling[adapter]
         if adapter not in self.jumplora_gate:
-            if self.allora_eta is not None and torch.is_grad_enabled():
+            if self.allora_eta is not None:
                 with torch.autocast(x.device.type, enabled=False):
                     return RowScaledUpdate.apply(x.to(A.dtype), A, B, scaling, self.allora_eta).to(x.dtype)
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)
@@ -281,7 +281,6 @@ class JumpLoraLayer(AdapterUpdates):
         if adapter in self.jumplora_free:
             del self.jumplora_free[adapter]
         self.finished.forget_past()
-        self.allora_eta = None
         freeze(self, adapter, self.adapter_layer_names)
         return [code.numel(), support_sha256(code)]
 

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_jumplora import ContinualTrainer, JumpLoraConfig
+from hf_jumplora import ContinualTrainer, JumpLoraConfig, finish_adapter
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.trainer.altlora import AltLora
 from hf_jumplora.tuner import gate_groups, named_layers
@@ -163,6 +163,8 @@ def test_allora(gated, ids, relative_error):
     c = (layer.update("default").norm(dim=1) + eta**-2).rsqrt()[:, None]
     assert relative_error(scaled[3], c * plain[3]) < 1e-5
     assert relative_error(scaled[2], plain[2]) > 0.01
+    finish_adapter(model, "default", "task_000")
+    assert layer.allora_eta is None
 
 
 def test_allora_is_refused(toy_base, tmp_path):
