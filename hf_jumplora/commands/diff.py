@@ -5,8 +5,6 @@ hf-jumplora diff runs/mine runs/last_month
 
 import argparse
 
-from ..stack.operations import diff
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora diff`."""
@@ -16,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the differences, one per line."""
+    from ..stack.operations import diff
+
     result = diff(args.first, args.second)
     first, second = result["method"]
     lines = ["base model: different"] if result["base"] else []

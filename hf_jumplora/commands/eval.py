@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..options import StreamArguments, parse_recipe
 from ..report.folder import HARNESS
 
 
@@ -56,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def option_classes() -> tuple[type, ...]:
     """What the options are declared by."""
+    from ..options import StreamArguments
+
     return EvalArguments, StreamArguments
 
 
@@ -128,6 +129,7 @@ def _task_manager(names: tuple[str, ...], include_path: str | None) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Print the scores, a line for each task."""
+    from ..options import parse_recipe
     from ..stack.load import find_manifest
 
     options, stream = parse_recipe(option_classes(), args.options, prog="hf-jumplora eval STACK")

@@ -10,13 +10,6 @@ an approximation: the retained energy of each layer is printed, and with --strea
 import argparse
 from collections.abc import Callable
 
-import torch
-
-from ..stack.export import export_lora, export_sparse
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora export`."""
@@ -29,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", type=float, help="lora: fraction of each layer's ||update||^2 to keep, e.g. 0.99")
     parser.add_argument("--min-energy", type=float, default=0.9, help="lora: refuse to keep less overall (default 0.9)")
     parser.add_argument("--force", action="store_true", help="lora: write it anyway")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="sparse: of the values")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="sparse: of the values"
+    )
     parser.add_argument("--stream", help="lora: stream file; its eval sets show what the export costs")
     parser.add_argument("--data_dir", help="lora: folder with the stream's data")
     parser.add_argument("--max_eval", type=int, help="lora: at most this many eval rows per task")
@@ -42,12 +37,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: options of the other format, or as `export_lora` and `export_sparse`.
     """
+    import torch
+
+    from ..stack.export import export_lora, export_sparse
+
     of_stream = [name for name in ("data_dir", "max_eval", "base_model") if getattr(args, name) is not None]
     if args.format == "sparse":
         given = [*of_stream, *(name for name in ("rank", "energy", "stream") if getattr(args, name) is not None)]
         if given or args.force:
             raise ValueError(f"--{(given or ['force'])[0]} has no meaning for --format sparse")
-        sizes = export_sparse(args.stack, args.out, args.tasks, args.revision, DTYPES[args.dtype])
+        sizes = export_sparse(args.stack, args.out, args.tasks, args.revision, getattr(torch, args.dtype))
         print(
             f"{args.out}/sparse.safetensors: {int(sizes['kept']):,} values, {int(sizes['bytes']):,} bytes, "
             f"{sizes['bytes_per_nonzero']:.2f} bytes a value"

@@ -11,7 +11,6 @@ import json
 from typing import Any
 
 from ..metrics import overlap
-from ..stack.operations import open_tasks, shared_entries
 
 
 SHADES = " ░▒▓█"
@@ -32,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(path: str, revision: str | None = None) -> dict[str, Any]:
     """What `inspect` shows, as JSON can hold it."""
+    from ..stack.operations import open_tasks, shared_entries
+
     _, manifest, tasks = open_tasks(path, None, revision)
     shared, entries = shared_entries(tasks)
     kept = shared.diagonal().tolist()

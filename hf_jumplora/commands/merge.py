@@ -8,8 +8,6 @@ updates, rounded once to the base's dtype. Memory: a few copies of one layer, wh
 
 import argparse
 
-from ..stack.merge import merge_stack
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora merge`."""
@@ -22,5 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, and say where the model is."""
+    from ..stack.merge import merge_stack
+
     layers = merge_stack(args.stack, args.out, args.base_model, args.tasks, args.revision)
     print(f"{args.out}: a plain model; {layers} layers hold the updates")

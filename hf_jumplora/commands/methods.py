@@ -6,8 +6,6 @@ hf-jumplora methods
 import argparse
 import json
 
-from ..methods import METHODS
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora methods`."""
@@ -16,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
+    from ..methods import METHODS
+
     rows = [
         {"name": name, "gate": method.adapter.get("gate") is True, "mode": method.mode, "paper": method.paper}
         for name, method in METHODS.items()

@@ -8,8 +8,6 @@ The token is taken from HF_TOKEN or from `hf auth login`.
 import argparse
 from pathlib import Path
 
-from ..hub.push import RECORD, push_stack, read_record
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora push`."""
@@ -22,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises what [`push_stack`] raises, and ValueError if no repository is known."""
+    from ..hub.push import RECORD, push_stack, read_record
+
     record = Path(args.stack) / RECORD
     before = read_record(record) if record.is_file() else {}
     repo = args.repo or before.get("repo_id")

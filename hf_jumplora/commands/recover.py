@@ -8,8 +8,6 @@ LAYER.columns with their places in the whole layer. The updates of these entries
 
 import argparse
 
-from ..stack.recover import recover
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora recover`."""
@@ -22,5 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the stack, and say what it stands on."""
+    from ..stack.recover import recover
+
     manifest = recover(args.stack, args.base_model, args.keep, args.out, args.revision)
     print(f"{args.out}: {', '.join(manifest.task_names)} on {manifest.base_model['name_or_path']}")

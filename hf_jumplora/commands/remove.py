@@ -9,9 +9,6 @@ Under isolation="hard" the entries of a removed task return to the base model's 
 
 import argparse
 
-from ..stack.load import open_stack
-from ..stack.operations import remove
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora remove`."""
@@ -23,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the rest, and say what was removed and what was not."""
+    from ..stack.load import open_stack
+    from ..stack.operations import remove
+
     _, manifest, gone = open_stack(args.stack, args.tasks, args.revision)
     rest = remove(args.stack, args.tasks, args.out, args.revision)
     names = [task["name"] for task in gone]

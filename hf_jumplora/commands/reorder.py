@@ -8,8 +8,6 @@ the sum of updates is rounded in the order of the stack, and a later task was tr
 
 import argparse
 
-from ..stack.operations import reorder
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora reorder`."""
@@ -21,5 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the stack and say its order."""
+    from ..stack.operations import reorder
+
     result = reorder(args.stack, args.tasks, args.out, args.revision)
     print(f"{args.out}: {', '.join(result.task_names)}")

@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 from ..report.folder import read_run
-from ..report.page import write_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page and say where it is."""
+    from ..report.page import write_page
+
     path = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
     write_page(path, [read_run(run) for run in args.runs])
     print(path)

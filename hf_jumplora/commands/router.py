@@ -11,8 +11,6 @@ shows on others: evaluate with and without it.
 import argparse
 from dataclasses import dataclass, field
 
-from ..options import StreamArguments, parse_recipe
-
 
 @dataclass
 class RouterArguments:
@@ -32,11 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def option_classes() -> tuple[type, ...]:
     """What the options are declared by."""
+    from ..options import StreamArguments
+
     return RouterArguments, StreamArguments
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line for each task."""
+    from ..options import parse_recipe
     from ..stack.load import find_manifest
     from ..trainer.router import train_router
 

@@ -7,8 +7,6 @@ Supports stay as they are; the values change, and the command prints how much. S
 
 import argparse
 
-from ..stack.squeeze import squeeze
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora squeeze`."""
@@ -24,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the smaller stack, and print ranks and retained energy of each task."""
+    from ..stack.squeeze import squeeze
+
     rows = squeeze(
         args.stack, args.out, args.rank, args.energy, args.revision, args.min_energy, args.force, args.prefix
     )

@@ -7,8 +7,6 @@ metrics.json is not copied, because its scores are those of the whole stack.
 
 import argparse
 
-from ..stack.operations import subset
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora subset`."""
@@ -20,5 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the stack and say what it contains."""
+    from ..stack.operations import subset
+
     part = subset(args.stack, args.tasks, args.out, args.revision)
     print(f"{args.out}: {', '.join(part.task_names)}")

@@ -15,8 +15,6 @@ Its keys are the options of the recipes, and options on the command line take pr
 import argparse
 from typing import Any
 
-from ..options import MethodArguments, ModelArguments, StreamArguments, parse_recipe
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora train`."""
@@ -28,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def option_classes() -> tuple[type, ...]:
     """What the keys of the file and the options are declared by."""
+    from ..options import MethodArguments, ModelArguments, StreamArguments
     from ..trainer import ContinualTrainingArguments
 
     return ModelArguments, StreamArguments, MethodArguments, ContinualTrainingArguments
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Train what is not finished yet."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from ..options import parse_recipe
     from ..trainer import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer
 
     argv = ["--config", args.config, *args.options]

@@ -6,9 +6,6 @@ hf-jumplora verify runs/mine
 import argparse
 import os
 
-from ..stack.load import open_stack
-from ..stack.verify import verify_stack
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-jumplora verify`."""
@@ -18,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError, which names the first missing or damaged file."""
+    from ..stack.load import open_stack
+    from ..stack.verify import verify_stack
+
     if os.path.isdir(args.stack) and args.revision is None:
         manifest = verify_stack(args.stack)
     else:
