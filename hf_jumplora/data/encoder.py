@@ -148,11 +148,24 @@ class Encoder:
         return Dataset.from_list(rows)
 
 
-def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task]) -> list[Any]:
+def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task], model: Any) -> list[Any]:
     """The training set of every task that is trained on. All texts are encoded, held-out ones too, before anything is
-    trained, so that bad ones show now; what a prompt gives away, and what was cut, is logged."""
+    trained, so that bad ones show now; what a prompt gives away, and what was cut, is logged.
+
+    Raises:
+        ValueError: a text is too long, or has a token that the model has no embedding for.
+    """
     encoded = (TextTask, LanguageModelTask)
     sets = [encoder.train_rows(t) if isinstance(t, encoded) else with_labels(t.train_dataset, t.name) for t in tasks]
+    for task, rows in zip(tasks, sets, strict=True):
+        if isinstance(task, encoded):
+            last, known = max(map(max, rows["input_ids"])), model.get_input_embeddings().num_embeddings
+            if last >= known:
+                raise ValueError(
+                    f"task {task.name!r}: the tokenizer's {encoder.tokenizer.convert_ids_to_tokens(last)!r} is number "
+                    f"{last}, and the model has embeddings for {known} tokens: use the model's own tokenizer, or save "
+                    "the model after resize_token_embeddings and load it from there"
+                )
     for task in (*tasks, *held_out):
         if isinstance(task, TextTask):
             if names := task.names_in_prompt():

@@ -106,10 +106,12 @@ _ALWAYS = frozenset((
 
 def result_arguments(args: TrainingArguments) -> dict[str, Any]:
     """{name: value} of all arguments that shape a result and differ from their defaults; of one that a stack may not
-    bring (see [`may_bring`]) a hash."""
+    bring (see [`may_bring`]) a hash. bf16 and fp16 may come from `accelerate launch` too."""
     hints, found = get_type_hints(type(args)), {}
     for f in fields(args):
         value = getattr(args, f.name)
+        if f.name in ("bf16", "fp16"):
+            value = value or getattr(args, "mixed_precision", "no") == f.name
         at_default = value == _default(f) or (isinstance(value, AcceleratorConfig) and value == AcceleratorConfig())
         if f.name in HARMLESS or (at_default and f.name not in _ALWAYS):
             continue

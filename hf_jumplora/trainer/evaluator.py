@@ -112,6 +112,7 @@ class Evaluator:
         # Nothing is trained here, but TRL's trainers are not made without training rows.
         rows = {"train_dataset": task.eval_dataset, "eval_dataset": task.eval_dataset}
         trainer = self.make_trainer(model, task=task, **rows, **task.scoring())
+        trainer.args.dataloader_drop_last = False  # of training batches; a score is of all rows
         scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         if task.metric not in scores:
             raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")

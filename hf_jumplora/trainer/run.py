@@ -241,7 +241,7 @@ class ContinualRun:
 
     def _encode(self) -> list[Any]:
         """The training set of every stage; texts that cannot be used show now."""
-        sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out)
+        sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out, self.model)
         self.truncated = dict(self.plan.encoder.truncated)  # before evaluation, which counts too
         sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
         check_ramps(self.plan, [row_count(rows) for rows in sets])

@@ -177,9 +177,10 @@ def generic_tasks():
 
 
 def test_generic_task_with_compute_metrics(toy_base, tmp_path):
-    """Rows as the Trainer takes them; `metric` picks the number that fills the matrix."""
-    tasks = generic_tasks()
-    run = toy.make_run(toy_base, tmp_path, stream=tasks, num_train_epochs=10)
+    """Rows as the Trainer takes them; `metric` picks the number that fills the matrix. It is one of all rows: batches
+    that are not full are left out of the training alone."""
+    tasks, options = generic_tasks(), {"dataloader_drop_last": True, "per_device_eval_batch_size": 5}
+    run = toy.make_run(toy_base, tmp_path, stream=tasks, num_train_epochs=10, **options)
     result = run.train().metrics
     rows = torch.tensor(tasks[1].eval_dataset["input_ids"])
     with torch.no_grad():

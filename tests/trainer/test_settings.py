@@ -66,6 +66,12 @@ def test_another_run_is_refused(change, message, toy_run, toy_base, tmp_path):
         claim(toy_base, folder, **change)
 
 
+def test_the_precision_of_accelerate_launch(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    found = result_arguments(toy.arguments(tmp_path))
+    assert (found["bf16"], found["fp16"]) == (True, False)
+
+
 def test_functions_are_known_by_name_and_settings():
     """And of objects among the settings the type, so that the same objects made anew are the same."""
 

@@ -102,6 +102,14 @@ def test_a_score_is_a_number(toy_base, tmp_path):
         toy.make_run(toy_base, tmp_path, stream=[task]).train()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(toy_base, tmp_path):
+    run = toy.make_run(toy_base, tmp_path, stream=toy.tasks(1))
+    run.plan.tokenizer.add_tokens([f"w{i}" for i in range(80)])
+    run.plan.tasks[0].train_dataset[3]["sentence"] += " w75"
+    with pytest.raises(ValueError, match=r"'size': the tokenizer's 'w75' is number \d+, .* embeddings for 96 tokens"):
+        run.train()
+
+
 def test_one_run_a_folder(toy_base, tmp_path):
     """Another process that trains there is noticed, and forgotten when it dies."""
     code = (
