@@ -3,12 +3,12 @@
 import ast
 import importlib
 import inspect
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import forks
 from report.runs import write_run
 
 import hf_jumplora
@@ -159,41 +159,16 @@ def test_modules_are_short_and_say_what_they_are():
     assert not [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))], "no docstring"
 
 
-# Imports torch and transformers, which is two thirds of the time, and runs each piece of code in a fork of itself. The
-# pieces see a process in which nothing of ours, PEFT or the extras has been imported.
-FORKS = """
-import json, os, sys, tempfile
-import torch, transformers.modeling_utils
-assert not {"peft", "hf_jumplora", "trl", "datasets", "matplotlib", "transformers.trainer"} & set(sys.modules)
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as out:
-        if (child := os.fork()) == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-            exec(json.loads(line), {})
-            sys.exit()
-        status = os.waitpid(child, 0)[1]
-        out.seek(0)
-        print(json.dumps([status, out.read()]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def fresh():
-    """Runs code in a process that has imported torch and transformers; returns what it printed, or fails."""
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-
-        def run(code: str) -> str:
-            process.stdin.write(json.dumps(code) + "\n")
-            process.stdin.flush()
-            status, printed = json.loads(process.stdout.readline())
-            assert status == 0, printed[-2000:]
-            return printed
-
+    """Runs code in a process in which nothing of ours, PEFT or the extras has been imported."""
+    with forks("transformers.modeling_utils") as run:
+        run(
+            "import sys\n"
+            "extras = {'trl', 'datasets', 'matplotlib', 'transformers.trainer'}\n"
+            "assert not {'peft', 'hf_jumplora', *extras} & set(sys.modules)"
+        )
         yield run
-        process.stdin.close()
 
 
 BLOCK = """

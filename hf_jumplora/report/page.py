@@ -1,12 +1,13 @@
 """report.html: one page about one or several runs, with its pictures inside, no script and no network access."""
 
 import base64
+import functools
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..escape import terminal
 from ..metrics.units import units_of
@@ -22,21 +23,26 @@ EXAMPLES, LETTERS = 3, 400  # a task's rows that turned from right to wrong, and
 def write_page(path: Path, runs: list[StoredRun]) -> None:
     """Write one page about these runs. Without matplotlib (extra `report`) it has only the tables, and says so."""
     drawn = importlib.util.find_spec("matplotlib") is not None
+    average = None
+    if drawn and len(runs) > 1:
+        from .plots import average_over_time
+
+        average = average_over_time(runs)
+    page = _template().render(
+        runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=METRIC_NAMES
+    )
+    write_atomic(path, page)
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
     environment.filters["shade"], environment.globals["says"] = _shade, says
     environment.filters["picture"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-    average = None
-    if drawn and len(runs) > 1:
-        from .plots import average_over_time
-
-        average = average_over_time(runs)
-    page = environment.get_template("page.html.j2").render(
-        runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=METRIC_NAMES
-    )
-    write_atomic(path, page)
+    return environment.get_template("page.html.j2")
 
 
 def _sections(stored: StoredRun, drawn: bool) -> dict[str, Any]:

@@ -1,21 +1,22 @@
 """A stack on the (stand-in) Hub: tags, only the files that are needed, the cache alone, PEFT's own ways of loading."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from forks import forks
+from hub.stand_in import StandInHub
 from huggingface_hub import HfApi
 
 from hf_jumplora import load_stack
 from hf_jumplora.stack import subset
 
 
+IMPORTS = "transformers.models.llama.modeling_llama, hf_jumplora.stack.load"
 HEAD = """
-import json, sys
+import json
 import torch
-torch.set_num_threads(1)
+from huggingface_hub import constants
 from hf_jumplora import load_stack
 
 def show(model):
@@ -33,28 +34,28 @@ def logits(model):
 WRONG = ["'me/stack', revision='task-009'", "'me/nothing'"]
 
 
-@pytest.fixture
-def on_hub(toy_run, hub, tmp_path):
+@pytest.fixture(scope="module")
+def on_hub(toy_run, tmp_path_factory):
     """(hub, run a script: logits and errors it prints): me/stack after two tasks (tag task-001) and after three."""
-    two = tmp_path / "two"
-    subset(toy_run.output_dir, ["size", "light"], two)
-    api = HfApi(endpoint=hub.url, token=hub.token)
-    api.create_repo("me/stack")
-    for folder, tag in ((two, "task-001"), (toy_run.output_dir, "task-002")):
-        api.upload_folder(repo_id="me/stack", folder_path=folder, allow_patterns=["*.json", "task_*/*"])
-        api.create_tag("me/stack", tag=tag)
-    hub.requests.clear()
+    folder = tmp_path_factory.mktemp("hub")
+    subset(toy_run.output_dir, ["size", "light"], folder / "two")
+    hub = StandInHub()
+    environment = hub.environment(folder / "cache", HF_HUB_DISABLE_XET="1")
+    with hub, forks(IMPORTS, environment) as run:
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        for repo in ("me/stack", "me/other"):
+            api.create_repo(repo)
+            for stack, tag in ((folder / "two", "task-001"), (toy_run.output_dir, "task-002")):
+                api.upload_folder(repo_id=repo, folder_path=stack, allow_patterns=["*.json", "task_*/*"])
+                api.create_tag(repo, tag=tag)
+        hub.requests.clear()
 
-    def script(code, **more):
-        environment = hub.environment(tmp_path / "cache", HF_HUB_DISABLE_XET="1", **more)
-        command = [sys.executable, "-c", HEAD + code]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = done.stdout.splitlines()
-        shown = [torch.tensor(json.loads(line[7:])) for line in lines if line.startswith("RESULT")]
-        return shown, [line for line in lines if line.startswith("ERROR")]
+        def script(code):
+            lines = run(HEAD + code).splitlines()
+            shown = [torch.tensor(json.loads(line[7:])) for line in lines if line.startswith("RESULT")]
+            return shown, [line for line in lines if line.startswith("ERROR")]
 
-    return hub, script
+        yield hub, script
 
 
 def downloads(hub):
@@ -78,7 +79,7 @@ def test_tags_chosen_tasks_and_the_cache(on_hub, toy_run):
     assert torch.equal(merged, logits(load_stack(toy_run.output_dir, tasks=["mood"], merge=True)))
     hub.requests.clear()
     code += "\ntry: load_stack('me/stack', tasks=['size'])\nexcept FileNotFoundError as e: print('ERROR', e)"
-    again, errors = script(code, HF_HUB_OFFLINE="1")
+    again, errors = script("constants.HF_HUB_OFFLINE = True\n" + code)
     assert "me/stack: task_000 cannot be downloaded" in errors[-1]
     assert torch.equal(again[0], tagged)
     assert torch.equal(again[1], merged)
@@ -91,10 +92,10 @@ def test_through_peft(on_hub, toy_run, toy_base):
     code = (
         "from peft import AutoPeftModelForCausalLM, PeftModel\nfrom transformers import LlamaForCausalLM\n"
         f"base = LlamaForCausalLM.from_pretrained({toy_base!r})\n"
-        "show(PeftModel.from_pretrained(base, 'me/stack', subfolder='task_001'))\n"
+        "show(PeftModel.from_pretrained(base, 'me/other', subfolder='task_001'))\n"
         f"show(AutoPeftModelForCausalLM.from_pretrained({str(toy_run.output_dir / 'task_001')!r}))\n"
         "from huggingface_hub import snapshot_download\n"
-        "show(AutoPeftModelForCausalLM.from_pretrained(snapshot_download('me/stack') + '/task_001'))\n"
+        "show(AutoPeftModelForCausalLM.from_pretrained(snapshot_download('me/other') + '/task_001'))\n"
     )
     expected = logits(load_stack(toy_run.output_dir, tasks=slice(2)))
     shown = script(code)[0]
