@@ -405,14 +405,14 @@ class FullDisk:
 def test_full_disk_at_every_write(toy_base, tmp_path, monkeypatch):
     """While the second task is written, at each write in turn: the stack of the first stays loadable, and the same
     command goes on when there is space again."""
-    whole, first = tmp_path / "whole", tmp_path / "first"
-    toy.make_run(toy_base, whole, stream=toy.tasks(2)).train()
+    whole, first, stream = tmp_path / "whole", tmp_path / "first", toy.tasks(2, 20, 2)
+    toy.make_run(toy_base, whole, stream=stream).train()
     expected = logits(load_stack(whole))
     disk = FullDisk(monkeypatch, tmp_path / "out")
     monkeypatch.setattr("hf_jumplora.report.report.draw_matrix", lambda result, path: None)
 
     def run(folder):
-        made = toy.make_run(toy_base, folder, stream=toy.tasks(2))
+        made = toy.make_run(toy_base, folder, stream=stream)
         commit = made.record._commit
 
         def counted(model, task_folder):  # only what is written at the second task's end

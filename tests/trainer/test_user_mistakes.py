@@ -1,7 +1,7 @@
 """What a run cannot do is said before it trains, and what it can do but nobody had tried."""
 
-import subprocess
-import sys
+import multiprocessing
+import time
 
 import pytest
 import torch
@@ -112,17 +112,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model(toy_base, tmp_path):
 
 def test_one_run_a_folder(toy_base, tmp_path):
     """Another process that trains there is noticed, and forgotten when it dies."""
-    code = (
-        f"from pathlib import Path; from hf_jumplora.trainer.record import in_use; c = in_use(Path({str(tmp_path)!r}))"
-    )
-    code += "; c.__enter__(); print('locked', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
-    while "locked" not in other.stdout.readline():
-        assert other.poll() is None
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def train():
+        with in_use(tmp_path):
+            ready.set()
+            time.sleep(600)
+
+    other = context.Process(target=train, daemon=True)
+    other.start()
+    assert ready.wait(60)
     with pytest.raises(RuntimeError, match="another process is already training in"):
         toy.make_run(toy_base, tmp_path, stream=toy.tasks(1)).train()
     other.kill()
-    other.wait()
+    other.join()
     with in_use(tmp_path):
         pass
 
