@@ -203,15 +203,17 @@ class JumpLoraLayer(AdapterUpdates):
 
     def _add_competing(self, y: torch.Tensor, x: torch.Tensor, live: list[str]) -> torch.Tensor:
         activations, factors = [], []
-        for name in live:
-            A, B, _ = self.factors(name)
-            own = self.jumplora_dropout[name](x) if name in self.active_adapters else x
-            activations.append(F.linear(own.to(A.dtype), A))
-            factors.append(B * self.scaling[name])
-        z, routing = torch.cat(activations, -1), self.configs[live[-1]].rank_routing
+        routing = self.configs[live[-1]].rank_routing
         assert routing is not None
-        weights = rank_weights(z, int(routing["k"]), routing["tau"], 0.0 if self.training else routing["delta"])
-        return y + F.linear(weights.to(z.dtype) * z, torch.cat(factors, 1)).to(y.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # small differences of activations choose the ranks
+            for name in live:
+                A, B, _ = self.factors(name)
+                own = self.jumplora_dropout[name](x) if name in self.active_adapters else x
+                activations.append(F.linear(own.to(A.dtype), A))
+                factors.append(B * self.scaling[name])
+            z = torch.cat(activations, -1)
+            weights = rank_weights(z, int(routing["k"]), routing["tau"], 0.0 if self.training else routing["delta"])
+            return y + F.linear(weights * z, torch.cat(factors, 1)).to(y.dtype)
 
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
         """Whether W can be read and multiplied together with the update, instead of calling the base layer."""
