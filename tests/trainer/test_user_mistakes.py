@@ -85,8 +85,9 @@ def test_empty_texts_and_strange_options(toy_base, tmp_path):
         toy.make_run(toy_base, tmp_path, stream=[task]).train()
     with pytest.raises(ValueError, match="a value has the wrong type"):
         METHODS["kfac"].make_strategies(["kfac.weight=abc"])
-    with pytest.raises(ValueError, match=r"r must be a positive integer, got 2\.5"):
-        JumpLoraConfig(r=2.5)
+    for r in (2.5, 0, -1):
+        with pytest.raises(ValueError, match=f"r must be a positive integer, got {r}"):
+            JumpLoraConfig(r=r)
 
 
 def test_one_long_text_is_many_steps(toy_base, tmp_path):
