@@ -3,8 +3,10 @@
 import inspect
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ def check_compiler(args: Any) -> None:
     """Raise RuntimeError when DeepSpeed would have to compile an extension and cannot.
 
     On a CPU its communication is one, compiled when the first process group is made and then kept in
-    TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's.
+    TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's, and with the lock of a process that
+    was killed meanwhile it never ends.
     """
     wanted = args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if not wanted or torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -45,6 +48,14 @@ def check_compiler(args: Any) -> None:
             "install a C++ compiler and ninja (apt install g++; pip install ninja), name the compiler in the "
             "environment variable CXX, or train without DeepSpeed (recipes/accelerate/cpu2.yaml)"
         )
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in folder.glob("**/deepspeed_shm_comm/lock"):
+        if time.time() - lock.stat().st_mtime > 600:  # compiling takes a minute or two
+            raise RuntimeError(
+                f"DeepSpeed would wait for ever for {lock}, which was left by a process that was killed: delete it"
+            )
 
 
 _FSDP_OPTIONS = {

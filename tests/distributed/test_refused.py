@@ -9,6 +9,7 @@ import pytest
 import toy
 
 from hf_jumplora.strategies import Ewc
+from hf_jumplora.trainer.backend import check_compiler
 from hf_jumplora.trainer.checks import check_backend
 
 
@@ -114,8 +115,18 @@ def test_processes_that_do_not_see_each_other(monkeypatch, tmp_path):
 
 
 def test_no_compiler(monkeypatch, tmp_path):
+    """And the lock of a process that was killed while it compiled."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("CXX", os.fspath(tmp_path / "g++"))
     with pytest.raises(RuntimeError, match=r"compiles an extension.*g\+\+.*cannot be found: install a C\+\+ compiler"):
+        toy.arguments(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.fspath(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_compiler(SimpleNamespace(deepspeed=None))  # somebody is at it
+    os.utime(lock, (0, 0))
+    with pytest.raises(RuntimeError, match=f"would wait for ever for {lock}.*: delete it"):
         toy.arguments(tmp_path)
