@@ -219,7 +219,7 @@ def test_lm_eval_loads_one_model_at_a_time(toy_run, capsys, monkeypatch):
         f"  after {names[0]:<32} 6.0000",
         f"  after {names[1]:<32} 4.0000",
     ]
-    snapshots = SimpleNamespace(additive=False, separate=False, method="seqlora")
+    snapshots = SimpleNamespace(additive=False, separate=False, competing=False, method="seqlora")
     monkeypatch.setattr("hf_jumplora.stack.load.find_manifest", lambda *_: (None, snapshots))
     assert main(argv) == 2
     assert "which is not how 'seqlora' makes its models" in capsys.readouterr().err
