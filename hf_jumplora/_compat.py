@@ -15,6 +15,10 @@ TRANSFORMERS = Version(version("transformers"))
 PEFT = Version(version("peft"))
 PEFT_FOR_NATIVE = Version(native.MIN_PEFT_VERSION)  # what transformers' own add_adapter asks for
 
+# Since 5.15 label smoothing weighs tokens alike over accumulation steps. Before, it takes the mean of each micro-batch,
+# and the Trainer adds these up undivided. Goes when 5.15 is the lowest version.
+SMOOTHS_BY_TOKENS = Version("5.15") <= TRANSFORMERS
+
 # Since 5.19 a trainer class can declare how its loss is scaled. Goes when 5.19 is the lowest version.
 DECLARES_SCALED_LOSS = Version("5.19") <= TRANSFORMERS
 

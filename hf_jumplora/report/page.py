@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..escape import terminal
 from ..metrics.units import units_of
-from ..stack.manifest import write_atomic
 from .folder import StoredRun
 from .report import METRIC_NAMES, figures, general_rows, measured_as
 from .verdict import judge, says
@@ -31,7 +30,10 @@ def write_page(path: Path, runs: list[StoredRun]) -> None:
     page = _template().render(
         runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=METRIC_NAMES
     )
-    write_atomic(path, page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")  # not by `stack.disk`, for which a report would wait for torch
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
 
 
 @functools.cache

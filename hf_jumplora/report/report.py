@@ -8,7 +8,6 @@ from typing import Any
 
 from ..escape import cell, code, plot
 from ..metrics.units import PERCENT, Unit, common, unit_of, units_of
-from ..stack.disk import write_atomic
 
 
 PICTURES = ("matrix.png", "overlap.png")  # drawn where matplotlib is installed (extra `report`)
@@ -218,6 +217,8 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
         parts.insert(3, "![accuracy matrix](matrix.png)")
     if text := warning(result):
         parts.insert(1, text)
+    from ..stack.disk import write_atomic  # here: a page needs nothing of a stack, whose import takes seconds
+
     write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .._compat import DECLARES_SCALED_LOSS
+from .._compat import DECLARES_SCALED_LOSS, SMOOTHS_BY_TOKENS
 from ..data import row_count
 from ..stack.save import STRATEGIES
 from ..strategies import Strategy
@@ -51,6 +51,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     def __init__(self, *args, strategies: list[Strategy] | None = None, adapter: str = "default", **kwargs):
         super().__init__(*args, **kwargs)
         self.strategies, self.adapter = list(strategies or ()), adapter
+        if self.label_smoother is not None and not SMOOTHS_BY_TOKENS:
+            self.model_accepts_loss_kwargs = False  # a mean, which the Trainer divides by the accumulation steps
         if self.is_fsdp_enabled:
             raise ValueError(
                 "FSDP needs ContinualRun and ContinualTrainingArguments; a trainer by itself takes DDP or DeepSpeed"
