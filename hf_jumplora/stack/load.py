@@ -134,7 +134,7 @@ def load_base(
         base_model = named_base(manifest, where)
         model_kwargs.setdefault("revision", manifest.base_model["revision"])
     dtype = manifest.base_model.get("dtype")
-    if dtype in ("float32", "bfloat16", "float16") and not {"dtype", "torch_dtype"} & model_kwargs.keys():
+    if dtype in ("float64", "float32", "bfloat16", "float16") and not {"dtype", "torch_dtype"} & model_kwargs.keys():
         model_kwargs["dtype"] = dtype
     model_kwargs.setdefault("trust_remote_code", False)  # the default asks on the terminal, and `y` runs the code
     if isinstance(base_model, (str, os.PathLike)):

@@ -48,7 +48,9 @@ def check_in_memory(base: nn.Module) -> None:
             f"{offloaded[0]} is not in memory: device_map has offloaded it, and what is offloaded cannot be trained "
             "on. Load the base without device_map, quantised, or with recipes/accelerate/zero3_offload.yaml"
         )
-    check_buffers(base)
+    fresh = _new(base)
+    check_buffers(base, fresh)
+    warn_of_modules(base, fresh)
     folder = source_folder(base)
     for text in _config_differences(base, folder) if folder else ():
         if re.match(r"config: (\w+\.)*vocab_size is", text):
@@ -57,20 +59,39 @@ def check_in_memory(base: nn.Module) -> None:
             )
 
 
-def check_buffers(base: nn.Module) -> None:
-    """Compare what a model computes from its config (rotary frequencies) with what a new one computes.
+def _new(base: nn.Module) -> nn.Module:
+    """A model of the class and config of one of transformers', its weights on the meta device; of others themselves."""
+    if not isinstance(base, PreTrainedModel):
+        return base
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return type(base)(copy.deepcopy(base.config))
+
+
+def warn_of_modules(base: nn.Module, fresh: nn.Module) -> None:
+    """A warning if a module is of another class than in `fresh`, a new model, and the base is not quantised."""
+    there = {name: type(module) for name, module in fresh.named_modules()}
+    for name, module in base.named_modules() if not getattr(base, "is_quantized", False) else ():
+        if type(module) is not there.get(name, type(module)):
+            warnings.warn(
+                f"{name} of the base is a {type(module).__name__}, in a new {type(base).__name__} a "
+                f"{there[name].__name__}. No file says so: where the stack is loaded, the base has what its config "
+                "gives, unless you pass yours as base_model=",
+                stacklevel=2,
+            )
+            return
+
+
+def check_buffers(base: nn.Module, fresh: nn.Module) -> None:
+    """Compare what a model computes from its config (rotary frequencies) with what `fresh`, a new one, computes.
 
     Raises:
         ValueError: it differs: no file holds it. A cast alone is a warning.
     """
     saved = {name for name, _ in base.named_parameters()} | base.state_dict(keep_vars=True).keys()
     computed = {name: buffer for name, buffer in base.named_buffers() if name not in saved}
-    if not computed or not isinstance(base, PreTrainedModel):
-        return
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        fresh = dict(type(base)(copy.deepcopy(base.config)).named_buffers())
+    known = dict(fresh.named_buffers())
     for name, found in computed.items():
-        expected = fresh.get(name, found).to(found.device)
+        expected = known.get(name, found).to(found.device)
         if expected.shape != found.shape or not torch.allclose(expected.to(found.dtype), found, rtol=1e-4):
             raise ValueError(
                 f"the buffer {name} of the base is not what its config gives, and no file holds it: change the "

@@ -148,6 +148,8 @@ class JumpLoraConfig(PeftConfig):
                 raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a positive integer, got {self.r!r}")
+        if self.lora_alpha == 0:
+            raise ValueError("lora_alpha=0 scales every update to nothing")
         if not 0 <= self.gate_start < self.gate_end <= 1:
             raise ValueError(f"need 0 <= gate_start < gate_end <= 1, got {self.gate_start} and {self.gate_end}")
         if self.bandwidth <= 0:

@@ -211,6 +211,17 @@ def test_a_cast_buffer_is_told(toy_base):
         check_in_memory(toy.load_base(toy_base).bfloat16())
 
 
+def test_another_module_is_told(toy_base):
+    """A patched activation: weights, config and buffers are those of the files."""
+    model = toy.load_base(toy_base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_in_memory(model)
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.act_fn of the base is a ReLU, in a new Llama.* a SiLU"):
+        check_in_memory(model)
+
+
 def test_a_base_without_a_name(toy_base, toy_run):
     """It is known by its weights alone; a given base is compared with them, whatever it calls itself."""
     manifest = read_manifest(toy_run.output_dir)

@@ -20,6 +20,7 @@ from hf_jumplora.tuner import JumpLoraConfig, finish_adapter
         ({"r": 0}, "r must be.*0"),
         ({"r": -2}, "r must be.*-2"),
         ({"bandwidth": 0.0}, "bandwidth.*0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 scales every update to nothing"),
         ({"gate_start": 0.8, "gate_end": 0.2}, "gate_start.*0.8 and 0.2"),
         ({"gate_start": 0.5, "gate_end": 0.5}, "gate_start < gate_end"),
         ({"gate_start": -0.1}, "gate_start"),
