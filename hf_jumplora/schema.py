@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
@@ -41,9 +41,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
-
-
-Schema = TypeVar("Schema", bound=_Part)
 
 
 class _Weight(_Part):
@@ -283,7 +280,7 @@ def check_adapter_config(path: str | Path, data: Any, config_class: type) -> dic
     Raises:
         ValueError: a value has another type or is out of its range, or a regular expression may never end.
     """
-    _validate(_adapter_schema(config_class), path, data)
+    check(_adapter_schema(config_class), path, data)
     for key in (
         "target_modules",
         "exclude_modules",
@@ -363,13 +360,8 @@ def _values(node: Any, seen: dict[int, int]) -> int:
     return seen[id(node)]
 
 
-def check(schema: type[Schema], path: str | Path, data: Any) -> Any:
+def check(schema: type[_Part], path: str | Path, data: Any) -> Any:
     """`data`, unchanged, if it is what `schema` says. Raises ValueError that names `path` and the place."""
-    _validate(schema, path, data)
-    return data
-
-
-def _validate(schema: type[_Part], path: str | Path, data: Any) -> None:
     try:
         schema.model_validate(data)
     except ValidationError as error:
@@ -378,6 +370,7 @@ def _validate(schema: type[_Part], path: str | Path, data: Any) -> None:
         raise ValueError(
             f"{path} is damaged, or made by somebody else ({place or 'as a whole'}: {first['msg']})"
         ) from error
+    return data
 
 
 def check_type(hint: Any, value: Any, where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import FORMULAS
-from ..report.report import general_name, in_nats, markdown
+from ..report.report import general_name, in_nats, markdown, warning
 from ..stack.disk import write_atomic, write_json
 
 
@@ -118,13 +118,8 @@ def write_table(folder: Path) -> str:
                   + [[t["name"], str(t["train_examples"]), str(t["test_examples"]), t.get("metric", "accuracy")]
                      for t in tasks]),
     ]  # fmt: skip
-    named = {t["name"]: t["names_in_prompt"] for t in tasks if t["names_in_prompt"]}
-    if named:
-        parts.append(
-            "**Warning: the prompt names the data set** "
-            f"({', '.join(sorted({n for names in named.values() for n in names}))}): the model is told which task it "
-            "is. Such numbers cannot be compared with those of prompts that do not."
-        )
+    if text := warning({"data": tasks}):
+        parts.append(text)
     parts.append(markdown([_HEAD, *rows]))
     parts.append(
         "\n".join(f"- {name}: `{FORMULAS[key]}`" for key, name in _SCORES.items())

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .blocked import free_block, gate_block, gate_block_backward, log_tau_grad, row_blocks, update_block, workspace
+from .blocked import free_block, gate_block, gate_block_backward, row_blocks, update_block, workspace
 from .sparse import compressed, to_csr
 
 
@@ -13,31 +13,26 @@ class _RowPenalty(torch.autograd.Function):
     """Sum over row blocks of term(E, start, stop, grad_E), which returns the value and writes dvalue/dE to `grad_E`."""
 
     @staticmethod
-    def forward(ctx, A, B, log_tau, mix, free, bandwidth, mean, term):
+    def forward(ctx, A, B, log_tau, mix, free, term):
         out_features, in_features = B.shape[0], A.shape[1]
         f = 0.0 if log_tau is None else float(mix)
         tau = 0.0 if log_tau is None else log_tau.to(A.dtype).exp().item()
-        total, tau_sum = A.new_zeros(()), A.new_zeros(())
+        total = A.new_zeros(())
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
         with torch.autocast(A.device.type, enabled=False):
             for start, stop in row_blocks(out_features, in_features):
                 D, free_rows = update_block(A, B, start, stop), free_block(free, start, stop, in_features)
                 grad_E = workspace("G", D.shape, D)
                 total += term(gate_block(D, tau, f, free_rows), start, stop, grad_E)
-                grad_D, block_sum = gate_block_backward(D, grad_E, tau, f, bandwidth, free_rows)
-                tau_sum += block_sum
+                grad_D, _ = gate_block_backward(D, grad_E, tau, f, 0.0, free_rows)
                 grad_A.addmm_(B[start:stop].T, grad_D)
                 torch.mm(grad_D, A.T, out=grad_B[start:stop])
-        grad_log_tau = None
-        if log_tau is not None:
-            grad_log_tau = log_tau_grad(tau_sum, tau, bandwidth, out_features * in_features, mean, log_tau)
-        ctx.save_for_backward(grad_A, grad_B, grad_log_tau)
+        ctx.save_for_backward(grad_A, grad_B)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *(g * grad for g in ctx.saved_tensors), None, None, None, None
 
 
 class SparsePast(NamedTuple):
@@ -73,9 +68,9 @@ class _SparseOverlap(torch.autograd.Function):
     """|| scaling * E * W_past ||_F^2 over the non-zero entries of W_past, with its closed-form gradient."""
 
     @staticmethod
-    def forward(ctx, A, B, log_tau, mix, past, scaling, bandwidth, mean):
+    def forward(ctx, A, B, log_tau, mix, past, scaling):
         shape, f = (B.shape[0], A.shape[1]), 0.0 if log_tau is None else float(mix)
-        tau, half = 0.0 if log_tau is None else log_tau.to(A.dtype).exp().item(), bandwidth / 2
+        tau = 0.0 if log_tau is None else log_tau.to(A.dtype).exp().item()
         with torch.autocast(A.device.type, enabled=False):
             pattern = _csr(past.crow, past.col, torch.zeros_like(past.values), shape)
             D = torch.sparse.sampled_addmm(pattern, B, A).values()
@@ -83,50 +78,44 @@ class _SparseOverlap(torch.autograd.Function):
             grad_E = D * factor * past.values.square()
             total = torch.dot(grad_E, D * factor) * scaling**2
             grad_E *= 2 * scaling**2
-            grad_log_tau = None
-            if log_tau is not None:
-                band = ((D - tau).abs() < half).to(D.dtype) - ((D + tau).abs() < half).to(D.dtype)
-                tau_sum = torch.dot(grad_E, band) * f
-                grad_log_tau = log_tau_grad(tau_sum, tau, bandwidth, shape[0] * shape[1], mean, log_tau)
             grad_D = grad_E * factor
             grad_B = _csr(past.crow, past.col, grad_D, shape) @ A.T
             grad_A = (_csr(past.crow_T, past.col_T, grad_D[past.order], shape[::-1]) @ B).T
-        ctx.save_for_backward(grad_A.contiguous(), grad_B, grad_log_tau)
+        ctx.save_for_backward(grad_A.contiguous(), grad_B)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *(g * grad for g in ctx.saved_tensors), None, None, None, None
 
 
-def overlap_penalty(A, B, log_tau, past, *, scaling, mix=0.0, bandwidth=1e-3, threshold_grad="mean") -> torch.Tensor:
+def overlap_penalty(A, B, log_tau, past, *, scaling, mix=0.0) -> torch.Tensor:
     """|| scaling * E * W_past ||_F^2 (ELLA, arXiv 2601.02232; E as in [`gated_linear`]), a scalar.
 
-    Differentiable in A [r, in], B [out, r] and log_tau [1]; `log_tau=None` means an update without a gate (E = B A).
+    Differentiable in A [r, in] and B [out, r], not in log_tau [1]; `log_tau=None`: an update without a gate (E = B A).
     past: [out, in], the sum of the earlier tasks' scaled updates, or its non-zeros ([`sparse_past`]: faster below
     about 13 % of them). Nothing of size [out, in] is kept for the backward.
     """
     if isinstance(past, SparsePast):
-        return _SparseOverlap.apply(A, B, log_tau, mix, past, scaling, bandwidth, threshold_grad == "mean")
+        return _SparseOverlap.apply(A, B, log_tau, mix, past, scaling)
 
     def term(E, start, stop, grad_E):
         E.mul_(past[start:stop])
         torch.mul(E, past[start:stop], out=grad_E).mul_(2 * scaling**2)
         return torch.dot(E.view(-1), E.view(-1)) * scaling**2
 
-    return _RowPenalty.apply(A, B, log_tau, mix, None, bandwidth, threshold_grad == "mean", term)
+    return _RowPenalty.apply(A, B, log_tau, mix, None, term)
 
 
-def l1_penalty(A, B, log_tau, *, scaling, mix=0.0, bandwidth=1e-3, threshold_grad="mean", free=None) -> torch.Tensor:
-    """sum |scaling * E|, E as in [`gated_linear`]: a scalar; the subgradient at zero is zero.
+def l1_penalty(A, B, log_tau, *, mix=0.0, free=None) -> torch.Tensor:
+    """sum |E|, E as in [`gated_linear`]: a scalar; the subgradient at zero is zero.
 
-    Differentiable in A [r, in], B [out, r] and log_tau [1]; `log_tau=None` means an update without a gate (E = B A).
+    Differentiable in A [r, in] and B [out, r], not in log_tau [1]; `log_tau=None`: an update without a gate (E = B A).
     free: packed bits of the entries the update may use, or None. Nothing of size [out, in] is kept for the backward.
     """
 
     def term(E, start, stop, grad_E):
-        torch.sign(E, out=grad_E).mul_(abs(scaling))
+        torch.sign(E, out=grad_E)
         return torch.dot(grad_E.view(-1), E.view(-1))
 
-    return _RowPenalty.apply(A, B, log_tau, mix, free, bandwidth, threshold_grad == "mean", term)
+    return _RowPenalty.apply(A, B, log_tau, mix, free, term)

@@ -289,10 +289,7 @@ def _moments(model, adapter, examples, tokens, seed, rank):
         add(C, name, rows.reshape(-1, x.shape[-1]))
         rows_seen[name] = rows_seen[name] + seen if name in rows_seen else seen
 
-    handles = [
-        layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
-        for name, layer in layers
-    ]
+    handles = [layer.register_forward_hook(functools.partial(hook, name)) for name, layer in layers]
     tokens = tokens or tokens_at_once(next(model.parameters()).device)
     config: Any = getattr(model, "config", None)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))

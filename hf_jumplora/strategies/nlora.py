@@ -56,6 +56,6 @@ class NLora(Strategy):
                 log_tau, mix = None, 0.0
                 if adapter in layer.jumplora_gate:
                     log_tau, mix = layer.gate(adapter).log_tau.detach(), layer.gate(adapter).mix
-                term = l1_penalty(A, B, log_tau, scaling=1.0, mix=mix, free=layer.free(adapter))
+                term = l1_penalty(A, B, log_tau, mix=mix, free=layer.free(adapter))
             total = term if total is None else total + term
         return None if total is None else self.weight * total

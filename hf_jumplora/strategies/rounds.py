@@ -167,7 +167,7 @@ class Boost(Rounds):
 
     def check_run(self, others, args, sharding):
         super().check_run(others, args, sharding)
-        if getattr(args, "weight_decay", 0.0):
+        if args.weight_decay:
             raise ValueError(
                 "Boost freezes the ranks of earlier rounds, and weight_decay would shrink them: set it to 0"
             )

@@ -111,7 +111,7 @@ def result_arguments(args: TrainingArguments) -> dict[str, Any]:
     for f in fields(args):
         value = getattr(args, f.name)
         if f.name in ("bf16", "fp16"):
-            value = value or getattr(args, "mixed_precision", "no") == f.name
+            value = value or args.mixed_precision == f.name
         at_default = value == _default(f) or (isinstance(value, AcceleratorConfig) and value == AcceleratorConfig())
         if f.name in HARMLESS or (at_default and f.name not in _ALWAYS):
             continue

@@ -65,7 +65,11 @@ def check(plan: RunPlan) -> None:
         )
     _check_tasks(plan)
     _check_adapters(plan)
-    _check_arguments(plan)
+    if plan.args.push_to_hub and (when := HubStrategy(plan.args.hub_strategy).value) not in ("every_save", "end"):
+        raise ValueError(
+            f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
+            "'every_save' (after each task) or 'end'"
+        )
     check_backend(plan)
     check_in_memory(plan.model)
     # The adapter is added and removed again: targets, ranks and layer types that cannot work show now.
@@ -216,15 +220,6 @@ def _check_identity(strategy: Strategy) -> None:
             f"strategy {type(strategy).__name__}: its repr, {repr(strategy)[:100]}, by which a restarted run knows it, "
             f"does not say what {hidden[0] if hidden else 'an option'} is: make the class a dataclass, with options as "
             "fields and what it learns as fields with init=False, repr=False"
-        )
-
-
-def _check_arguments(plan: RunPlan) -> None:
-    args = plan.args
-    if args.push_to_hub and (when := HubStrategy(args.hub_strategy).value) not in ("every_save", "end"):
-        raise ValueError(
-            f"hub_strategy={when!r} pushes checkpoints; a run pushes finished tasks: use "
-            "'every_save' (after each task) or 'end'"
         )
 
 

@@ -2,13 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from ..data import LanguageModelTask, Task, TextTask
 from .arguments import argument
@@ -17,6 +16,7 @@ from .plan import RunPlan
 from .preferences import PREFERENCE_ACCURACY, preference_accuracy
 from .processes import quiet
 from .scoring import evaluate_text, own_adapter, score_rows
+from .task import task_trainer
 
 
 Row = list[float | None]
@@ -25,12 +25,11 @@ Row = list[float | None]
 class Evaluator:
     """Scores a model on a plan's tasks, and returns the scores.
 
-    make_trainer: `make_trainer(model, task=task, **options)`, a Trainer for tasks with a metric of their own.
     answers: {text task: (answer, score) of each of its eval rows}, of those that `measure` scored last.
     """
 
-    def __init__(self, plan: RunPlan, make_trainer: Callable[..., Trainer]):
-        self.plan, self.make_trainer = plan, make_trainer
+    def __init__(self, plan: RunPlan):
+        self.plan = plan
         self.answers: dict[str, list[tuple[str, float]]] = {}
 
     def measure(
@@ -49,7 +48,11 @@ class Evaluator:
         its own adapter, one that has none yet with the base model.
         """
         row, cross_entropy = [*known, *[None] * (len(self.plan.tasks) - len(known))], {}
-        whole = seen is None or self.plan.evaluates_all or (seen > 0 and self.plan.method.mode == "joint")
+        whole = (
+            seen is None
+            or argument(self.plan.args, "eval_tasks") == "all"
+            or (seen > 0 and self.plan.method.mode == "joint")
+        )
         wanted = [
             index
             for index, task in enumerate(self.plan.tasks[: None if whole else seen])
@@ -111,7 +114,8 @@ class Evaluator:
         """
         # Nothing is trained here, but TRL's trainers are not made without training rows.
         rows = {"train_dataset": task.eval_dataset, "eval_dataset": task.eval_dataset}
-        trainer = self.make_trainer(model, task=task, **rows, **task.scoring())
+        folder = self.plan.output_dir / "checkpoints"
+        trainer = task_trainer(self.plan, model, folder, 0, task, **rows, **task.scoring())
         trainer.args.dataloader_drop_last = False  # of training batches; a score is of all rows
         scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         if task.metric not in scores:

@@ -171,7 +171,7 @@ def plan_from_stack(
 def _forget_other_plans(folder: Path, settings: dict[str, Any], tasks: list[Any], finished: list[str]) -> None:
     """Take tasks that were planned, but neither trained nor given now, out of run.json and metrics.json."""
     known = task_settings(settings)
-    planned = [task for task in tasks if not getattr(task, "held_out", False) and task.name not in finished]
+    planned = [task for task in tasks if not task.held_out and task.name not in finished]
     now = [
         {f"{task.name} {known_as}" for known_as in (task.fingerprint(), task.former_fingerprint())} for task in planned
     ]

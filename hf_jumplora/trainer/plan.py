@@ -71,11 +71,6 @@ class RunPlan:
         """Whether earlier tasks are kept as their sum alone while a new one is trained."""
         return self.additive and not any("past_factors" in strategy.requires for strategy in self.strategies)
 
-    @property
-    def evaluates_all(self) -> bool:
-        """Whether tasks that are still to come are evaluated too."""
-        return argument(self.args, "eval_tasks") == "all"
-
     @cached_property
     def encoder(self) -> Encoder:
         """From text to token ids, as long as `max_length` and the model's positions allow."""

@@ -16,16 +16,12 @@ def on_main(work: Callable[[], Any]) -> None:
     Raises:
         Exception: what `work` raised. RuntimeError: in the other processes, with its message.
     """
-    state, failed = PartialState(), None
-    if state.is_main_process:
+    failed = None
+    if PartialState().is_main_process:
         try:
             work()
         except Exception as error:
-            if state.num_processes == 1:
-                raise
             failed = error
-    if state.num_processes == 1:
-        return
     message = broadcast_object_list([None if failed is None else f"{type(failed).__name__}: {failed}"])[0]
     if failed is not None:
         raise failed
@@ -41,8 +37,6 @@ def quiet(args: Any) -> bool:
 
 def check_same_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError in every process, naming what differs, unless all processes have the same settings."""
-    if PartialState().num_processes == 1:
-        return
     everybody = gather_object([{key: str(value) for key, value in settings.items()}])
     for rank, theirs in enumerate(everybody):
         first = everybody[0]

@@ -108,8 +108,10 @@ class RunFolder:
             ValueError: a file is missing or damaged, or the base is another one.
         """
         tasks = self.stack_tasks
-        self.matrix = read_matrix(self.path, len(self.plan.tasks))[: len(tasks) + 1]
-        self.general, self.trained = self._read_general()[: len(self.matrix)], []
+        result, count = read_metrics(self.path) or {}, len(self.plan.tasks)
+        rows = result.get("matrix", [])[: len(tasks) + 1]
+        self.matrix = [row + [None] * (count - len(row)) for row in rows]  # None for tasks that were added
+        self.general, self.trained = self._known_general(result)[: len(rows)], []
         if not tasks:
             self.base = self._describe(model)
             return [], {}
@@ -140,9 +142,8 @@ class RunFolder:
             described |= {"name_or_path": str((self.path / KEPT).resolve()), "revision": None}
         return described
 
-    def _read_general(self) -> list[dict[str, float]]:
-        """Without the scores of held-out tasks that are other ones now."""
-        result = read_metrics(self.path) or {}
+    def _known_general(self, result: dict[str, Any]) -> list[dict[str, float]]:
+        """Of metrics.json; without the scores of held-out tasks that are other ones now."""
         before, now = result.get("held_out", {}), self._held_out()
         changed = {name for name in now if before.get(name) != now[name]}
         return [
@@ -361,12 +362,6 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def read_matrix(folder: Path, tasks: int = 0) -> list[list[float | None]]:
-    """The accuracy matrix so far, row 0 before any training; empty for a new run. None for `tasks` that were added."""
-    result = read_metrics(folder)
-    return [row + [None] * (tasks - len(row)) for row in result["matrix"]] if result else []
 
 
 @contextlib.contextmanager

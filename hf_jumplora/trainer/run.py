@@ -1,7 +1,6 @@
 """`ContinualRun`: a sequence of tasks, from the first to the last, through any number of restarts."""
 
 import copy
-import functools
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ from .from_stack import plan_from_stack
 from .plan import RunPlan, make_plan
 from .processes import check_same_settings, check_shared_folder, on_main, quiet
 from .record import RUN, RunFolder, in_use
-from .task import describe_task, task_trainer, train_task
+from .task import describe_task, train_task
 from .task_trainer import ContinualTrainer
 
 
@@ -128,8 +127,7 @@ class ContinualRun:
         if any(plan.trainer_of(task)[1].enable_jit_checkpoint for task in (None, *plan.tasks)):
             self._sigterm = Sigterm()
             plan.callbacks.append(self._sigterm)
-        make_trainer = functools.partial(task_trainer, plan, output_dir=plan.output_dir / "checkpoints", index=0)
-        self.evaluator = Evaluator(plan, make_trainer)
+        self.evaluator = Evaluator(plan)
         self.pusher: Pusher | None = None
         self.truncated: dict[str, int] = {}  # texts that were cut, by task
 

@@ -53,13 +53,13 @@ class DensitySample:
         self.adapter = adapter
         self.gates: list[tuple[JumpGate, list[JumpLoraLayer]]] = gate_groups(model, adapter)
         self._parts = list(self._sample())
-        self._sizes = [_entries(layers) for _, layers in self.gates]
+        self._sizes = [entries(layers) for _, layers in self.gates]
 
     def _sample(self):
         generator = torch.Generator().manual_seed(0)
-        everything = sum(_entries(layers) for _, layers in self.gates)
+        everything = sum(entries(layers) for _, layers in self.gates)
         for number, (_, layers) in enumerate(self.gates):
-            size, rank = _entries(layers), max(full_shape(layer.factors(self.adapter)[0])[0] for layer in layers)
+            size, rank = entries(layers), max(full_shape(layer.factors(self.adapter)[0])[0] for layer in layers)
             wanted = min(max(ENTRIES * size // everything, AT_LEAST), FLOATS // rank)
             parts = defaultdict(list)
             for layer in layers:
@@ -125,5 +125,6 @@ class DensitySample:
         return torch.stack([share.to(shares[0].device) for share in shares]).sum()
 
 
-def _entries(layers: list[JumpLoraLayer]) -> int:
+def entries(layers: list[JumpLoraLayer]) -> int:
+    """Of all their weights."""
     return sum(layer.out_features * layer.in_features for layer in layers)

@@ -230,10 +230,6 @@ class JumpLoraModel(BaseTuner):
         for _, layer in named_layers(self.model):
             layer.finished.check_mergeable()
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: a masked product has no exact low rank."""
-        return False
-
 
 def _keep_differentiable(model: nn.Module, config: JumpLoraConfig) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first forward pass in evaluation mode. From

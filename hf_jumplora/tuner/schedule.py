@@ -8,8 +8,7 @@ from torch import nn
 
 from ..ops.quantile import kth_magnitude, update_blocks
 from .config import JumpLoraConfig
-from .density_sample import share_to_keep
-from .layer import JumpLoraLayer
+from .density_sample import entries, share_to_keep
 from .lookup import adapter_config, adapter_parameters, gate_groups, named_layers
 from .sharded_parameters import assign, gathered, whole
 
@@ -56,10 +55,6 @@ def set_mix(model: nn.Module, adapter: str, mix: float) -> None:
         gate.set_mix(mix)
 
 
-def _entries(layers: list[JumpLoraLayer]) -> int:
-    return sum(layer.out_features * layer.in_features for layer in layers)
-
-
 def _add_over_processes(counts: torch.Tensor) -> None:
     moved = counts.to(PartialState().device)  # NCCL adds up on GPUs alone
     torch.distributed.all_reduce(moved)
@@ -80,7 +75,7 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
     taus = []
     with gathered(adapter_parameters(model, adapter)):
         for gate, layers in gate_groups(model, adapter):
-            total = _entries(layers)
+            total = entries(layers)
             factors = [layer.factors(adapter) for layer in layers]
             share = share_to_keep(config, layers, density)
             if share is None:

@@ -158,7 +158,7 @@ def test_published_trajectory(golden, gated, tiny_llama, run, task, relative_err
             terms = [
                 overlap_penalty(
                     layer.jumplora_A["default"], layer.jumplora_B["default"], gate.log_tau.detach(), past[name],
-                    scaling=layer.scaling["default"], mix=gate.mix, bandwidth=config.bandwidth,
+                    scaling=layer.scaling["default"], mix=gate.mix,
                 )
                 for name, layer in layers.items()
             ]  # fmt: skip
