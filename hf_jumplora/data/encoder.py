@@ -159,7 +159,8 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task], mode
     sets = [encoder.train_rows(t) if isinstance(t, encoded) else with_labels(t.train_dataset, t.name) for t in tasks]
     for task, rows in zip(tasks, sets, strict=True):
         if isinstance(task, encoded):
-            last, known = max(map(max, rows["input_ids"])), model.get_input_embeddings().num_embeddings
+            known, columns = model.get_input_embeddings().num_embeddings, (rows["input_ids"], rows["labels"])
+            last = max(encoder.tokenizer.pad_token_id or 0, *(max(map(max, column)) for column in columns))
             if last >= known:
                 raise ValueError(
                     f"task {task.name!r}: the tokenizer's {encoder.tokenizer.convert_ids_to_tokens(last)!r} is number "

@@ -84,7 +84,7 @@ def cut_factors(
 def check_rank_or_energy(rank: int | None, energy: float | None, min_energy: float) -> None:
     """Raise ValueError unless one of `rank` and `energy` is given, and each has a value it can have."""
     if (rank is None) == (energy is None):
-        raise ValueError("the LoRA export needs a rank or an energy: give --rank or --energy, one of the two")
+        raise ValueError("give a rank or an energy (--rank or --energy), one of the two")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise ValueError(f"rank is a positive integer and energy a fraction in (0, 1]; got rank={rank} energy={energy}")
     if not 0 <= min_energy <= 1:

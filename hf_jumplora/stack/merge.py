@@ -215,7 +215,8 @@ def _check_weights(manifest: Manifest, skeleton: nn.Module, shards: list[Shard],
                 found[name] = None
                 continue
             shard, key = place
-            value, dtype = shard.read(key), getattr(torch, entry["dtype"], None)  # None: it was quantised
+            value = shard.read(key)
+            dtype = getattr(torch, entry["dtype"]) if entry.get("sha256") else None  # None: it was quantised
             rounds = dtype and torch.promote_types(value.dtype, dtype) == value.dtype  # as loading it in `dtype` did
             found[name] = identity(value.to(dtype) if rounds else value, entry)
         refuse_weights(manifest, differing_weights(expected, found), where)

@@ -18,6 +18,7 @@ from .load import open_stack
 from .manifest import Manifest, library_versions, stack_support_sha256, write_manifest
 from .save import STRATEGIES
 from .verify import task_description
+from .weights import same_weight
 
 
 _CHUNK = 1 << 20  # counts of so many entries are exact in float32
@@ -223,19 +224,31 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
     (_, a, tasks_a), (_, b, tasks_b) = open_tasks(first), open_tasks(second)
     of_b = {task.name: task for task in tasks_b}
     names_a, names_b = {task.name for task in tasks_a}, set(of_b)
-    bases = [dict(manifest.base_model) for manifest in (a, b)]
-    for base in bases:  # earlier versions stored less of each weight beside its digest
-        base["weights"] = {n: entry and entry.get("sha256", entry) for n, entry in base.get("weights", {}).items()}
-    keys = {"architecture", "layers", "probe", "weights", "config"} & bases[0].keys() & bases[1].keys()
+    bases = (a.base_model, b.base_model)
+    keys = {"architecture", "layers", "probe", "config"} & bases[0].keys() & bases[1].keys()
+    other = any(bases[0][key] != bases[1][key] for key in keys) or _other_weights(*bases)
     rows = {task.name: _compare(task, of_b[task.name]) for task in tasks_a if task.name in of_b}
     return {
-        "base": any(bases[0][key] != bases[1][key] for key in keys),
+        "base": other,
         "method": [a.method, b.method],
         "only_first": [name for name in a.task_names if name in names_a - names_b],
         "only_second": [name for name in b.task_names if name in names_b - names_a],
         "order": [name for name in a.task_names if name in rows] != [name for name in b.task_names if name in rows],
         "tasks": rows,
     }
+
+
+def _other_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Of two bases; of one that quantised weights of the other, or was stored without them, nothing is known."""
+    ours, theirs = a.get("weights", {}), b.get("weights", {})
+    if not ours or not theirs:
+        return False
+    pairs = [(entry, theirs.get(name)) for name, entry in ours.items()]
+    return ours.keys() != theirs.keys() or any(
+        one["sha256"] != two["sha256"] if one.get("sha256") and two.get("sha256") else not same_weight(one, two)
+        for one, two in pairs
+        if one and two
+    )
 
 
 def _compare(a: TaskFile, b: TaskFile) -> dict[str, Any]:

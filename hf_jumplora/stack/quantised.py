@@ -43,10 +43,10 @@ def comes_from(stored: Callable[[str], torch.Tensor | None], name: str, found: D
     there, module = stored(name), found.module
     if there is None:
         return False
-    if not there.is_floating_point():
-        saved = module.state_dict(prefix=name.removesuffix("weight"))
-        saved.pop(name.removesuffix("weight") + "bias", None)
-        return all((t := stored(key)) is not None and torch.equal(t.to(v.device), v) for key, v in saved.items())
+    saved = module.state_dict(prefix=name.removesuffix("weight"))
+    saved.pop(name.removesuffix("weight") + "bias", None)
+    if all(stored(key) is not None for key in saved):  # quantised in the files too; with FSDP in mind, as floats
+        return all(_same_bytes(stored(key), value) for key, value in saved.items())
     if there.shape != found.values.shape:
         return False
     there, state = _laid_out(module, there), getattr(module.weight, "quant_state", None)
@@ -55,6 +55,11 @@ def comes_from(stored: Callable[[str], torch.Tensor | None], name: str, found: D
     starts = {last * third // 3 // step * step for third in range(4)}
     loaded = (torch.float32, torch.bfloat16, torch.float16) if state is None else (state.dtype,)
     return any(all(_near(found, there.to(dtype), at, at + step) for at in starts) for dtype in loaded)
+
+
+def _same_bytes(there: Any, here: torch.Tensor) -> bool:
+    one, other = (t.cpu().contiguous().flatten().view(torch.uint8) for t in (there, here))
+    return torch.equal(one, other)
 
 
 def _near(found: Dequantised, there: torch.Tensor, first: int, end: int) -> bool:

@@ -175,3 +175,4 @@ def check_routed(manifest: Manifest, where: str) -> None:
             f"{where} was trained by {manifest.method!r}: each of its folders holds the whole model after a task, so "
             "there are no tasks to route to; use an incremental method, or perlora"
         )
+    refuse_competing(manifest.competing, "a router of tasks")

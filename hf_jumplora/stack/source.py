@@ -130,10 +130,10 @@ def differences(base: nn.Module, folder: Path) -> list[str]:
     quantised by other libraries are left out.
     """
     files = {key: file for path in weight_files(folder) for file in [safe_open(path, "pt")] for key in file.keys()}  # noqa: SIM118
-    names: dict[int, list[str]] = {}  # of tied weights
+    same: dict[int, list[str]] = {}  # names of tied weights
     for name, weight in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(weight), []).append(name)
-    tied = {found[0]: found for found in names.values()}
+        same.setdefault(id(weight), []).append(name)
+    tied = {found[0]: found for found in same.values()}
     prefix = f"{getattr(base, 'base_model_prefix', '')}."
 
     def stored(name: str) -> torch.Tensor | None:
@@ -146,7 +146,8 @@ def differences(base: nn.Module, folder: Path) -> list[str]:
     differ, rest = _config_differences(base, folder), {}
     for name, value in named_tensors(base):
         if isinstance(value, Dequantised):
-            if not comes_from(stored, name, value):
+            names = [name] if stored(name) is not None else [key for key, _ in _as_saved(base, {name: value.values})]
+            if not any(comes_from(stored, key, value) for key in names):
                 differ.append(f"{name} has other values (as {value.kind})")
         elif value is not None and not _equal(stored(name), value):
             rest[name] = value

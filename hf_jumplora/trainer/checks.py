@@ -176,7 +176,8 @@ def _check_adapters(plan: RunPlan) -> None:
         strategy.check(plan.method.mode, config)
     for strategy in plan.all_strategies:
         others = [other for other in plan.all_strategies if other is not strategy]
-        strategy.check_run(others, plan.args, sharding(plan.args))
+        for args in (*(task.args for task in plan.tasks if task.args is not None), plan.args):
+            strategy.check_run(others, args, sharding(plan.args))
         if "softmax" in strategy.requires and (other := _no_softmax(plan)):
             raise ValueError(
                 f"{strategy!r} takes the model's logits for those of a softmax over answers, and {other}: use a method "

@@ -136,6 +136,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             FloatingPointError, ValueError: as [`finish_adapter`].
         """
         release(self)
+        for _, layer in named_layers(self.model):
+            layer.allora_eta = None  # gradients of what the task has learned are plain ones
         self._tell("on_task_end")
         finish_adapter(self.model, self.adapter, name)
 

@@ -39,7 +39,6 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
             )
     layers = dict(named_layers(model, adapter))
     for layer in layers.values():
-        layer.allora_eta = None
         if adapter in layer.jumplora_g:
             layer.absorb_rank_gate(adapter, config)
     sums = [layer.jumplora_A[adapter].sum() + layer.jumplora_B[adapter].sum() for layer in layers.values()]

@@ -228,7 +228,7 @@ class JumpLoraLayer(AdapterUpdates):
     def _live_update(self, adapter: str, x, weight=None, bias=None):
         (A, B, free), scaling = self.factors(adapter), self.scaling[adapter]
         if adapter not in self.jumplora_gate:
-            if self.allora_eta is not None:
+            if self.allora_eta is not None and A.requires_grad:
                 with torch.autocast(x.device.type, enabled=False):
                     return RowScaledUpdate.apply(x.to(A.dtype), A, B, scaling, self.allora_eta).to(x.dtype)
             return (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(x.dtype)

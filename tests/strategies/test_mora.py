@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from datasets import Dataset
 
-from hf_jumplora import load_stack, switch_tasks
+from hf_jumplora import Task, load_stack, switch_tasks
 from hf_jumplora.cli import main
 from hf_jumplora.commands.eval import merged_and_encoder
 from hf_jumplora.methods import METHODS
 from hf_jumplora.strategies import L2, KFac, Mora, Replay
+from hf_jumplora.trainer.router import train_router
 from hf_jumplora.tuner import named_layers
 from hf_jumplora.tuner.rank_routing import rank_weights
 
@@ -89,6 +91,7 @@ def test_what_needs_a_sum(toy_base, tmp_path, capsys):
         lambda: load_stack(stack, tasks={"size": 0.5}),
         lambda: load_stack(stack, route=lambda features: torch.ones(len(features), 2)),
         lambda: switch_tasks(model, ["size"]),
+        lambda: train_router(stack, toy.tasks(2)),
         model.merge_adapter,
     ):
         with pytest.raises(ValueError, match="compete for each token"):
@@ -118,6 +121,10 @@ def test_refused(toy_base, tmp_path):
     for option in ({"factor_optimizer": "muon"}, {"allora_eta": 1.0}):
         with pytest.raises(ValueError, match="which MoRA has not"):
             Mora().check_run([], toy.arguments(tmp_path, **option), "none")
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}])
+    task = Task("own", rows, args=toy.arguments(tmp_path, factor_optimizer="altlora"))
+    with pytest.raises(ValueError, match="which MoRA has not"):
+        toy.make_run(toy_base, tmp_path, "mora", [task])
     for method in ("jumplora", "seqlora"):
         with pytest.raises(ValueError, match="method='mora'"):
             toy.make_run(toy_base, tmp_path, method, strategies=[Mora()])

@@ -1,5 +1,7 @@
 """Muon, LoRA+, Riemannian preconditioning and the thresholds' own learning rate: formulas, schedules, restarts."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import toy
@@ -7,8 +9,9 @@ from peft import get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_jumplora import ContinualTrainer, JumpLoraConfig, finish_adapter
+from hf_jumplora import ContinualTrainer, JumpLoraConfig
 from hf_jumplora.stack import read_manifest
+from hf_jumplora.strategies import Strategy
 from hf_jumplora.trainer.altlora import AltLora
 from hf_jumplora.tuner import gate_groups, named_layers
 from hf_jumplora.tuner.allora import RowScaledUpdate
@@ -163,8 +166,23 @@ def test_allora(gated, ids, relative_error):
     c = (layer.update("default").norm(dim=1) + eta**-2).rsqrt()[:, None]
     assert relative_error(scaled[3], c * plain[3]) < 1e-5
     assert relative_error(scaled[2], plain[2]) > 0.01
-    finish_adapter(model, "default", "task_000")
-    assert layer.allora_eta is None
+
+
+def test_allora_ends_before_a_task_is_remembered(toy_base, tmp_path):
+    """EWC's Fisher matrix is of plain gradients."""
+    seen = []
+
+    @dataclass
+    class Look(Strategy):
+        def on_step_end(self, model, adapter):
+            seen.append({layer.allora_eta for _, layer in named_layers(model)})
+
+        def on_task_end(self, model, adapter, examples):
+            self.on_step_end(model, adapter)
+
+    options = {"strategies": [Look()], "max_steps": 1, "allora_eta": 2.0, "stream": toy.tasks(1)}
+    toy.make_run(toy_base, tmp_path, "inclora", **options).train()
+    assert seen == [{2.0}, {None}]
 
 
 def test_allora_is_refused(toy_base, tmp_path):

@@ -109,6 +109,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model(toy_base, tmp_path):
     run.plan.tasks[0].train_dataset[3]["sentence"] += " w75"
     with pytest.raises(ValueError, match=r"'size': the tokenizer's 'w75' is number \d+, .* embeddings for 96 tokens"):
         run.train()
+    run = toy.make_run(toy_base, tmp_path, stream=toy.tasks(1))
+    run.plan.tokenizer.add_tokens([f"w{i}" for i in range(80)])
+    run.plan.tokenizer.pad_token = "w79"
+    with pytest.raises(ValueError, match=r"'size': the tokenizer's 'w79' is number"):
+        run.train()
 
 
 def test_one_run_a_folder(toy_base, tmp_path):

@@ -10,12 +10,21 @@ import torch
 import toy
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, load_stack
 from hf_jumplora.cli import main
 from hf_jumplora.ops.naive import gated_linear_naive
-from hf_jumplora.stack import switch_tasks
+from hf_jumplora.stack import merge_stack, switch_tasks
 from hf_jumplora.stack.base import describe_base, differing_weights
 from hf_jumplora.stack.source import differences
 from hf_jumplora.tuner import finish_adapter, fold_finished, named_layers, set_mix, set_threshold
@@ -218,6 +227,7 @@ def test_two_tasks(config, method, adapter, toy_base, tmp_path):
     assert not torch.allclose(logits(first), logits(run.model), atol=1e-3)
     switch_tasks(loaded, ["size"])
     assert torch.equal(logits(loaded), logits(first))
+    merge_stack(tmp_path, tmp_path / "merged", toy_base)
     if adapter:
         for _, layer in named_layers(run.model):
             assert not (layer.support("task_000") & layer.support("task_001")).any()
@@ -369,6 +379,27 @@ def test_quantised_weights_are_compared(config, toy_base, tmp_path):
     with torch.no_grad():
         others[0].get_submodule(name.removesuffix(".weight")).weight.neg_()
     assert differing_weights(known, describe_base(others[0])["weights"]) == [f"{name} has other values"]
+
+
+def test_ways_to_store_and_to_name_weights(toy_base, tmp_path):
+    """4 bits in a float's place, as FSDP wants them; names that transformers changes when it loads; no sums."""
+    floats = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16)
+    quantised(toy_base, floats).save_pretrained(tmp_path / "floats")
+    base = toy.load_base(str(tmp_path / "floats"))
+    assert differences(base, tmp_path / "floats") == []
+    next(m for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)).weight.data.view(torch.uint8)[:9] ^= 1
+    assert len(differences(base, tmp_path / "floats")) == 1
+    known = {name: {**entry, "sums": []} for name, entry in describe_base(toy.load_base(toy_base))["weights"].items()}
+    assert differing_weights(known, describe_base(quantised(toy_base))["weights"]) == []
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = {"vocab_size": 96, **sizes}, {"image_size": 32, "patch_size": 16, **sizes}
+    parts = {"text_config": LlamaConfig(**text).to_dict(), "vision_config": CLIPVisionConfig(**vision).to_dict()}
+    config = LlavaConfig(**parts, image_token_index=95)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    for kind in (NF4, INT8):
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", quantization_config=kind)
+        assert differences(base, tmp_path / "llava") == []
 
 
 def test_gpt2_is_transposed(tmp_path):
