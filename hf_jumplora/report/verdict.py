@@ -77,6 +77,8 @@ def judge_metrics(
     joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
+    if done and all(score is None for score in metrics["matrix"][-1]):
+        check("scores", False, "nothing was measured: give the tasks eval sets")
     if not joint:
         _check_learned(check, metrics)
     if not joint and done > 1:

@@ -51,6 +51,12 @@ def test_learned_nothing(tmp_path, capsys):
     assert says == "no better after its training (20.0) than before (20.0)"
 
 
+def test_nothing_was_measured(tmp_path, capsys):
+    nothing = [[None] * 3] * 4
+    code, result = check(capsys, write_run(tmp_path / "run", NAMES, matrix=nothing))
+    assert (code, failed(result)) == (1, ["scores"])
+
+
 def test_unfinished(tmp_path, capsys):
     code, result = check(capsys, write_run(tmp_path / "run", NAMES, matrix=GOOD[:-1]))
     assert (code, failed(result)) == (1, ["finished"])
