@@ -23,7 +23,7 @@ from ..tuner.model import gate_key
 from .base import base_name, config_differences, first, result_config
 from .disk import explained, sync_folder
 from .merge import weight_files
-from .quantised import Dequantised, comes_from
+from .quantised import Dequantised, comes_from, same_bytes
 from .weights import named_tensors
 
 
@@ -179,10 +179,10 @@ def _config_differences(base: nn.Module, folder: Path) -> list[str]:
 def _equal(there: torch.Tensor | None, value: torch.Tensor) -> bool:
     """Whether a file's value is that in memory, which may have been loaded in half precision and made wider again, as
     PEFT's `prepare_model_for_kbit_training` does."""
+    if there is None or there.shape != value.shape:
+        return False
     loaded = (value.dtype, torch.bfloat16, torch.float16) if value.is_floating_point() else (value.dtype,)
-    return there is not None and any(
-        torch.equal(there.to(value.device, dtype).to(value.dtype), value) for dtype in loaded
-    )
+    return any(same_bytes(there.to(value.device, dtype).to(value.dtype), value) for dtype in loaded)
 
 
 def keep_base(base: Any, differ: list[str], run: Path, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,7 @@ _BYTES = 1 << 23  # of a weight that a thread hashes at once
 _WORDS = 1 << 14  # 64-bit words that share a sum
 _PIECE = 1 << 18  # values that a thread adds up at once
 _PARTS = 8  # of a weight, with sums of their own
+_OWN = threading.local()
 
 
 def named_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor | Dequantised | None]]:
@@ -125,9 +127,18 @@ def block_sums(tensor: torch.Tensor) -> list[list[float]]:
     return [[float(f"{value.nan_to_num():.6g}") for value in part] for part in parts]
 
 
+def _as_floats(piece: torch.Tensor) -> torch.Tensor:
+    """In float32; on a CPU in memory of this thread that is used again, since fresh memory costs more than the sums."""
+    if piece.dtype == torch.float32 or piece.device.type != "cpu":
+        return piece.float()
+    if not hasattr(_OWN, "floats"):
+        _OWN.floats = torch.empty(_PIECE)
+    return _OWN.floats[: len(piece)].copy_(piece)
+
+
 def _signed(piece: torch.Tensor, number: int) -> torch.Tensor:
     """float32 [2]: sum with signs and norm of one piece."""
-    values = _padded(piece.float(), _WORDS)
+    values = _padded(_as_floats(piece), _WORDS)
     rows = values.view(-1, _WORDS)
     signs = _signs(piece.device)
     first = number * len(rows) % (_WORDS - len(rows))
