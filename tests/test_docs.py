@@ -5,7 +5,9 @@
 
 import argparse
 import ast
+import csv
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,13 +17,14 @@ import yaml
 
 import hf_jumplora
 from hf_jumplora.cli import COMMANDS
+from hf_jumplora.data import load_tasks
 from hf_jumplora.methods import METHODS
 
 
 ROOT = Path(hf_jumplora.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"^(?P<not_run> *<!-- not run: .+ -->\n)? *```(?P<kind>\w+)\n(?P<text>.*?)^ *```", re.S | re.M)
+BLOCK = re.compile(r"^(?P<not_run> *<!-- not run: [^\n]+ -->\n)? *```(?P<kind>\w+)\n(?P<text>.*?)^ *```", re.S | re.M)
 
 
 def dedent(text):
@@ -45,6 +48,13 @@ def texts(*kinds):
     return [pytest.param(text, id=where) for page in PAGES for _, text, where in blocks(*kinds, page=page)]
 
 
+def test_no_block_is_missed():
+    """All fences of a page are those of its blocks."""
+    for page in PAGES:
+        fences = re.findall(r"^ *```", page.read_text(), re.M)
+        assert len(fences) == 2 * len(blocks("python", "yaml", "bash", "toml", page=page)), page
+
+
 @pytest.mark.parametrize("text", texts("python"))
 def test_python(text):
     """Valid Python, and every name of ours exists."""
@@ -63,7 +73,28 @@ def test_yaml(text):
     assert yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", texts("bash", "sh"))
+def test_stream(tmp_path):
+    """The stream that shows every key is read, of files with the columns that it names."""
+    ((_, text, _),) = blocks("yaml", page=DOCS / "streams.md")
+    (tmp_path / "stream.yaml").write_text(text)
+    row = dict.fromkeys(("subject", "body", "transcript", "summary", "question", "topic"), "words")
+    for name in re.findall(r"_file: (\S+)", text):
+        with (tmp_path / name).open("w", newline="") as file:
+            if name.endswith("csv"):
+                csv.writer(file).writerows([[*row, "team"], [*row.values(), "network"]])
+            else:
+                file.write(json.dumps(row))
+    folder = tmp_path / re.search(r"folder: (\S+)", text)[1]
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps([{"sentence": "words", "label": "Sports"}]))
+    (folder / "labels.json").write_text('["Sports", "World"]')
+    tasks = load_tasks(tmp_path / "stream.yaml", tmp_path)
+    assert [task.name for task in tasks] == re.findall(r"- name: (\w+)", text)
+    assert all(task.eval_dataset for task in tasks)
+
+
+@pytest.mark.parametrize("text", texts("bash"))
 def test_commands(text):
     """Commands of ours exist and take these options; recipes and Makefile targets that are named are there."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)

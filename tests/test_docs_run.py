@@ -72,7 +72,7 @@ def unlearning():
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks("python", page=page, run=True)], ids=lambda p: p.name
+    "page", [page for page in PAGES if blocks("python", "bash", page=page, run=True)], ids=lambda p: p.name
 )
 def test_page(page, there, toy_base, capsys):
     known = {"python.md": lambda: one_task(toy_base), "methods.md": unlearning}
