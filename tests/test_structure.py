@@ -1,14 +1,18 @@
-"""What the layout of the package promises: the direction of imports, small modules, a light import, docstrings."""
+"""What the layout of the package promises: the direction of imports, small modules, a light import, docstrings,
+and a wheel that has all of it."""
 
 import ast
 import importlib
 import inspect
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 from forks import forks
+from hatchling import build
 from report.runs import write_run
 
 import hf_jumplora
@@ -223,6 +227,56 @@ def test_import_is_light(fresh):
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert fresh(code).strip() == "[]"
+
+
+INSTALLED = """
+import importlib.util, os, sys
+os.chdir({there!r})
+sys.path[:] = [{wheel!r}, *(path for path in sys.path if path not in ("", {root!r}, {root!r} + "/kernels"))]
+from importlib.metadata import distribution
+(command,) = distribution("hf-jumplora").entry_points.select(name="hf-jumplora")
+main = command.load()
+assert main(["doctor"]) == 0
+sys.modules["matplotlib"] = None  # pictures are not what may be missing
+assert main(["report", "run"]) == 0
+from hf_jumplora import JumpLoraConfig
+from hf_jumplora.data.streams import stream_path
+from hf_jumplora.hub.card import template_path
+files = [template_path(), stream_path("order1"), importlib.util.find_spec("jumplora_kernels").origin]
+files += [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "hf_jumplora"]
+print([str(file) for file in files if not str(file).startswith({wheel!r})])
+"""
+
+
+def test_wheel_and_sdist(fresh, tmp_path, monkeypatch):
+    """The sdist is enough to build the wheel, as pip does; the wheel has every file of the package and nothing else,
+    and works where there is no checkout."""
+    monkeypatch.chdir(ROOT)
+    sdist = tmp_path / build.build_sdist(str(tmp_path))
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert {path.name for path in ROOT.glob("*.md")} <= {path.name for path in source.iterdir()}
+    monkeypatch.chdir(source)
+    with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as archive:
+        archive.extractall(tmp_path / "wheel")
+
+    packaged = {PACKAGE: "hf_jumplora", ROOT / "kernels" / "jumplora_kernels": "jumplora_kernels"}
+    packaged[ROOT / "recipes" / "streams"] = "hf_jumplora/streams"
+    expected = {
+        f"{name}/{path.relative_to(folder)}"
+        for folder, name in packaged.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    expected.add("hf_jumplora/hub/model_card_template.md")
+    files = [path for path in (tmp_path / "wheel").rglob("*") if path.is_file() and ".dist-info" not in str(path)]
+    assert {str(path.relative_to(tmp_path / "wheel")) for path in files} == expected
+
+    write_run(tmp_path / "run", ["first", "second"])
+    shown = fresh(INSTALLED.format(there=str(tmp_path), wheel=str(tmp_path / "wheel"), root=str(ROOT)))
+    assert shown.splitlines()[-1] == "[]"
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("name", hf_jumplora.__all__)
