@@ -1,4 +1,4 @@
-"""What a stack looks like on the Hub: its model cards, and pushing it."""
+"""Model cards of a stack, and pushing it to the Hub."""
 
 from .card import stack_card, task_card
 from .push import Pusher, explain, open_repository, push_options, push_stack, start_push

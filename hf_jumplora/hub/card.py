@@ -1,4 +1,4 @@
-"""Model cards, generated from nothing but the manifest, metrics.json and run.json."""
+"""Model cards, generated from the manifest, metrics.json and run.json alone."""
 
 import re
 from pathlib import Path, PureWindowsPath
@@ -25,7 +25,7 @@ from ..report.verdict import judge_metrics, says
 from ..stack.manifest import Manifest, is_folder
 
 
-_HUB = "hf://datasets/"  # how a task's source names a data set of the Hub
+_HUB = "hf://datasets/"  # the prefix of a task's source that is a data set on the Hub
 _SETTINGS = ("adapter.", "args.")
 
 
@@ -52,12 +52,12 @@ def _base_name(manifest: Manifest) -> str:
 
 
 def _metric(result: dict[str, Any], name: str) -> str:
-    """What is measured on a task."""
+    """The name of the metric of a task."""
     return next((info["metric"] for info in result.get("data", ()) if info["name"] == name), None) or "accuracy"
 
 
 def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float, str]]:
-    """(info, score after the last task, what it is: "accuracy in %") of each trained task that was evaluated."""
+    """(info, score after the last task, name and unit such as "accuracy in %") of each trained task with a score."""
     columns = {
         name: (float(unit.show(score, 2)), _metric(result, name) + " in %" * unit.share)
         for name, score, unit in zip(result["tasks"], result["matrix"][-1], units_of(result), strict=True)
@@ -67,7 +67,7 @@ def _scores(result: dict[str, Any]) -> list[tuple[dict[str, Any], float, str]]:
 
 
 def _verdict(result: dict[str, Any]) -> str:
-    """SHIP or DON'T SHIP by the default limits of `hf-jumplora check`, with the reasons."""
+    """SHIP or DON'T SHIP, by the default limits of `hf-jumplora check`, with the reasons."""
     verdict = judge_metrics(result)
     words = {True: "ok", False: "**failed**", None: "-"}
     rows = [["check", "", "what was found"]]
@@ -102,7 +102,7 @@ def _data(manifest: Manifest, result: dict[str, Any], name: str) -> ModelCardDat
 
 
 def eval_results(result: dict[str, Any]) -> str | None:
-    """`.eval_results/*.yaml`: the Hub's newer form of results, which knows data sets of the Hub only; None without."""
+    """Content of `.eval_results/*.yaml`, the Hub's newer format of results; None if no data set is on the Hub."""
     entries = [
         EvalResultEntry(dataset, info["name"], score, notes=f"{what} after the last task of the stack")
         for info, score, what in _scores(result)
@@ -121,8 +121,10 @@ def stack_card(
 ) -> str:
     """README.md of a stack: what it is, how to load it, its training data, scores and settings.
 
-    result: the content of metrics.json; settings: of run.json. where: its id on the Hub, or "." for a folder.
-    template: a file of your own in place of model_card_template.md (Jinja; the packaged one shows the variables).
+    Args:
+        result: the content of metrics.json. settings: the content of run.json.
+        where: the stack's id on the Hub, or "." for a folder. pictures: file names of the pictures to show.
+        template: a Jinja file that replaces model_card_template.md, which shows the available variables.
     """
     trained, quantization = result["trained"], (settings or {}).get("quantization") or {}
     hyper = [[key, str(value)] for key, value in (settings or {}).items() if key.startswith(_SETTINGS)]

@@ -1,8 +1,8 @@
 """Pushing a stack to the Hub: one commit and one tag per task, each exactly once, whatever the network does.
 
-Nothing says which tasks wait but the two manifests: a task of the folder's stack.json that the one on the Hub lacks is
-still to be pushed. A commit is made from what the folder holds about the tasks up to its own, so that it does not
-matter when it is made, and training can go on meanwhile.
+The two manifests alone decide which tasks are pending: those in the folder's stack.json that the one on the Hub lacks.
+A commit contains only what the folder holds about its task and the earlier ones, so it does not matter when the commit
+is made, and training can continue meanwhile.
 """
 
 import contextlib
@@ -56,27 +56,28 @@ def push_stack(
     wait: float = 1.0,
     sleep: Callable[[float], Any] | None = None,
 ) -> dict[str, str]:
-    """Push every task of a stack that the repository lacks: a commit and a tag `task-00k` each, in order.
+    """Push every task of a stack that the repository lacks, in order, each with a commit and a tag `task-00k`.
 
     Args:
-        folder: holds stack.json. repo_id: "owner/name", or "name" for the token's owner; it is created if needed.
-        token: None takes `HF_TOKEN` or the login. It is handed to the client and written nowhere.
-        private: applies to a new repository. revision: a branch; tags of branches but main are "branch-task-00k".
-        template: of the model card (see card.py).
-        attempts, wait: a failure is tried again after wait, 2 wait, 4 wait, ... seconds, or as the Hub says.
-        sleep: how to wait; an error that it raises ends the attempts.
+        folder: contains stack.json. repo_id: "owner/name", or "name" for the token's owner; created if needed.
+        token: None uses `HF_TOKEN` or the login. It is passed to the client and never written to a file.
+        private: applies to a new repository. revision: a branch; on branches other than main, tags are called
+            "branch-task-00k". template: of the model card (see card.py).
+        attempts, wait: a failed attempt is repeated after wait, 2 wait, 4 wait, ... seconds, or when the Hub says.
+        sleep: the function that waits; an error that it raises ends the attempts.
 
-    A README.md that was edited on the Hub is left as it is. The stack's router goes with the newest task, or, trained
-    later than that, in a commit of its own.
+    A README.md that was edited on the Hub is left as it is. The stack's router is pushed with the newest task, or in a
+    commit of its own if it was trained later.
 
     Returns:
         {tag: commit} of all tasks, also written to hub.json.
 
     Raises:
-        FileNotFoundError: no stack or no template there. ValueError: the repository holds something else, or a file of
-        a task is missing or damaged (it is named, and the task is not pushed).
-        PermissionError: the Hub refused the token (401, 403). ConnectionError: the last attempt failed too. After both,
-        calling it again pushes what is missing.
+        FileNotFoundError: there is no stack in the folder, or no template.
+        ValueError: the repository holds something else, or a file of a task is missing or damaged (the message names
+            it, and the task is not pushed).
+        PermissionError: the Hub refused the token (401, 403).
+        ConnectionError: all attempts failed. After this and a PermissionError, another call pushes what is missing.
     """
     folder = Path(folder)
     for attempt in range(attempts):
@@ -109,7 +110,7 @@ def open_repository(
     """Create the repository and branch if needed and check that they can hold this folder's stack; returns the full id.
 
     Raises:
-        ValueError: they hold something else. Errors of the client as they are.
+        ValueError: they hold something else. Errors of the client are passed on.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -120,7 +121,7 @@ def open_repository(
 
 
 def _tasks(folder: Path) -> list[dict[str, Any]]:
-    """As they are pushed; none yet for a new run."""
+    """The folder's tasks in the form in which they are pushed; none yet for a new run."""
     return portable(folder, read_manifest(folder))[0].tasks if (folder / MANIFEST).is_file() else []
 
 
@@ -130,7 +131,7 @@ def _remote(
     """(newest commit, how many of our tasks it holds, its files, the sha256 of those that its stack.json lists).
 
     Raises:
-        ValueError: the repository is not ours to go on.
+        ValueError: the repository holds another stack or other files.
     """
     info = api.model_info(repo_id, revision=revision)
     files = {file.rfilename for file in info.siblings or ()}
@@ -156,7 +157,7 @@ def _remote(
 
 
 def _edited(api: HfApi, repo_id: str, commit: str | None, listed: dict[str, str]) -> bool:
-    """Whether the card of a commit differs from the one its stack.json lists, because somebody has edited it."""
+    """Whether somebody has edited the card: it differs from the one that the commit's stack.json lists."""
     with tempfile.TemporaryDirectory() as temporary:
         card = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=temporary)
         return file_sha256(Path(card)) != listed.get("README.md")
@@ -216,7 +217,7 @@ def _push(folder: Path, repo_id: str, api: HfApi, private, revision: str, templa
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of hub.json, which has its own hash because it is written during training.
+    """The content of hub.json, which contains its own hash because it is written during training.
 
     Raises:
         ValueError: it is damaged.
@@ -234,8 +235,9 @@ def snapshot(
 ) -> Iterator[dict[str, Path]]:
     """{path in the repository: file} of a stack as it was after task `index`, even if it has more tasks now.
 
-    The task's own folder is as in the manifest; everything about the whole stack is made anew from metrics.json, but
-    for the pictures, which belong to the newest task's commit. No path of this machine is in it (`portable`).
+    The task's own folder is the one in the manifest. Everything about the stack as a whole is written anew from
+    metrics.json, except for the pictures, which belong to the newest task's commit. No path on this machine is included
+    (`portable`).
     """
     manifest, changed = portable(folder, read_manifest(folder))
     settings = {}
@@ -289,7 +291,7 @@ def snapshot(
 
 
 def push_options(args: Any) -> dict[str, Any]:
-    """The options of [`push_stack`] that training arguments give."""
+    """The options of [`push_stack`] that the training arguments contain."""
     return {
         "token": args.hub_token,
         "private": args.hub_private_repo,
@@ -299,7 +301,7 @@ def push_options(args: Any) -> dict[str, Any]:
 
 
 class Pusher(threading.Thread):
-    """Pushes in the background while training goes on; a failure is logged, and the next push makes up for it."""
+    """Pushes in the background while training continues; a failure is logged, and the next push makes up for it."""
 
     def __init__(self, folder: Path, repo_id: str, **options: Any):
         super().__init__(name="push to the Hub", daemon=True)
@@ -311,13 +313,13 @@ class Pusher(threading.Thread):
         self._work.set()
 
     def finish(self) -> None:
-        """Push what is left and wait for it (as long as `push_stack` tries)."""
+        """Push what is left and wait for it, for as long as `push_stack` tries."""
         self._closing = True
         self._work.set()
         self.join()
 
     def end(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """The end of a `with` block: [`finish`], but after Ctrl-C without waiting. A later push makes up for it."""
+        """The end of a `with` block: [`finish`], except after Ctrl-C, when only a running request is waited for."""
         if kind is None or issubclass(kind, Exception):
             self.finish()
             return
@@ -344,11 +346,11 @@ class Pusher(threading.Thread):
 
 
 def start_push(folder: Path, args: Any) -> Pusher:
-    """Create the repository of these training arguments, refuse one with other content, and start the thread that
-    pushes. A Hub that cannot be reached or refuses the token does not stop the training, and is logged.
+    """Create the repository that the training arguments name, refuse one with other content, and start the thread that
+    pushes. If the Hub cannot be reached or refuses the token, this is logged and does not stop training.
 
     Raises:
-        ValueError: the repository holds something else, or its owner is not known.
+        ValueError: the repository holds something else, or the Hub did not say who its owner is.
     """
     options, name = push_options(args), args.hub_model_id or folder.resolve().name
     try:
@@ -380,7 +382,7 @@ def _retry_after(error: Exception) -> float | None:
 
 
 def explain(error: Exception, repo_id: str) -> str:
-    """The message for an error of the client; for a refused token (401, 403) it says what to do."""
+    """The message for a client's error; after a refused token (401, 403) it says what to do."""
     if (status := _status(error)) not in (401, 403):
         return f"{type(error).__name__}: {error}"
     cause = "no valid token was given" if status == 401 else "the token may not write there"
