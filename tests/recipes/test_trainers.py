@@ -60,11 +60,12 @@ def test_seq_cls_cl(start, tmp_path):
     assert model.score.weight.equal(base.score.weight)  # the head is frozen
 
 
-def test_sft_cl(start, tmp_path):
-    """Chats with the loss on what the assistant says; then files of one's own."""
+def test_sft_cl(start, tmp_path, capsys):
+    """Chats, packed, with the loss on what the assistant says; then files of one's own."""
     pytest.importorskip("trl")
-    metrics = start("sft_cl", "--demo_rows", "32", "--method", "jumplora")
+    metrics = start("sft_cl", "--demo_rows", "32", "--method", "jumplora", "--packing", "True")
     assert metrics["tasks"] == ["animals", "places", "moods", "foods"]
+    assert "Packing train dataset" in capsys.readouterr().err
     chats = importlib.import_module("sft_cl")
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = chats.CHAT_TEMPLATE
