@@ -24,9 +24,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_jumplora.disk import file_sha256
 from hf_jumplora.stack import Manifest, load_stack, read_manifest, save_task, write_manifest
 from hf_jumplora.stack.base import describe_base
-from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.load import merge_finished
 from hf_jumplora.stack.manifest import layer_shapes
 from hf_jumplora.tuner import JumpLoraConfig, finish_adapter, fold_finished, set_mix, set_threshold

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 
-# A toy run writes 40 files and seven cards: a third of its time went into waiting for the disk (only a power cut needs
+# A toy run writes 40 files and seven cards: a fifth of its time went into waiting for the disk (only a power cut needs
 # that) and into compiling the same two templates again.
 os.fsync = lambda handle: None
 jinja2.Template = functools.cache(jinja2.Template)

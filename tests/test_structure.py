@@ -27,6 +27,7 @@ ORDER = [
     "_compat",
     "escape",
     "schema",
+    "disk",
     "kernels",
     "ops",
     "tuner",
@@ -40,8 +41,8 @@ ORDER += ["memory", "bench", "commands", "cli", "__main__"]
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["metrics"] = {"metrics"}
 ALLOWED["data"] = {"data", "metrics", "schema"}
-ALLOWED["report"] = {"report", "stack", "metrics", "schema", "escape"}
-ALLOWED["hub"] = {"hub", "report", "stack", "metrics", "schema", "escape"}
+ALLOWED["report"] = {"report", "metrics", "schema", "disk", "escape"}
+ALLOWED["hub"] = {"hub", "report", "stack", "metrics", "schema", "disk", "escape"}
 ALLOWED["trainer"] |= {"data", "metrics", "report", "hub"}
 for part in ("options", "bench", "commands", "cli"):
     ALLOWED[part] |= {"data", "metrics", "report", "hub"}

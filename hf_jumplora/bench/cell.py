@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCol
 
 from .. import metrics as formulas
 from ..data import Task
+from ..disk import write_json
 from ..methods import get_method
-from ..stack.disk import write_json
 from ..stack.manifest import library_versions
 from ..strategies import Strategy
 from ..trainer import ContinualRun, ContinualTrainingArguments

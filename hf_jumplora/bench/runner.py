@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..data.streams import stream_path
-from ..stack.disk import write_json
+from ..disk import write_json
 from .cell import base_method, next_file, points, portable
 from .data import bench_tasks, tokens_around_text
 from .encoder import default_encoder

@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ..disk import write_atomic, write_json
 from ..metrics import FORMULAS
 from ..report.report import general_name, in_nats, markdown, warning
-from ..stack.disk import write_atomic, write_json
 
 
 _SCORES = {

@@ -187,7 +187,7 @@ def _harness_scores(
 
     after: the scores of the stack.
     """
-    from ..stack.disk import write_json
+    from ..disk import write_json
     from ..stack.load import load_base, load_stack, open_stack
 
     folder, manifest, chosen = open_stack(stack, options.tasks, options.revision)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import default_data_collator
@@ -159,9 +160,9 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task], mode
     sets = [encoder.train_rows(t) if isinstance(t, encoded) else with_labels(t.train_dataset, t.name) for t in tasks]
     for task, rows in zip(tasks, sets, strict=True):
         if isinstance(task, encoded):
-            known, columns = model.get_input_embeddings().num_embeddings, (rows["input_ids"], rows["labels"])
-            last = max(encoder.tokenizer.pad_token_id or 0, *(max(map(max, column)) for column in columns))
-            if last >= known:
+            known, table = model.get_input_embeddings().num_embeddings, rows.with_format("arrow")[:]
+            highest = [pc.max(pc.list_flatten(table[name])).as_py() for name in ("input_ids", "labels")]
+            if (last := max(encoder.tokenizer.pad_token_id or 0, *highest)) >= known:
                 raise ValueError(
                     f"task {task.name!r}: the tokenizer's {encoder.tokenizer.convert_ids_to_tokens(last)!r} is number "
                     f"{last}, and the model has embeddings for {known} tokens: use the model's own tokenizer, or save "

@@ -17,10 +17,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-from ..metrics.derived import derive
-from ..report.report import PICTURES, write_report
-from ..schema import HubFile, MetricsFile, RunFile, check, read_json
-from ..stack.disk import (
+from ..disk import (
     MANIFEST,
     bytes_sha256,
     check_seal,
@@ -32,6 +29,9 @@ from ..stack.disk import (
     write_atomic,
     write_json,
 )
+from ..metrics.derived import derive
+from ..report.report import PICTURES, write_report
+from ..schema import HubFile, MetricsFile, RunFile, check, read_json
 from ..stack.manifest import ROUTER, portable, read_manifest, write_manifest
 from ..stack.save import STRATEGIES
 from ..stack.verify import state_file, verify

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from ..disk import write_atomic
 from ..escape import terminal
 from ..metrics.units import units_of
 from .folder import StoredRun
@@ -30,10 +31,7 @@ def write_page(path: Path, runs: list[StoredRun]) -> None:
     page = _template().render(
         runs=[_sections(run, drawn) for run in runs], drawn=drawn, average=average, figures=METRIC_NAMES
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # not by `stack.disk`, for which a report would wait for torch
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, page)
 
 
 @functools.cache

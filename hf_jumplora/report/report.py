@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import write_atomic
 from ..escape import cell, code, plot
 from ..metrics.units import PERCENT, Unit, common, unit_of, units_of
 
@@ -217,8 +218,6 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
         parts.insert(3, "![accuracy matrix](matrix.png)")
     if text := warning(result):
         parts.insert(1, text)
-    from ..stack.disk import write_atomic  # here: a page needs nothing of a stack, whose import takes seconds
-
     write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
 
 

@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
+from ..disk import MANIFEST
 from ..tuner import fold_finished, named_layers
 from ..tuner.gguf import as_plain_floats
 from ..tuner.model import check_adapter_name
 from ..tuner.rank_routing import refuse_competing
 from .base import MERGED, check_base, merged_before
-from .disk import MANIFEST
 from .manifest import ROUTER, Manifest, is_folder, read_manifest
 from .router import check_routed, read_router, route_prompts
 from .save import STRATEGIES

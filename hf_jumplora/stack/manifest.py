@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..disk import MANIFEST, check_seal, file_sha256, finish_sealed, sealed_text, waiting, write_atomic
 from ..schema import StackFile, check, read_json, short
 from ..tuner import named_layers
-from .disk import MANIFEST, check_seal, file_sha256, finish_sealed, sealed_text, waiting, write_atomic
 
 
 logger = logging.getLogger(__name__)

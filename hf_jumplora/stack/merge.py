@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..disk import MANIFEST, copy_atomic, write_json
 from ..schema import read_json, short
 from .base import (
     MERGED,
@@ -22,7 +23,6 @@ from .base import (
     merged_before,
     refuse_weights,
 )
-from .disk import MANIFEST, copy_atomic, write_json
 from .files import only_updates, total_update
 from .load import architecture_class, named_base, why_not
 from .manifest import Manifest

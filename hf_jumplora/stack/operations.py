@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..disk import copy_atomic, explained, file_sha256, sync_folder, write_atomic, write_json
 from ..ops.sparse import pack_bits, unpack_bits
 from ..schema import read_json
-from .disk import copy_atomic, explained, file_sha256, sync_folder, write_atomic, write_json
 from .files import TaskFile
 from .load import open_stack
 from .manifest import Manifest, library_versions, stack_support_sha256, write_manifest

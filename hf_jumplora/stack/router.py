@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..disk import next_path, sealed_path, sync_folder
 from ..schema import short
 from ..tuner.rank_routing import refuse_competing
 from ..tuner.task_weights import TaskWeights, weight_tasks
-from .disk import next_path, sealed_path, sync_folder
 from .manifest import ROUTER, Manifest, read_manifest, write_manifest
 
 

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from ..disk import file_sha256, sync_folder, write_atomic, write_json
 from ..tuner.lookup import adapter_config
-from .disk import file_sha256, sync_folder, write_atomic, write_json
 from .manifest import stack_support_sha256
 
 

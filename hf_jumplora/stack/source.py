@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..disk import explained, sync_folder
 from ..tuner.model import gate_key
 from .base import base_name, config_differences, first, result_config
-from .disk import explained, sync_folder
 from .merge import weight_files
 from .quantised import Dequantised, comes_from, same_bytes
 from .weights import named_tensors

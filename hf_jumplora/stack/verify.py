@@ -8,10 +8,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..disk import MANIFEST, file_sha256
 from ..schema import TaskFile, check, read_json, short
 from ..tuner import JumpLoraConfig
 from ..tuner.model import rank_and_alpha
-from .disk import MANIFEST, file_sha256
 from .manifest import Manifest, read_manifest, stack_support_sha256
 from .save import STRATEGIES
 

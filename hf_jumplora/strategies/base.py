@@ -204,6 +204,14 @@ def check_alone(name: str, others: list[Strategy], sharding: str, acts: str, bec
         raise ValueError(f"{name} {acts}, which DeepSpeed and FSDP cut: train it with DDP")
 
 
+def refuse_options(args: Any, names: tuple[str, ...], because: str) -> None:
+    """For `check_run`: raise ValueError if one of these training arguments is not at its default (None, "default"; a
+    trainer that is not our own may lack it). because: what it is or does, and why that is wrong."""
+    for name in names:
+        if (value := getattr(args, name, None)) not in (None, "default"):
+            raise ValueError(f"{name}={value!r} {because}: leave it out")
+
+
 def join_states(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The states of all strategies of a run in one dict, by their number in the list: "0.name"."""
     return {f"{n}.{key}": value.contiguous() for n, state in enumerate(states) for key, value in state.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..tuner import named_layers
-from .base import Strategy, check_alone
+from .base import Strategy, check_alone, refuse_options
 from .loraga import top_directions, weight_gradients
 
 
@@ -39,9 +39,8 @@ class LoraSB(Strategy):
     def check_run(self, others, args, sharding):
         because = "they act on A and B, which stay"
         check_alone("LoRA-SB", others, sharding, "takes gradients of whole weights", because)
-        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None), ("allora_eta", None)):
-            if (value := getattr(args, name, default)) != default:
-                raise ValueError(f"{name}={value!r} is for A and B, and LoRA-SB trains neither: leave it out")
+        names = ("factor_optimizer", "loraplus_lr_ratio", "allora_eta")
+        refuse_options(args, names, "is for A and B, and LoRA-SB trains neither")
         self.rate = args.learning_rate
 
     def on_task_start(self, model, adapter, examples):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..tuner import named_layers
-from .base import Strategy, check_alone
+from .base import Strategy, check_alone, refuse_options
 
 
 @dataclass
@@ -38,9 +38,7 @@ class Mora(Strategy):
 
     def check_run(self, others, args, sharding):
         check_alone("MoRA", others, sharding, "keeps the factors of all tasks", "they take s B A for the update")
-        for name, default in (("factor_optimizer", "default"), ("allora_eta", None)):
-            if (value := getattr(args, name, default)) != default:
-                raise ValueError(f"{name}={value!r} takes s B A for the update, which MoRA has not: leave it out")
+        refuse_options(args, ("factor_optimizer", "allora_eta"), "takes s B A for the update, which MoRA has not")
 
     def on_task_start(self, model, adapter, examples):
         routing = {"k": self.k, "tau": self.tau, "delta": self.delta}

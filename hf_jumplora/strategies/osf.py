@@ -10,7 +10,7 @@ from torch import nn
 from ..tuner import named_layers
 from ..tuner.lookup import adapter_config
 from ..tuner.peft_compat import OSFLinear, osf_factors
-from .base import Strategy, check_alone
+from .base import Strategy, check_alone, refuse_options
 
 
 @dataclass
@@ -53,10 +53,8 @@ class Osf(Strategy):
     def check_run(self, others, args, sharding):
         because = "they act on the adapter's factors"
         check_alone("OSF", others, sharding, "reads whole weights and factors", because)
-        for name, default in (("factor_optimizer", "default"), ("loraplus_lr_ratio", None), ("allora_eta", None)):
-            value = getattr(args, name, default)  # fields of ContinualTrainingArguments
-            if value != default:
-                raise ValueError(f"{name}={value!r} is for A and B, and OSF trains neither: leave it out")
+        names = ("factor_optimizer", "loraplus_lr_ratio", "allora_eta")
+        refuse_options(args, names, "is for A and B, and OSF trains neither")
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..tuner import JumpLoraLayer, named_layers
-from .base import Strategy, check_alone
+from .base import Strategy, check_alone, refuse_options
 
 
 def soft_threshold(g: torch.Tensor, width: float) -> torch.Tensor:
@@ -142,8 +142,7 @@ class DyLora(Strategy):
     def check_run(self, others, args, sharding):
         because = "they take all ranks for the update"
         check_alone("DyLora", others, sharding, "sets before each step which ranks of whole factors act", because)
-        if (kind := getattr(args, "factor_optimizer", "default")) != "default":
-            raise ValueError(f"factor_optimizer={kind!r} takes all ranks of a factor at once: leave it out with DyLora")
+        refuse_options(args, ("factor_optimizer",), "takes all ranks of a factor at once, and DyLora trains some")
 
     def on_task_start(self, model, adapter, examples):
         self.layers = [(layer, adapter) for _, layer in named_layers(model, adapter)]

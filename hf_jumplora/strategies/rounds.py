@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from ..stack.export import cut_factors
 from ..tuner import JumpLoraLayer, named_layers
 from ..tuner.lookup import adapter_config
-from .base import Strategy, check_alone
+from .base import Strategy, check_alone, refuse_options
 from .moments import evaluation
 from .replay import some_rows
 
@@ -60,8 +60,7 @@ class Rounds(Strategy):
         name = type(self).__name__
         because = "they read or change factors that it replaces"
         check_alone(name, others, sharding, "replaces whole factors", because)
-        if (kind := getattr(args, "factor_optimizer", "default")) != "default":
-            raise ValueError(f"factor_optimizer={kind!r} remembers factors that {name} replaces: leave it out")
+        refuse_options(args, ("factor_optimizer",), f"remembers factors that {name} replaces")
         if args.max_steps > 0:
             self._check_steps(args.max_steps)
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,11 @@ def check_compiler(args: Any) -> None:
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in folder.glob("**/deepspeed_shm_comm/lock"):
-        if time.time() - lock.stat().st_mtime > 600:  # compiling takes a minute or two
-            raise RuntimeError(
-                f"DeepSpeed would wait for ever for {lock}, which was left by a process that was killed: delete it"
-            )
+        with suppress(FileNotFoundError):  # released meanwhile
+            if time.time() - lock.stat().st_mtime > 600:  # compiling takes a minute or two
+                raise RuntimeError(
+                    f"DeepSpeed would wait for ever for {lock}, which was left by a process that was killed: delete it"
+                )
 
 
 _FSDP_OPTIONS = {

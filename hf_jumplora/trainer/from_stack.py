@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..data import LanguageModelTask, Task, TextTask
 from ..data.tasks import PastTask
+from ..disk import MANIFEST, copy_atomic, file_sha256, read_sealed, sealed_path
 from ..methods import GATE_OPTIONS, get_method
 from ..schema import RunFile, check, check_adapter_config, short, stored_arguments
-from ..stack.disk import MANIFEST, copy_atomic, file_sha256, read_sealed, sealed_path
 from ..stack.load import download, find_manifest, load_base
 from ..stack.manifest import TOP_FILES, portable, read_manifest
 from ..stack.save import STRATEGIES

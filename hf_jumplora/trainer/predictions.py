@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Task, TextTask
+from ..disk import write_atomic
 from ..report.folder import PREDICTIONS, ROWS, after, read_lines
-from ..stack.disk import write_atomic
 
 
 ROWS_KEPT = 2000  # of a task, evenly spaced: enough for a paired test

@@ -15,14 +15,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..hub import stack_card, task_card
-from ..methods import get_method
-from ..metrics.derived import derive
-from ..report.folder import HISTORY, PREDICTIONS
-from ..report.report import PICTURES, write_report
-from ..schema import MetricsFile, RunFile, check, read_json
-from ..stack.base import check_base, describe_base
-from ..stack.disk import (
+from ..disk import (
     MANIFEST,
     finish_sealed,
     read_sealed,
@@ -31,6 +24,13 @@ from ..stack.disk import (
     write_beside,
     write_json,
 )
+from ..hub import stack_card, task_card
+from ..methods import get_method
+from ..metrics.derived import derive
+from ..report.folder import HISTORY, PREDICTIONS
+from ..report.report import PICTURES, write_report
+from ..schema import MetricsFile, RunFile, check, read_json
+from ..stack.base import check_base, describe_base
 from ..stack.manifest import (
     TOP_FILES,
     Manifest,

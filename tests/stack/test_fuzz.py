@@ -18,9 +18,9 @@ import toy
 
 from hf_jumplora import load_stack, load_tasks
 from hf_jumplora.cli import main
+from hf_jumplora.disk import file_sha256
 from hf_jumplora.hub import push_stack
 from hf_jumplora.stack import merge_stack, read_manifest, write_manifest
-from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.files import total_update
 from hf_jumplora.stack.operations import open_tasks
 from hf_jumplora.trainer.checkpoints import newest_checkpoint

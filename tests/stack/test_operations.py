@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from hf_jumplora import load_stack
 from hf_jumplora.cli import main
 from hf_jumplora.data import Encoder
+from hf_jumplora.disk import file_sha256
 from hf_jumplora.stack import (
     diff,
     export_lora,
@@ -27,7 +28,6 @@ from hf_jumplora.stack import (
     subset,
     verify_stack,
 )
-from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.stack.export import low_rank
 from hf_jumplora.stack.manifest import stack_support_sha256, write_manifest
 from hf_jumplora.trainer.scoring import evaluate_task

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from hf_jumplora import ContinualRun, load_stack
 from hf_jumplora.cli import main
+from hf_jumplora.disk import file_sha256
 from hf_jumplora.stack import merge_stack, read_manifest, write_manifest
-from hf_jumplora.stack.disk import file_sha256
 
 
 @pytest.fixture

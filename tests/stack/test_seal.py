@@ -11,10 +11,10 @@ import torch
 import toy
 
 from hf_jumplora import ContinualRun, load_stack
+from hf_jumplora.disk import file_sha256, read_sealed, write_beside
 from hf_jumplora.hub import push_stack
 from hf_jumplora.hub.push import RECORD, Pusher, read_record
 from hf_jumplora.stack import export_sparse, merge_stack, read_manifest, subset, verify_stack, write_manifest
-from hf_jumplora.stack.disk import file_sha256, read_sealed, write_beside
 from hf_jumplora.trainer.checkpoints import newest_checkpoint
 from hf_jumplora.trainer.record import in_use
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from hf_jumplora import load_stack
+from hf_jumplora.disk import file_sha256
 from hf_jumplora.stack import read_manifest
-from hf_jumplora.stack.disk import file_sha256
 from hf_jumplora.tuner import named_layers
 
 

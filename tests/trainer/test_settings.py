@@ -14,8 +14,8 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 from trl import SFTConfig
 
 from hf_jumplora import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainingArguments, JumpLoraConfig, Task
+from hf_jumplora.disk import write_json
 from hf_jumplora.schema import HARMLESS, read_json
-from hf_jumplora.stack.disk import write_json
 from hf_jumplora.strategies import KFac, Strategy
 from hf_jumplora.trainer.arguments import result_arguments
 from hf_jumplora.trainer.plan import describe_code, describe_functions, describe_strategy, tokenizer_identity

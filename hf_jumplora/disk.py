@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..schema import read_json
+from .schema import read_json
 
 
 MANIFEST = "stack.json"
