@@ -19,7 +19,7 @@ from .olora import OLora
 from .osf import Osf
 from .ranks import CoDyRA, DyLora, SoRA
 from .replay import Replay
-from .rounds import Boost, Squeeze
+from .rounds import Boost, Dps, Squeeze
 from .slao import Slao
 from .unlearn import Unlearn
 
@@ -28,6 +28,7 @@ __all__ = [
     "L2",
     "Boost",
     "CoDyRA",
+    "Dps",
     "Drift",
     "DyLora",
     "Ella",

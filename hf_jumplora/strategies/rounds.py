@@ -1,9 +1,10 @@
-"""Several rounds in a task: falling ranks (LoRA-Squeeze, arXiv 2602.10993) and residual boosting (Brainstacks, arXiv
-2604.01152)."""
+"""Several rounds in a task: falling ranks (LoRA-Squeeze, arXiv 2602.10993), residual boosting (Brainstacks, arXiv
+2604.01152), and rounds that end where the loss does not fall any more (ScaleZero, arXiv 2509.07945)."""
 
 import logging
 import math
 import zlib
+from bisect import bisect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,7 +160,9 @@ class Boost(Rounds):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.held_out < 1:
-            raise ValueError(f"Boost needs held_out, a fraction of the rows, between 0 and 1, got {self.held_out}")
+            raise ValueError(
+                f"{type(self).__name__} needs held_out, a fraction of the rows, between 0 and 1, got {self.held_out}"
+            )
 
     def width(self, r):
         return self.rounds * r
@@ -168,12 +171,15 @@ class Boost(Rounds):
         super().check_run(others, args, sharding)
         if args.weight_decay:
             raise ValueError(
-                "Boost freezes the ranks of earlier rounds, and weight_decay would shrink them: set it to 0"
+                f"{type(self).__name__} freezes the ranks of earlier rounds, and weight_decay would shrink them: set "
+                "it to 0"
             )
 
     def training_data(self, dataset, index, earlier):
         if not hasattr(dataset, "__len__"):
-            raise ValueError("Boost holds rows out, and this task is a stream: give it as a data set with a length")
+            raise ValueError(
+                f"{type(self).__name__} holds rows out, and this task is a stream: give it as a data set with a length"
+            )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed + index)).tolist()
         size = math.ceil(self.held_out * len(order))
         self.rows = some_rows(dataset, order[:size])
@@ -181,7 +187,7 @@ class Boost(Rounds):
 
     def on_task_start(self, model, adapter, examples):
         if self.rows is None:
-            raise ValueError("Boost holds rows out of a run's tasks: train it by a ContinualRun")
+            raise ValueError(f"{type(self).__name__} holds rows out of a run's tasks: train it by a ContinualRun")
         super().on_task_start(model, adapter, examples)
         self.examples, self.losses, self.stopped = examples, [], False
 
@@ -198,13 +204,19 @@ class Boost(Rounds):
     def _ranks(self, layer: str, number: int) -> slice:
         return slice(number * self.ranks[layer], (number + 1) * self.ranks[layer])
 
-    def round_ended(self, model, adapter, number):
-        if self.stopped:
-            return
+    def held_out_loss(self, model: Any) -> float:
+        """Of the model as it is, the same in all processes."""
         with evaluation(model):
             batches = list(self.examples(len(self.rows), self.rows, 8))
             found = torch.stack([len(batch["labels"]) * model(**batch)["loss"].float() for batch in batches])
-        self.losses.append(float(broadcast(found.sum() / len(self.rows))))  # all processes decide alike
+        return float(broadcast(found.sum() / len(self.rows)))
+
+    def round_ended(self, model, adapter, number):
+        if not self.stopped:
+            self._keep_or_stop(model, adapter, number, self.held_out_loss(model))
+
+    def _keep_or_stop(self, model: Any, adapter: str, number: int, loss: float) -> None:
+        self.losses.append(loss)
         logger.info("round %d: loss %.4f on the held-out rows", number + 1, self.losses[-1])
         if number and not self.losses[-2] - self.losses[-1] >= self.gain:
             self.stopped = True
@@ -226,3 +238,59 @@ class Boost(Rounds):
 
     def load_checkpoint_state(self, state):
         self.losses, self.stopped = state["losses"].tolist(), bool(state["stopped"])
+
+
+@dataclass
+class Dps(Boost):
+    """Boosting in which a round ends where the loss on the held-out rows falls no more, or where its share of the steps
+    is over: those that are left, divided by the rounds that are left. The loss is measured `looks` times in a share; a
+    round other than the last ends when it has fallen by less than `gain` since it was last measured.
+
+    ScaleZero's dynamic parameter scaling ends a stage when enough of its games are solved (as many as are unsolved,
+    divided by the stages left), or after so many iterations; its scales of earlier stages, which go on being trained,
+    are left out. It has four stages with adapters.
+    """
+
+    rounds: int = 4
+    looks: int = 4
+    ends: list[int] = field(default_factory=list, init=False, repr=False)  # steps done at the end of each round
+    last: float = field(default=math.inf, init=False, repr=False)  # the newest held-out loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.looks < 1:
+            raise ValueError(f"Dps needs looks >= 1, got {self.looks}")
+
+    def round_of(self, step):
+        return bisect(self.ends, step)
+
+    def round_ended(self, model, adapter, number):
+        self._keep_or_stop(model, adapter, number, self.last)
+
+    def on_task_start(self, model, adapter, examples):
+        super().on_task_start(model, adapter, examples)
+        self.ends, self.last = [], math.inf
+
+    @torch.no_grad()
+    def on_step_end(self, model, adapter):
+        start, left = (self.ends or [0])[-1], self.rounds - len(self.ends)
+        share, done = quota(self.steps - start, left), self.step + 1 - start
+        over, look = done == share, left > 1 and done % max(1, share // self.looks) == 0
+        if not self.stopped and (over or look):
+            before, self.last = self.last, self.held_out_loss(model)
+            if over or before - self.last < self.gain:
+                self.ends.append(self.step + 1)
+        super().on_step_end(model, adapter)
+
+    def checkpoint_state(self):
+        now = {"ends": torch.tensor(self.ends), "last": torch.tensor([self.last], dtype=torch.float64)}
+        return {**super().checkpoint_state(), **now}
+
+    def load_checkpoint_state(self, state):
+        super().load_checkpoint_state(state)
+        self.ends, self.last = state["ends"].tolist(), float(state["last"])
+
+
+def quota(left: int, rounds: int) -> int:
+    """How many of what is left the next of so many rounds takes."""
+    return math.ceil(left / rounds)

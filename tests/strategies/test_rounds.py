@@ -1,4 +1,4 @@
-"""Rounds of a task: falling ranks and boosting; a round starts afresh, frozen ranks stay, what they do not go with."""
+"""Rounds of a task: falling ranks, boosting, ends at a plateau; a round starts afresh, frozen ranks stay, refusals."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import toy
 from hf_jumplora import load_stack
 from hf_jumplora.methods import METHODS
 from hf_jumplora.stack.operations import open_tasks
-from hf_jumplora.strategies import L2, Boost, Replay, Squeeze
+from hf_jumplora.strategies import L2, Boost, Dps, Replay, Squeeze
+from hf_jumplora.strategies.rounds import quota
 from hf_jumplora.tuner import named_layers
 
 
@@ -94,6 +95,36 @@ def test_boosting(gain, gated, ids):
     assert [len(A) for A, _ in factors(model)] == [4 if gain < 0 else 2] * 4
 
 
+@pytest.mark.parametrize(
+    ("losses", "ends", "ranks"),
+    [
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1], [4, 8, 12], 6),  # it falls at every look: a round has its share of the steps left
+        ([9, 8.9, 8, 7, 6.9, 5], [2, 5, 12], 6),  # it does not at steps 2 and 5, and the last round has all the rest
+        ([9, 8.9, 8.8], [2, 3], 2),  # a round that brings nothing is taken back, and nothing is trained any more
+    ],
+)
+def test_a_round_ends_at_a_plateau(losses, ends, ranks, gated, ids, monkeypatch):
+    assert [quota(*pair) for pair in ((26, 5), (20, 4), (7, 3), (1, 1))] == [6, 5, 3, 1]  # of the paper
+    found = iter(losses)
+    monkeypatch.setattr(Dps, "held_out_loss", lambda self, model: next(found))
+    model, strategy = gated(gate=False, init_weights=True, r=2), Dps(rounds=3, looks=4, gain=0.5)
+    strategy.rows = [None]
+    optimizer = started(strategy, model, steps=12)
+    for step in range(12):
+        if step == 4:  # a restart in mid-task
+            state, strategy.ends, strategy.last, strategy.losses = strategy.checkpoint_state(), [], 0.0, []
+            strategy.load_checkpoint_state(state)
+        before, strategy.step = factors(model)[0][0].detach().clone(), step
+        a_step(model, strategy, optimizer, ids)
+        moved = (factors(model)[0][0] != before).any(1).nonzero().flatten().tolist()
+        number = sum(step >= end for end in ends)
+        assert moved == ([2 * number, 2 * number + 1] if step < ends[-1] else [])
+    assert strategy.ends == ends
+    assert next(found, None) is None
+    strategy.on_task_end(model, "default", None)
+    assert [len(A) for A, _ in factors(model)] == [ranks] * 4
+
+
 def test_held_out_rows_are_not_trained_on():
     rows = list(range(30))
     strategy = Boost(held_out=0.1)
@@ -116,7 +147,7 @@ def test_finished_adapters_are_ordinary(toy_base, tmp_path):
 
 
 def test_refused(toy_base, tmp_path):
-    for strategy in (Boost(), Squeeze()):
+    for strategy in (Boost(), Squeeze(), Dps()):
         with pytest.raises(ValueError, match=f"only Replay goes with {type(strategy).__name__}"):
             strategy.check_run([L2()], None, "none")
         strategy.check_run([Replay()], toy.arguments(tmp_path), "ddp")
@@ -141,4 +172,6 @@ def test_refused(toy_base, tmp_path):
     for options in ({"rounds": 0}, {"held_out": 1.0}):
         with pytest.raises(ValueError, match="Boost needs"):
             Boost(**options)
+    with pytest.raises(ValueError, match="Dps needs looks"):
+        Dps(looks=0)
     assert METHODS["boost"].make_strategies(["boost.rounds=3"])[0].rounds == 3
