@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .methods import get_method
 from .ops.blocked import BLOCK_ENTRIES
+from .schema import UNDER
 from .strategies import LayerSize
 from .strategies.moments import tokens_at_once
 from .tuner import JumpLoraConfig, named_layers
@@ -35,7 +36,6 @@ _LLAMA_2 = {  # hidden, feed-forward, layers, heads, key and value heads
     "llama-2-13b": (5120, 13824, 40, 40, 40),
     "llama-2-70b": (8192, 28672, 80, 64, 8),
 }
-UNDER = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp_4bit")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")  # each process has a piece of the base
 ZERO_BUCKET = 10**7  # reduce_bucket_size of recipes/deepspeed, in numbers
 # DeepSpeed's defaults, in numbers: stage3_max_live_parameters and max_reuse_distance; stage3_prefetch_bucket_size.

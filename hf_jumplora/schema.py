@@ -22,6 +22,7 @@ MAX_FILE = 1 << 26  # bytes of a JSON file; stack.json of a thousand tasks over 
 MAX_YAML = 1 << 22  # bytes of a stream file
 MAX_NAME = 200  # characters of a task's name
 MAX_PATTERN = 1000  # characters of a regular expression
+UNDER = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp_4bit")  # what `estimate` knows
 
 _ANY_TEXT = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"  # one line, no control characters
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=MAX_NAME)]

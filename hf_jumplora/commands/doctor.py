@@ -10,11 +10,6 @@ import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-from .._compat import LOWEST, PEFT, PEFT_FOR_NATIVE, TRANSFORMERS
-from ..ops.dispatch import BACKEND_VARIABLE, choose_backend
-
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 # package -> (what does not work without it, the extra that brings it)
@@ -34,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what is there; returns the exit code."""
+    import torch
+
+    from .._compat import LOWEST, PEFT, PEFT_FOR_NATIVE, TRANSFORMERS
+    from ..ops.dispatch import BACKEND_VARIABLE, choose_backend
+
     print(f"Python {platform.python_version()} on {platform.platform()}")
     for name in REQUIRED:
         print(f"  {name} {version(name)}")

@@ -10,10 +10,7 @@ fragmentation (1 to 2 GiB), and evaluation (generating keeps keys and values of 
 import argparse
 import json
 
-import torch
-
-from ..memory import UNDER, Plan, estimate, model_config
-from ..methods import get_method
+from ..schema import UNDER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +40,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a number that cannot be, or as `estimate`.
     """
+    import torch
+
+    from ..memory import Plan, estimate, model_config
+    from ..methods import get_method
+
     for name, least in (("processes", 1), ("batch", 1), ("length", 2), ("tasks", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is at least {least}, got {getattr(args, name)}")

@@ -1,5 +1,6 @@
 """Tasks: what is trained on, what it is called, how a text becomes a prompt."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -100,8 +101,10 @@ class Task:
 
     def scoring(self) -> dict[str, Callable]:
         """What a Trainer needs for the task's own metric, by the names of its arguments."""
-        names = ("compute_metrics", "preprocess_logits_for_metrics")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        named = {"preprocess_logits_for_metrics": self.preprocess_logits_for_metrics}
+        if self.compute_metrics is not None:
+            named["compute_metrics"] = _checked(self.name, self.compute_metrics)
+        return {name: value for name, value in named.items() if value is not None}
 
     def describe(self) -> dict[str, Any]:
         """For the report: sizes, what is measured, and the prompt with what it gives away."""
@@ -249,6 +252,21 @@ class TextTask(Task):
         words = fold(re.sub(r"\W+", " ", fixed))
         names = {self.name, self.source.rsplit("/", 1)[-1]} - {""}
         return sorted(n for n in names if f" {fold(re.sub(r'[^A-Za-z0-9_]+', ' ', n))} " in f" {words} ")
+
+
+def _checked(task: str, compute_metrics: Callable) -> Callable:
+    """`compute_metrics`, of which anything but a dict is an error that names the task."""
+
+    @functools.wraps(compute_metrics)  # the Trainer looks at its arguments
+    def checked(*args: Any, **options: Any) -> Any:
+        found = compute_metrics(*args, **options)
+        if not isinstance(found, dict) and options.get("compute_result", True):
+            raise ValueError(
+                f"task {task!r}: compute_metrics returned {short(found)}, not a dict such as {{'accuracy': 0.5}}"
+            )
+        return found
+
+    return checked
 
 
 def row_count(rows: Any) -> int | None:

@@ -1,6 +1,7 @@
 """Whether a base in memory is what the folder or Hub id that it names holds; if it is not, the run keeps a copy."""
 
 import copy
+import functools
 import itertools
 import os
 import re
@@ -28,6 +29,12 @@ from .weights import named_tensors
 
 
 KEPT = "base"  # folder of a run's copy
+# What these install is what a run, or loading a base in parts, needs: it computes the same, or is there again.
+_LIBRARIES = frozenset((
+    "accelerate", "bitsandbytes", "deepspeed", "hf_jumplora", "kernels", "liger_kernel", "peft", "torch",
+    "transformers", "trl",
+))  # fmt: skip
+_FREE = frozenset(("training", "gradient_checkpointing", "max_seq_len_cached"))  # attributes that change with use
 _SAVE = "save it, and its tokenizer, with save_pretrained(folder), load it from there, and start the run with that"
 
 
@@ -50,13 +57,13 @@ def check_in_memory(base: nn.Module) -> None:
         )
     fresh = _new(base)
     check_buffers(base, fresh)
-    warn_of_modules(base, fresh)
     folder = source_folder(base)
     for text in _config_differences(base, folder) if folder else ():
         if re.match(r"config: (\w+\.)*vocab_size is", text):
             raise ValueError(
                 f"the base has another vocabulary than {base_name(base)}, which it calls itself ({text}): {_SAVE}"
             )
+    warn_of_modules(base, fresh)
 
 
 def _new(base: nn.Module) -> nn.Module:
@@ -68,17 +75,57 @@ def _new(base: nn.Module) -> nn.Module:
 
 
 def warn_of_modules(base: nn.Module, fresh: nn.Module) -> None:
-    """A warning if a module is of another class than in `fresh`, a new model, and the base is not quantised."""
-    there = {name: type(module) for name, module in fresh.named_modules()}
-    for name, module in base.named_modules() if not getattr(base, "is_quantized", False) else ():
-        if type(module) is not there.get(name, type(module)):
+    """A warning of the first module that is not what it is in `fresh`, a new model, and that no file describes: another
+    class (unless the base is quantised), another number among its attributes, a hook, a replaced `forward`."""
+    there, quantised = dict(fresh.named_modules()), getattr(base, "is_quantized", False)
+    for name, module in base.named_modules():
+        new = there.get(name, module)
+        what = f"is a {type(module).__name__}, in a new {type(base).__name__} a {type(new).__name__}"
+        if type(module) is type(new):
+            what = _changed(module, new)
+        elif quantised:
+            continue
+        if what:
             warnings.warn(
-                f"{name} of the base is a {type(module).__name__}, in a new {type(base).__name__} a "
-                f"{there[name].__name__}. No file says so: where the stack is loaded, the base has what its config "
-                "gives, unless you pass yours as base_model=",
+                f"{name or 'the whole model'} of the base {what}. No file says so: where the stack is loaded, the base "
+                "has what its config gives, unless you pass yours as base_model=",
                 stacklevel=2,
             )
             return
+
+
+def _changed(module: nn.Module, new: nn.Module) -> str:
+    """What a module does otherwise than a `new` one of its class, in words; "": nothing that can be seen."""
+    for key, value in vars(new).items():
+        found, number = vars(module).get(key), type(value) in (bool, int, float)
+        if number and key not in _FREE and not key.startswith("_") and type(found) is type(value) and found != value:
+            return f"has {key}={found}, a new one {value}"
+    known = {_defined(hook) for hook in _hooks(new)}
+    for hook in _hooks(module):
+        if (place := _defined(hook)) not in known and place[0] not in _LIBRARIES:
+            return f"has the hook {'.'.join(place)}"
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    own = [
+        vars(module).get(name) for name in ("forward", "_old_forward")
+    ]  # the second: below one of accelerate's hooks
+    for forward in [*own, vars(owner)["forward"]]:
+        if forward is not None and (place := _defined(forward))[0] not in {*_LIBRARIES, owner.__module__.split(".")[0]}:
+            return f"has another forward, {'.'.join(place)}"
+    return ""
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _defined(function: Any) -> tuple[str, str]:
+    """(the package where a function is written, whatever it is wrapped in or calls itself; its name)."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    scope = getattr(function, "__globals__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return (scope["__name__"] if scope else type(function).__module__).split(".")[0], name
 
 
 def check_buffers(base: nn.Module, fresh: nn.Module) -> None:

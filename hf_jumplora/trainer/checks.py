@@ -12,9 +12,11 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..data import LanguageModelTask, Task, TextTask, row_count
+from ..data.ranges import check_ranges
 from ..stack.source import check_in_memory
 from ..strategies import Strategy
 from ..tuner import can_continue, ramp_steps
@@ -23,6 +25,7 @@ from .backend import sharding
 from .callbacks import early_stopping
 from .plan import RunPlan
 from .preferences import PREFERENCE_ACCURACY, check_preferences
+from .task_trainer import ContinualMixin
 
 
 _NOT_WITH_DEEPSPEED = {
@@ -105,6 +108,19 @@ def _check_tasks(plan: RunPlan) -> None:
         )
     for task in (*plan.tasks, *plan.held_out):
         _check_trainer(plan, task)
+        if task not in plan.text_tasks and _as_they_are(plan, task):
+            check_ranges(task, plan.model)
+
+
+def _as_they_are(plan: RunPlan, task: Task) -> bool:
+    """Whether the labels of a plain task reach the model as they stand in its rows."""
+    cls, collator = plan.trainer_of(task)[0], plan.collator
+    own = [c for c in getattr(cls, "__mro__", ()) if "compute_loss" in vars(c)] == [ContinualMixin, Trainer]
+    return (
+        own
+        and isinstance(plan.model, PreTrainedModel)
+        and (collator is None or type(collator).__module__.startswith("transformers."))
+    )
 
 
 def _check_trainer(plan: RunPlan, task: Task) -> None:

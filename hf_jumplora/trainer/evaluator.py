@@ -4,12 +4,14 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 
 from ..data import LanguageModelTask, Task, TextTask
+from ..schema import short
 from .arguments import argument
 from .backend import runnable
 from .plan import RunPlan
@@ -120,8 +122,10 @@ class Evaluator:
         scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         if task.metric not in scores:
             raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
-        if not math.isfinite(scores[task.metric]):
-            raise ValueError(f"task {task.name!r}: its {task.metric} is {scores[task.metric]}, which is not a score")
+        if not isinstance(scores[task.metric], Real) or not math.isfinite(scores[task.metric]):
+            raise ValueError(
+                f"task {task.name!r}: its {task.metric} is {short(scores[task.metric])}, which is not a score"
+            )
         return float(scores[task.metric])
 
 

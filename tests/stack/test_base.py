@@ -2,13 +2,15 @@
 
 import re
 import warnings
+from functools import partial, wraps
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaForSequenceClassification,
@@ -211,14 +213,41 @@ def test_a_cast_buffer_is_told(toy_base):
         check_in_memory(toy.load_base(toy_base).bfloat16())
 
 
-def test_another_module_is_told(toy_base):
-    """A patched activation: weights, config and buffers are those of the files."""
+def doubled(self, *args, **kwargs):
+    return 2 * type(self).forward(self, *args, **kwargs)
+
+
+CHANGED = {  # of the first layer's feed-forward part, each without another weight, config or buffer
+    "class": (lambda mlp, patch: setattr(mlp, "act_fn", torch.nn.ReLU()), r"act_fn of the base is a ReLU, .* a SiLU"),
+    "hook": (lambda mlp, patch: mlp.register_forward_hook(lambda *args: args[2] * 2), "has the hook .*lambda"),
+    "pre-hook": (lambda mlp, patch: mlp.register_forward_pre_hook(partial(doubled, mlp)), "the hook .*doubled"),
+    "forward": (lambda mlp, patch: patch.setattr(mlp, "forward", partial(doubled, mlp)), "another forward, .*doubled"),
+    "wrapped": (lambda mlp, patch: setattr(mlp, "forward", wraps(mlp.forward)(partial(doubled, mlp))), "forward"),
+    "all": (lambda mlp, patch: patch.setattr(type(mlp), "forward", doubled), "has another forward, .*doubled"),
+    "number": (lambda mlp, patch: setattr(mlp.down_proj, "in_features", 63), "has in_features=63, a new one 64"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_another_module_is_told(kind, toy_base, monkeypatch):
+    """Weights, config and buffers are those of the files; accelerate has put its own hooks around."""
+    change, message = CHANGED[kind]
     model = toy.load_base(toy_base)
+    change(model.model.layers[0].mlp, monkeypatch)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with pytest.warns(UserWarning, match=rf"layers\.0\.mlp.*{message}"):
+        check_in_memory(model)
+
+
+def test_what_libraries_install_is_not_told(toy_base):
+    model = toy.load_base(toy_base)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    model.train()(torch.tensor([[3, 4]]), output_hidden_states=True)  # transformers' own hooks
+    prepare_model_for_kbit_training(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        check_in_memory(model)
-    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
-    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.act_fn of the base is a ReLU, in a new Llama.* a SiLU"):
         check_in_memory(model)
 
 

@@ -96,11 +96,73 @@ def test_one_long_text_is_many_steps(toy_base, tmp_path):
     assert toy.make_run(toy_base, tmp_path, stream=[task], max_length=16).train().metrics["trained"][0]["steps"] > 5
 
 
-def test_a_score_is_a_number(toy_base, tmp_path):
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"accuracy": float("nan")}, "'a': its accuracy is nan, which is not a score"),
+        ({"accuracy": "good"}, "'a': its accuracy is 'good', which is not a score"),
+        (None, "'a': compute_metrics returned None, not a dict"),
+        (0.5, "'a': compute_metrics returned 0.5, not a dict"),
+    ],
+)
+def test_a_score_is_a_number(found, message, toy_base, tmp_path):
     rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}] * 32)
-    task = Task("a", rows, rows, compute_metrics=lambda output: {"accuracy": float("nan")})
-    with pytest.raises(ValueError, match="'a': its accuracy is nan"):
-        toy.make_run(toy_base, tmp_path, stream=[task]).train()
+    task = Task("a", rows, rows, compute_metrics=lambda output: found)
+    with pytest.raises(ValueError, match=message):
+        toy.make_run(toy_base, tmp_path, stream=[task]).evaluate()
+
+
+def test_a_metric_of_batches(toy_base, tmp_path):
+    """`batch_eval_metrics`: only the last call has a result."""
+    rows, seen = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}] * 32), []
+
+    def accuracy(output, compute_result):
+        seen.append(len(output.predictions))
+        return {"accuracy": sum(seen) / 100} if compute_result else None
+
+    options = {"batch_eval_metrics": True, "per_device_eval_batch_size": 20}
+    run = toy.make_run(toy_base, tmp_path, stream=[Task("a", rows, rows, accuracy)], **options)
+    assert run.evaluate() == {"a": 0.32}
+    assert seen == [20, 12]
+
+
+ROW = {"input_ids": [3, 4, 5], "attention_mask": [1] * 3}
+NUMBERS = {
+    "a class too many": ({"labels": 3}, "'a', train rows: labels has the number 3, and BertFor.* has 3 classes"),
+    "below 0": ({"label": -1}, "'a', train rows: label has the number -1, and .* 0 to 2"),
+    "a float": ({"label": 1.0}, r"label holds 1\.0 \(double\), and a class of BertFor.* is a whole number"),
+    "a name": ({"label": "sport"}, r"label holds 'sport' \(string\)"),
+    "none": ({"labels": None}, r"labels is empty \(None\) in some"),
+    "a token": ({"input_ids": [3, 96, 5], "labels": 1}, "input_ids has the number 96, .* embeddings for 96 tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_that_the_model_does_not_know(kind, tmp_path):
+    """Before training, in lists and in data sets, in training and in evaluation."""
+    odd, message = NUMBERS[kind]
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=32, max_position_embeddings=40, num_labels=3)
+    model, name = BertForSequenceClassification(config), "labels" if "labels" in odd else "label"
+    good = [{**ROW, name: 2}] * 31 + [{**ROW, name: -100}]
+    bad = [{**ROW, **odd}] if kind in ("a float", "a name") else [{**ROW, name: 0}, {**ROW, **odd}]
+
+    def make(rows, evaluate):
+        adapter = JumpLoraConfig(r=2, target_modules=["query"])
+        ContinualRun(model, [Task("a", rows, evaluate)], args=toy.arguments(tmp_path), adapter_config=adapter)
+
+    make(good, Dataset.from_list(good))
+    for rows in (bad, Dataset.from_list(bad)):
+        with pytest.raises(ValueError, match=message):
+            make(rows, None)
+        with pytest.raises(ValueError, match=message.replace("train", "eval")):
+            make(good, rows)
+
+
+def test_labels_of_a_language_model(toy_base, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [-100, 4, 96]}])
+    with pytest.raises(ValueError, match=r"labels has the number 96, and LlamaForCausalLM .* 96 tokens, 0"):
+        toy.make_run(toy_base, tmp_path, stream=[Task("a", rows)])
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(toy_base, tmp_path):
