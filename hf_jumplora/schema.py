@@ -40,16 +40,21 @@ Rank = Annotated[int, Field(ge=1, le=2**20)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+_Sums = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
 class _Weight(_Part):
-    sha256: Sha256 | None = None  # quantised ones have none
+    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None  # quantised ones have none
+    sha256: Sha256 | None = None  # in place of it, of earlier versions
     dtype: Identifier
     shape: list[Annotated[int, Field(ge=0, le=2**53)]] = Field(max_length=16)
     probe: list[float] = Field(max_length=4)
-    sums: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = Field([], max_length=8)
+    sampled: list[_Sums] = Field([], max_length=8)
+    sums: list[_Sums] = Field([], max_length=8)
 
 
 class _Base(_Part):

@@ -216,7 +216,7 @@ def _check_weights(manifest: Manifest, skeleton: nn.Module, shards: list[Shard],
                 continue
             shard, key = place
             value = shard.read(key)
-            dtype = getattr(torch, entry["dtype"]) if entry.get("sha256") else None  # None: it was quantised
+            dtype = getattr(torch, entry["dtype"]) if entry.get("xxh3") or entry.get("sha256") else None  # quantised
             rounds = dtype and torch.promote_types(value.dtype, dtype) == value.dtype  # as loading it in `dtype` did
             found[name] = identity(value.to(dtype) if rounds else value, entry)
         refuse_weights(manifest, differing_weights(expected, found), where)

@@ -245,7 +245,7 @@ def _other_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return False
     pairs = [(entry, theirs.get(name)) for name, entry in ours.items()]
     return ours.keys() != theirs.keys() or any(
-        one["sha256"] != two["sha256"] if one.get("sha256") and two.get("sha256") else not same_weight(one, two)
+        next((one[k] != two[k] for k in ("xxh3", "sha256") if one.get(k) and two.get(k)), not same_weight(one, two))
         for one, two in pairs
         if one and two
     )

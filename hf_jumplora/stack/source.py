@@ -25,7 +25,7 @@ from ..tuner.model import gate_key
 from .base import base_name, config_differences, first, result_config
 from .merge import weight_files
 from .quantised import Dequantised, comes_from, same_bytes
-from .weights import named_tensors
+from .weights import digest, named_tensors
 
 
 KEPT = "base"  # folder of a run's copy
@@ -170,8 +170,9 @@ def source_folder(base: nn.Module) -> Path | None:
         return None
 
 
-def differences(base: nn.Module, folder: Path) -> list[str]:
-    """What a base in memory has other than the files of a folder, in words. Every process must call it.
+def differences(base: nn.Module, folder: Path, known: dict[str, Any] | None = None) -> list[str]:
+    """What a base in memory has other than the files of a folder, in words. Every process must call it. `known`: what
+    its weights are known by (see [`identity`]), which spares reading them again.
 
     Values are compared in the dtype they have in memory, those that bitsandbytes has quantised in that form; weights
     quantised by other libraries are left out.
@@ -190,13 +191,17 @@ def differences(base: nn.Module, folder: Path) -> list[str]:
                     return files[key].get_tensor(key)
         return None
 
+    def is_known(name: str, value: torch.Tensor) -> bool:
+        entry, there = (known or {}).get(name), stored(name)
+        return None not in (entry, there) and there.dtype == value.dtype and digest(there) == entry.get("xxh3")
+
     differ, rest = _config_differences(base, folder), {}
     for name, value in named_tensors(base):
         if isinstance(value, Dequantised):
             names = [name] if stored(name) is not None else [key for key, _ in _as_saved(base, {name: value.values})]
             if not any(comes_from(stored, key, value) for key in names):
                 differ.append(f"{name} has other values (as {value.kind})")
-        elif value is not None and not _equal(stored(name), value):
+        elif value is not None and not is_known(name, value) and not _equal(stored(name), value):
             rest[name] = value
     for name, value in _as_saved(base, rest):
         there = stored(name)

@@ -1,18 +1,13 @@
-"""What the weights of a base are known by: a digest of all their bytes, and sums of their values for other dtypes and
-for quantised weights."""
+"""What the weights of a base are known by: a digest of all their bytes; for other dtypes and quantised weights, sums
+of their values."""
 
 import functools
-import hashlib
-import itertools
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+import xxhash
 from accelerate.utils.modeling import align_module_device
 from torch import nn
 
@@ -24,11 +19,11 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EPS = {str(dtype).removeprefix("torch."): torch.finfo(dtype).eps for dtype in _FLOATS}
 _QUANTISED = 0.5  # in place of eps: 4 bits change a weight by a tenth of its norm
 _ALIKE = {"int8": 0.1}  # of weights quantised alike, 8 bits perhaps from another dtype; others: 0.01
-_BYTES = 1 << 23  # of a weight that a thread hashes at once
-_WORDS = 1 << 14  # 64-bit words that share a sum
-_PIECE = 1 << 18  # values that a thread adds up at once
+_BYTES = 1 << 23  # that leave a GPU at once
+_SIGNS = 1 << 14
+_PIECE = 1 << 18  # values that are added up at once
+_SAMPLE = 32  # pieces of a weight
 _PARTS = 8  # of a weight, with sums of their own
-_OWN = threading.local()
 
 
 def named_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor | Dequantised | None]]:
@@ -61,118 +56,81 @@ def _quantised(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _multipliers(device: torch.device) -> torch.Tensor:
-    """Fixed odd numbers, int64 [_WORDS]."""
-    words = torch.arange(1, _WORDS + 1, device=device) * -7046029254386353131
-    words = (words ^ (words >> 30)) * -4658895280553007687
-    return (words ^ (words >> 27)) | 1
-
-
-@functools.cache
 def _signs(device: torch.device) -> torch.Tensor:
-    """Fixed, 1 and -1, float32 [_WORDS]."""
-    return (_multipliers(device) >> 33 & 1).float() * 2 - 1
+    """Fixed, 1 and -1, float32 [_SIGNS]."""
+    words = torch.arange(1, _SIGNS + 1, device=device) * -7046029254386353131
+    words = (words ^ (words >> 30)) * -4658895280553007687
+    return ((words ^ (words >> 27)) >> 33 & 1).float() * 2 - 1
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Hex sha256 over dtype, shape and, of each 128 KiB of the tensor's bytes, a 64-bit sum, computed where it is.
-
-    Each word is mixed and multiplied by a number of its place, modulo 2^64: no single word can change unseen, several
-    by an accident of 2^-64. It tells models apart; a file's sha256 is what tells tampering.
-    """
-    result = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for sums in _in_threads(_sums, tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_BYTES)):
-        result.update(sums.cpu().numpy().tobytes())
+    """Hex XXH3 (128 bits) of dtype, shape and bytes. It tells models apart; a file's sha256 is what tells tampering."""
+    result = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    for part in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_BYTES):
+        result.update(part.cpu().numpy())
     return result.hexdigest()
 
 
-def _in_threads(work: Callable[..., torch.Tensor], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """work(part, its number) of all parts, in order; on a CPU several at a time."""
-    several = len(parts) > 1 and parts[0].device.type == "cpu"
-    with ThreadPoolExecutor(os.cpu_count() if several else 1) as threads:
-        return list(threads.map(work, parts, itertools.count()))
-
-
-def _sums(part: torch.Tensor, number: int) -> torch.Tensor:
-    """One sum for each 128 KiB, int64. On a CPU one after the other, by NumPy: torch multiplies words at half its pace,
-    and torch's own threads, which larger operations start, took ten times as long on busy cores."""
-    part = _padded(part, 8 * _WORDS)
-    words = (part if part.storage_offset() % 8 == 0 else part.clone()).view(torch.int64).view(-1, _WORDS)
-    multipliers = _multipliers(words.device)
-    if words.device.type != "cpu":
-        return (words >> 32).bitwise_xor_(words).mul_(multipliers).sum(1)
-    sums, mixed, factors = [], np.empty(_WORDS, np.int64), multipliers.numpy()
-    for block in words.numpy():
-        np.right_shift(block, 32, out=mixed)
-        np.bitwise_xor(mixed, block, out=mixed)
-        sums.append(int(np.dot(mixed, factors)))
-    return torch.tensor(sums, dtype=torch.int64)
-
-
-def _padded(values: torch.Tensor, multiple: int) -> torch.Tensor:
-    """With zeros behind them, up to a multiple of a length; what has that already is not copied."""
-    return F.pad(values, (0, -len(values) % multiple)) if len(values) % multiple else values
-
-
-def block_sums(tensor: torch.Tensor) -> list[list[float]]:
-    """[sum with fixed random signs, norm] of each of up to 8 parts of a weight, whatever its dtype.
+def block_sums(tensor: torch.Tensor, most: int | None = None) -> list[list[float]]:
+    """[sum with fixed random signs, norm] of each of up to 8 parts of a weight, whatever its dtype. `most`: of so many
+    pieces of the weight at most, evenly spread.
 
     The signs make the error of a cast grow as the norm does, and permuted values show.
     """
     pieces = tensor.detach().reshape(-1).split(_PIECE)
     if not tensor.numel():
         return []
-    found = torch.stack(_in_threads(_signed, pieces)).double().cpu()
-    parts = [[part[:, 0].sum(), part[:, 1].norm()] for part in found.tensor_split(min(_PARTS, len(pieces)))]
+    if most:
+        pieces = pieces[:: -(-len(pieces) // most)]
+    signs, found = _signs(tensor.device), []
+    memory = torch.empty(_PIECE, device=tensor.device)  # used again: fresh memory costs more than the sums
+    for number, piece in enumerate(pieces):
+        values = _padded(memory[: len(piece)].copy_(piece) if piece.dtype != memory.dtype else piece)
+        rows = values.view(-1, _SIGNS)
+        first = number * len(rows) % (_SIGNS - len(rows))
+        found += [rows.mv(signs).dot(signs[first : first + len(rows)]), values.dot(values)]
+    sums = torch.stack(found).view(-1, 2).double().cpu()
+    parts = [[part[:, 0].sum(), part[:, 1].sum().sqrt()] for part in sums.tensor_split(min(_PARTS, len(pieces)))]
     return [[float(f"{value.nan_to_num():.6g}") for value in part] for part in parts]
 
 
-def _as_floats(piece: torch.Tensor) -> torch.Tensor:
-    """In float32; on a CPU in memory of this thread that is used again, since fresh memory costs more than the sums."""
-    if piece.dtype == torch.float32 or piece.device.type != "cpu":
-        return piece.float()
-    if not hasattr(_OWN, "floats"):
-        _OWN.floats = torch.empty(_PIECE)
-    return _OWN.floats[: len(piece)].copy_(piece)
-
-
-def _signed(piece: torch.Tensor, number: int) -> torch.Tensor:
-    """float32 [2]: sum with signs and norm of one piece."""
-    values = _padded(_as_floats(piece), _WORDS)
-    rows = values.view(-1, _WORDS)
-    signs = _signs(piece.device)
-    first = number * len(rows) % (_WORDS - len(rows))
-    return torch.stack([rows.mv(signs).dot(signs[first : first + len(rows)]), values.dot(values).sqrt()])
+def _padded(values: torch.Tensor) -> torch.Tensor:
+    """With zeros behind them, up to a multiple of _SIGNS."""
+    return F.pad(values, (0, -len(values) % _SIGNS)) if len(values) % _SIGNS else values
 
 
 def identity(tensor: torch.Tensor | Dequantised, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a weight is known by: dtype, shape, four values, its digest, and for another dtype sums of its parts. Of
+    """What a weight is known by: dtype, shape, four values, its digest, and for another dtype sums of a sample. Of
     these two only what tells it from `known`, if that is given. A quantised one, whose bits depend on the device, is
-    known by sums of its values."""
+    known by sums of all its values, as every weight was by earlier versions."""
     values, kind = (tensor.values, tensor.kind) if isinstance(tensor, Dequantised) else (tensor, None)
     dtype = kind or str(values.dtype).removeprefix("torch.")
     flat = values.detach().reshape(-1)
     at = [int(place * flat.numel()) for place in (0.119, 0.381, 0.618, 0.937)] if flat.numel() else []
     probe = [float(value) for value in flat[at].double().nan_to_num()]
     entry = {"dtype": dtype, "shape": list(values.shape), "probe": probe}
-    if not kind and (known is None or known["dtype"] == dtype):
-        entry["sha256"] = digest(values)
-    if kind or known is None or known["dtype"] != dtype:
+    digests = not kind and (known is None or (known["dtype"] == dtype and "xxh3" in known))
+    if digests:
+        entry["xxh3"] = digest(values)
+    if not digests or known is None:
+        entry["sampled"] = block_sums(values, _SAMPLE)
+    if kind or "sums" in (known or {}):
         entry["sums"] = block_sums(values)
     return entry
 
 
 def same_weight(expected: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether two weights are the same: all their bytes; in another dtype their shape and the sums of their parts, up
-    to six standard deviations of a cast's error (stacks of earlier versions: four values within 1 %). Weights that are
+    """Whether two weights are the same: all their bytes; in another dtype their shape and the sums of a sample, up to
+    six standard deviations of a cast's error (stacks of earlier versions: four values within 1 %). Weights that are
     quantised alike differ by less than 1 % of a part's norm (8 bits: 10 %)."""
     same = expected["dtype"] == found["dtype"]
-    if same and expected.get("sha256") and "sha256" in found:
-        return expected["sha256"] == found["sha256"]
+    if same and "xxh3" in expected and "xxh3" in found:
+        return expected["xxh3"] == found["xxh3"]
     if expected["shape"] != found["shape"]:
         return False
-    there, here = expected.get("sums", ()), found.get("sums", ())
-    if not there:  # four values say nothing of quantised ones
+    both = [key for key in ("sums", "sampled") if expected.get(key) and found.get(key)]
+    there, here = (expected[both[0]], found[both[0]]) if both else ((), ())
+    if not both:  # four values say nothing of quantised ones
         return not hasattr(torch, found["dtype"]) or not probe_differs(expected["probe"], found["probe"])
     near = 1e-5 + 1.28 * max(_EPS.get(entry["dtype"], _QUANTISED) for entry in (expected, found))
     if same:

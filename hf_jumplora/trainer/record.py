@@ -137,7 +137,7 @@ class RunFolder:
             if described["name_or_path"]:
                 why = "it is no model of transformers, or there are no safetensors files here"
                 logger.warning("the base is not compared with %s: %s", described["name_or_path"], why)
-        elif differ := differences(model, source):
+        elif differ := differences(model, source, described["weights"]):
             on_main(lambda: keep_base(model, differ, self.path, self.plan.tokenizer))
             described |= {"name_or_path": str((self.path / KEPT).resolve()), "revision": None}
         return described

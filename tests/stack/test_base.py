@@ -8,7 +8,6 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-import torch.nn.functional as F
 import toy
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from hf_jumplora.stack import diff, merge_stack
 from hf_jumplora.stack.base import check_base, describe_base
 from hf_jumplora.stack.manifest import read_manifest
 from hf_jumplora.stack.source import check_in_memory, differences
-from hf_jumplora.stack.weights import _multipliers, _sums, digest, identity, same_weight
+from hf_jumplora.stack.weights import block_sums, digest, identity, same_weight
 
 
 def logits(model):
@@ -49,15 +48,6 @@ def test_a_digest_is_of_all_bytes(dtype):
     assert digest(weight[torch.randperm(37)]) != found
 
 
-def test_a_digest_sees_signs():
-    """Sums modulo 2^64 of words alone would not: two flips of a word's highest bit add up to nothing."""
-    weight = torch.randn(64, 64).bfloat16()
-    for column in range(8):
-        other = weight.clone()
-        other[:, column] *= -1
-        assert digest(other) != digest(weight)
-
-
 def test_parts_of_a_larger_tensor():
     """Values that start at any byte of their storage."""
     weight = torch.randn(1001).bfloat16()
@@ -67,13 +57,13 @@ def test_parts_of_a_larger_tensor():
 
 def test_another_dtype_is_told_by_sums():
     """Noise of 2 % is seen, another order, another scale, and one entry that is far off; a cast is not. Stacks of
-    earlier versions have four values in place of sums."""
+    much earlier versions have four values in place of sums."""
     torch.manual_seed(0)
     weight = torch.randn(700, 800)
     known, large, far = identity(weight), weight.clone(), weight.clone()
     large[3] *= 100  # a row of outliers hides nothing in the other parts
     far[650, 650] += 20
-    assert len(known["sums"]) == 3
+    assert len(known["sampled"]) == 3
     assert same_weight(identity(large), identity(large.bfloat16()))
     others = [weight + 0.02 * torch.randn(700, 800), weight.roll(1, 0), weight.flip(1), weight * 1.02, far]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -81,18 +71,29 @@ def test_another_dtype_is_told_by_sums():
         assert not any(same_weight(known, identity(other.to(dtype), known)) for other in others)
     assert same_weight(identity(weight.bfloat16()), identity(weight.half()))
     assert not same_weight(known, identity(weight.view(800, 700).bfloat16()))
-    assert known["sums"] == identity(weight, {"dtype": "bfloat16"})["sums"]
-    former = {key: value for key, value in known.items() if key != "sums"}
+    assert known["sampled"] == identity(weight, {"dtype": "bfloat16"})["sampled"]
+    former = {key: value for key, value in known.items() if key != "sampled"}
     assert same_weight(former, identity(far.bfloat16()))
     assert not same_weight(former, identity((weight * 1.1).bfloat16()))
 
 
-def test_a_digest_is_that_of_earlier_versions():
-    weight = (torch.arange(200_003) * 0.37).sin().mul(1000).round().bfloat16()
-    assert digest(weight) == "a1b146f1c418cea438d5d82a5cb37cab895f4a76226e0323c1f30df3040c111d"
-    words = F.pad(weight.view(torch.uint8), (0, -weight.numel() * 2 % (1 << 17))).view(torch.int64).view(-1, 1 << 14)
-    mixed = (words >> 32 ^ words) * _multipliers(torch.device("cpu"))  # as on a GPU
-    assert torch.equal(_sums(weight.view(torch.uint8), 0), mixed.sum(1))
+def test_sums_of_a_sample():
+    """Of a weight of more than 32 pieces: which ones, and that the others take no part."""
+    weight = torch.randn(70, 1 << 18)
+    assert len(block_sums(weight, 32)) == 8
+    assert block_sums(weight, 32) == block_sums(weight[::3]) != block_sums(weight)
+    weight[1] = 0
+    assert block_sums(weight, 32) == block_sums(weight[::3])
+
+
+def test_a_weight_known_by_an_earlier_version():
+    """By a sha256 that is no longer computed, and sums of all values."""
+    weight = torch.randn(1 << 19)
+    former = {key: value for key, value in identity(weight).items() if key not in ("xxh3", "sampled")}
+    former |= {"sha256": "0" * 64, "sums": block_sums(weight)}
+    for found in (weight, weight.bfloat16()):
+        assert same_weight(former, identity(found, former))
+        assert not same_weight(former, identity(found.flip(0), former))
 
 
 # ---- compared with the named source -------------------------------------------------------------------------------
