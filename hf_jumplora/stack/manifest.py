@@ -32,7 +32,7 @@ class Manifest:
     method: name of the method. additive: True when the model is the base plus all tasks' updates; False when each
     folder holds the whole model after that task (seqlora) and only one can be loaded. separate: True when each folder
     is a model of its own for its task (perlora): one is loaded, by name. competing: True when the ranks of all tasks
-    compete for each token (mora): all folders are needed, and no weight is their sum.
+    compete for each token (mora, smora): all folders are needed, and no weight is their sum.
     tasks: in order; each {"name", "folder", "files": {file: sha256}, "support_sha256"}, and "state": the sha256 of
     strategies.safetensors, if the method remembers something; only the last task's file is kept.
     files: {file: sha256} of the files beside stack.json; loading does not need them (but a router that is asked for),

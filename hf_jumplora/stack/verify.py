@@ -12,6 +12,7 @@ from ..disk import MANIFEST, file_sha256
 from ..schema import TaskFile, check, read_json, short
 from ..tuner import JumpLoraConfig
 from ..tuner.model import rank_and_alpha
+from ..tuner.rank_routing import has_router
 from .manifest import Manifest, read_manifest, stack_support_sha256
 from .save import STRATEGIES
 
@@ -78,6 +79,8 @@ def expected_tensors(config: JumpLoraConfig, layers: dict[str, list[int]]) -> di
     for name, (out_features, in_features) in layers.items():
         key, r = f"base_model.model.{name}.jumplora_", rank_and_alpha(config, name)[0]
         expected |= {f"{key}A": ("F32", [r, in_features]), f"{key}B": ("F32", [out_features, r])}
+        if has_router(config.rank_routing):
+            expected |= {f"{key}router": ("F32", [r, in_features]), f"{key}router_b": ("F32", [r])}
         if config.gate:
             if name not in (config.support or {}):
                 raise ValueError(f"the config has no support of layer {name}")

@@ -12,7 +12,7 @@ from .loraga import LoraGA
 from .lorasb import LoraSB
 from .lwf import Lwf
 from .migu import Migu
-from .mora import Mora
+from .mora import Mora, SMoRA
 from .nlora import NLora
 from .nullspace import NullSpace
 from .olora import OLora
@@ -47,6 +47,7 @@ __all__ = [
     "OLora",
     "Osf",
     "Replay",
+    "SMoRA",
     "Slao",
     "SoRA",
     "Squeeze",

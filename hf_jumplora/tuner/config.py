@@ -117,7 +117,7 @@ class JumpLoraConfig(PeftConfig):
     )
 
     rank_routing: dict[str, float] | None = field(
-        default=None, metadata={"help": "Set by method mora: k, tau and delta, by which all tasks' ranks compete."}
+        default=None, metadata={"help": "Set by methods mora (k, tau, delta) and smora (k): all tasks' ranks compete."}
     )
 
     def __new__(cls, *args, **options):
@@ -172,8 +172,10 @@ class JumpLoraConfig(PeftConfig):
                 "density_pattern gives layers their own thresholds and holds them: it needs threshold_scope='layer', "
                 "threshold_update='density' and no density_schedule"
             )
-        if self.rank_routing is not None and (self.gate or self.rank_routing.keys() != {"k", "tau", "delta"}):
-            raise ValueError(f"rank_routing is k, tau and delta, with gate=False; got {self.rank_routing}")
+        if self.rank_routing is not None and (
+            self.gate or self.rank_routing.keys() not in ({"k", "tau", "delta"}, {"k"})
+        ):
+            raise ValueError(f"rank_routing is k, tau and delta, or k, with gate=False; got {self.rank_routing}")
         if not self.gate and self.isolation == "hard":
             raise ValueError(
                 "isolation='hard' keeps a task off the entries that earlier gates kept; it needs gate=True"

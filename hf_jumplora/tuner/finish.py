@@ -41,7 +41,8 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     for layer in layers.values():
         if adapter in layer.jumplora_g:
             layer.absorb_rank_gate(adapter, config)
-    sums = [layer.jumplora_A[adapter].sum() + layer.jumplora_B[adapter].sum() for layer in layers.values()]
+    parts = [(layer.jumplora_A, layer.jumplora_B, layer.jumplora_router) for layer in layers.values()]
+    sums = [torch.stack([part[adapter].sum() for part in some if adapter in part]).sum() for some in parts]
     for layer_name, total in zip(layers, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True):
         if not math.isfinite(total):
             raise FloatingPointError(

@@ -14,7 +14,7 @@ from .allora import RowScaledUpdate
 from .config import JumpLoraConfig
 from .gate import Float32ParameterDict, JumpGate
 from .peft_compat import BufferDict, freeze, in_out_features, start_inactive
-from .rank_routing import rank_weights
+from .rank_routing import has_router, rank_weights, router_weights
 from .updates import AdapterUpdates
 
 
@@ -27,7 +27,10 @@ class JumpLoraLayer(AdapterUpdates):
     """
 
     allora_eta: float | None = None  # while an adapter is trained with ALLoRA
-    adapter_layer_names = ("jumplora_A", "jumplora_B", "jumplora_g", "jumplora_gate")
+    rank_counts: torch.Tensor | None = None  # int64 [R]: the tokens that chose each rank when this was last trained
+    adapter_layer_names = (
+        "jumplora_A", "jumplora_B", "jumplora_g", "jumplora_router", "jumplora_router_b", "jumplora_gate",
+    )  # fmt: skip
     other_param_names = ("jumplora_support", "jumplora_dropout", "configs", "scaling", "jumplora_free")
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs):
@@ -48,6 +51,8 @@ class JumpLoraLayer(AdapterUpdates):
         self.jumplora_A = Float32ParameterDict()  # adapter -> [r, in]
         self.jumplora_B = Float32ParameterDict()  # adapter -> [out, r]
         self.jumplora_g = Float32ParameterDict()  # adapter whose ranks are gated -> [r], until it is finished
+        self.jumplora_router = Float32ParameterDict()  # adapter whose ranks a router chooses -> W_r [r, in]
+        self.jumplora_router_b = Float32ParameterDict()  # the same -> b [r], which no optimizer moves
         self.jumplora_gate = nn.ModuleDict()
         self.jumplora_support = BufferDict(persistent=True)  # finished adapter -> uint8, coded as on disk
         self.jumplora_dropout = nn.ModuleDict()
@@ -66,6 +71,8 @@ class JumpLoraLayer(AdapterUpdates):
             nn.init.kaiming_uniform_(self.jumplora_A[adapter], a=math.sqrt(5))  # as PEFT's LoRA
             if not config.init_weights:
                 nn.init.normal_(self.jumplora_B[adapter], std=1 / r)
+        if has_router(config.rank_routing):
+            self.route_ranks(adapter)
         if gate is not None:
             self.jumplora_gate[adapter] = gate
             if config.threshold_update != "learned":  # the schedule sets it, no optimizer may move it
@@ -129,6 +136,13 @@ class JumpLoraLayer(AdapterUpdates):
         A = self.jumplora_A[adapter]
         self.jumplora_g[adapter] = nn.Parameter(g.to(A.device, torch.float32))
 
+    def route_ranks(self, adapter: str) -> None:
+        """From here on W_r [r, in] and b [r], both 0 until they are set, tell which of the adapter's ranks act."""
+        A = self.jumplora_A[adapter]
+        self.jumplora_router[adapter] = nn.Parameter(torch.zeros_like(A))
+        self.jumplora_router_b[adapter] = nn.Parameter(A.new_zeros(len(A)))
+        freeze(self, adapter, ("jumplora_router_b",))
+
     @torch.no_grad()
     def absorb_rank_gate(self, adapter: str, config: JumpLoraConfig) -> None:
         """B <- B diag(g) without the ranks where g = 0, or B g, at the scaling of before; at least one rank stays."""
@@ -174,7 +188,10 @@ class JumpLoraLayer(AdapterUpdates):
         meta = torch.device("meta")
         if device is None:
             return
-        for container in (self.jumplora_A, self.jumplora_B, self.jumplora_support, self.jumplora_free):
+        for container in (
+            self.jumplora_A, self.jumplora_B, self.jumplora_router, self.jumplora_router_b, self.jumplora_support,
+            self.jumplora_free,
+        ):  # fmt: skip
             if adapter_name in container and container[adapter_name].device not in (meta, device):
                 container[adapter_name] = container[adapter_name].to(device)
         if adapter_name in self.jumplora_gate and self.gate(adapter_name).log_tau.device != meta:
@@ -210,9 +227,17 @@ class JumpLoraLayer(AdapterUpdates):
                 A, B, _ = self.factors(name)
                 own = self.jumplora_dropout[name](x) if name in self.active_adapters else x
                 activations.append(F.linear(own.to(A.dtype), A))
-                factors.append(B * self.scaling[name])
-            z = torch.cat(activations, -1)
-            weights = rank_weights(z, int(routing["k"]), routing["tau"], 0.0 if self.training else routing["delta"])
+                # W x + s sum_i w_i b_i z_i; of a router W x + alpha sum_i w_i b_i z_i, and alpha = s r
+                factors.append(B * (self.scaling[name] * (len(A) if has_router(routing) else 1)))
+            z, k = torch.cat(activations, -1), int(routing["k"])
+            if has_router(routing):
+                router = torch.cat([self.jumplora_router[name] for name in live])
+                b = torch.cat([self.jumplora_router_b[name] for name in live])
+                weights = router_weights(F.linear(x.to(router.dtype), router), b, k)
+                if self.training:
+                    self.rank_counts = (weights > 0).reshape(-1, weights.shape[-1]).sum(0)
+            else:
+                weights = rank_weights(z, k, routing["tau"], 0.0 if self.training else routing["delta"])
             return y + F.linear(weights * z, torch.cat(factors, 1)).to(y.dtype)
 
     def _can_fold(self, base: nn.Module, adapter: str) -> bool:
@@ -247,9 +272,12 @@ class JumpLoraLayer(AdapterUpdates):
         if self.task_weights is not None:
             return self._add_weighted(self._base_output(x, *args, **kwargs), x)
         live = self.closure(self.active_adapters, without=self.merged_adapters)
-        if any(routed := [name in self.configs and self.configs[name].rank_routing is not None for name in live]):
-            if not all(routed):
-                raise ValueError(f"{live}: the ranks of some tasks compete for each token, those of others do not")
+        routings = [self.configs[name].rank_routing if name in self.configs else None for name in live]
+        if any(routings):
+            if any(routing != routings[0] for routing in routings):
+                raise ValueError(
+                    f"{live}: the ranks of some tasks compete for each token, those of others do not, or in another way"
+                )
             return self._add_competing(self._base_output(x, *args, **kwargs), x, live)
         finished = tuple(n for n in live if n in self.finished.folded or n in self.jumplora_support)
         y = None

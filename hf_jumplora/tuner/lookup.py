@@ -76,8 +76,9 @@ def gate_groups(model: nn.Module, adapter: str) -> list[tuple[JumpGate, list[Jum
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """A [r, in] and B [out, r] of every layer, g [r] where ranks are gated, log_tau [1] of every gate; each once."""
-    layers = [layer for _, layer in named_layers(model, adapter)]
-    parts = [part for layer in layers for part in (layer.jumplora_A, layer.jumplora_B, layer.jumplora_g)]
+    """A [r, in] and B [out, r] of every layer, g [r] where ranks are gated, W_r [r, in] where a router chooses them,
+    log_tau [1] of every gate; each once."""
+    names = ("jumplora_A", "jumplora_B", "jumplora_g", "jumplora_router")
+    parts = [getattr(layer, name) for _, layer in named_layers(model, adapter) for name in names]
     factors = [part[adapter] for part in parts if adapter in part]
     return [*factors, *(gate.log_tau for gate, _ in gate_groups(model, adapter))]

@@ -24,6 +24,8 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
     jumplora_A: Float32ParameterDict
     jumplora_B: Float32ParameterDict
     jumplora_g: Float32ParameterDict
+    jumplora_router: Float32ParameterDict
+    jumplora_router_b: Float32ParameterDict
     jumplora_gate: nn.ModuleDict
     jumplora_support: BufferDict
     configs: dict[str, JumpLoraConfig]
