@@ -117,6 +117,7 @@ class _Trained(_Part):
     truncated: Count | None = None
     source: str | None = Field(None, max_length=4096)
     labels: list[str] | None = Field(None, max_length=100_000)
+    reused: Name | None = None
     collision: list[Fraction] = Field([], max_length=100_000)
     overlap: list[Fraction] = Field([], max_length=100_000)
 

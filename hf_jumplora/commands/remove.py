@@ -8,6 +8,7 @@ Under isolation="hard" the entries of a removed task return to the base model's 
 """
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +23,14 @@ def run(args: argparse.Namespace) -> None:
     """Write the rest, and say what was removed and what was not."""
     from ..stack.load import open_stack
     from ..stack.operations import remove
+    from ..stack.verify import task_description
 
     _, manifest, gone = open_stack(args.stack, args.tasks, args.revision)
     rest = remove(args.stack, args.tasks, args.out, args.revision)
     names = [task["name"] for task in gone]
     print(f"{args.out}: {', '.join(rest.task_names)}; bit for bit as if {', '.join(names)} had never been added")
+    if bare := [t["name"] for t in rest.tasks if task_description(Path(args.out), t).get("reused") in names]:
+        print(f"Nothing serves {', '.join(bare)} any more: not trained, because the adapter of a removed task served.")
     first = manifest.task_names.index(names[0])
     later = [name for name in manifest.task_names[first + 1 :] if name not in names]
     if later:

@@ -36,6 +36,8 @@ def matrix_rows(result: dict[str, Any]) -> list[list[str]]:
     densities = [info["density"] for info in result["trained"]]
     for number, scores in enumerate(result["matrix"]):
         label = "nothing yet" if number == 0 else f"{number}. {names[number - 1]}"
+        if number and (reused := result["trained"][number - 1].get("reused")):
+            label += f" (not trained: {reused} serves it)"
         kept = "" if number == 0 else f"{100 * densities[number - 1]:.1f} %"
         rows.append([label, *(unit.show(value) for unit, value in zip(found, scores, strict=True)), kept])
     return rows

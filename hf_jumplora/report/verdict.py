@@ -134,15 +134,18 @@ def _flips(stored: StoredRun) -> list[dict[str, Any]]:
 
 
 def _check_learned(check: Any, metrics: dict[str, Any]) -> None:
-    """The tasks that their own training made no better."""
+    """The tasks that their own training made no better, or that were not trained because an earlier one serves them."""
     matrix, found = metrics["matrix"], units_of(metrics)
     for j, task in enumerate(metrics["tasks"][: len(matrix) - 1]):
         before, learned, unit = matrix[0][j], matrix[j + 1][j], found[j]
-        if before is None or learned is None or (unit.share and learned == 1):
-            continue
-        if unit.sign * (learned - before) <= 0:
-            says = f"no better after its training ({unit.show(learned)}) than before ({unit.show(before)})"
-            check(f"learning of {task}", False, says)
+        reused = metrics["trained"][j].get("reused")
+        scores = f"({unit.show(learned)}) than before ({unit.show(before)})"
+        measured = before is not None and learned is not None
+        if measured and unit.sign * (learned - before) <= 0 and not (unit.share and learned == 1):
+            served = f"by the adapter of {reused}, which serves it without training" if reused else "after its training"
+            check(f"learning of {task}", False, f"no better {served} {scores}")
+        elif reused:
+            check(f"learning of {task}", None, f"not trained: its prompts are like those of {reused}, which serves it")
 
 
 def _check_tasks(check: Any, metrics: dict[str, Any], limits: Limits, flips: dict[str, dict[str, Any]]) -> None:

@@ -115,16 +115,18 @@ def prompt_reader(base: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def prompt_features(reader: nn.Module, weights: TaskWeights, inputs: dict[str, Any]) -> torch.Tensor:
+def prompt_features(reader: nn.Module, weights: TaskWeights | None, inputs: dict[str, Any]) -> torch.Tensor:
     """What the router looks at: float32 [rows, 2 hidden] of a batch with `input_ids`, on the base without any task.
 
-    Where a causal batch has `labels`, the tokens with one are no part of the prompt.
+    weights: of the tasks of this model; None where they are switched off. Where a causal batch has `labels`, the tokens
+    with one are no part of the prompt.
     """
     ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
     if ids is None or (mask is not None and mask.ndim != 2):
-        raise ValueError("a router reads the prompt's tokens: call the model with input_ids and a mask [rows, tokens]")
+        raise ValueError("what a prompt is like is told from its tokens: it needs input_ids and a mask [rows, tokens]")
     mask = torch.ones_like(ids) if mask is None else mask
-    weights.set(torch.zeros(len(ids), len(weights.adapters)))
+    if weights is not None:
+        weights.set(torch.zeros(len(ids), len(weights.adapters)))
     given = {key: inputs[key] for key in _PROMPT if inputs.get(key) is not None}
     states = reader.forward(**given, output_hidden_states=True)["hidden_states"]  # not a call: past the hook
     if labels is not None and labels.shape == ids.shape:

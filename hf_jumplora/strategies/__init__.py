@@ -20,6 +20,7 @@ from .osf import Osf
 from .ranks import CoDyRA, DyLora, SoRA
 from .replay import Replay
 from .rounds import Boost, Dps, Squeeze
+from .sema import Sema
 from .slao import Slao
 from .unlearn import Unlearn
 
@@ -48,6 +49,7 @@ __all__ = [
     "Osf",
     "Replay",
     "SMoRA",
+    "Sema",
     "Slao",
     "SoRA",
     "Squeeze",

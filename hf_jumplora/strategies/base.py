@@ -70,6 +70,8 @@ class Strategy:
         seed: of what the strategy draws by itself. The bench sets it to the seed of the run.
         step: optimizer steps of the task that are done, also after a restart; the trainer sets it before each step.
         steps: of the whole task; the trainer sets it before `on_optimizer`.
+        reused: set in `on_task_start`, the number of an earlier task whose adapter serves the one that begins: that one
+            is not trained. None: it is.
         general: rows of no task that the strategy preserves, None without any; True stands for the run's own general
             text, which the run puts in its place.
     """
@@ -80,6 +82,7 @@ class Strategy:
     seed: int = 0
     step: int = 0
     steps: int = 0
+    reused: int | None = None
     general: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -229,7 +229,7 @@ def _no_softmax(plan: RunPlan) -> str | None:
 def _check_identity(strategy: Strategy) -> None:
     """Raise ValueError unless the repr of a strategy names all its options: a restarted run knows it by that."""
     known = {f.name for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else set()
-    known |= {"seed", "step", "steps", "general"}  # a run sets them
+    known |= {"seed", "step", "steps", "general", "reused"}  # a run sets them
     hidden = [k for k, value in vars(strategy).items() if k not in known and not (k[0] == "_" or callable(value))]
     own = "__repr__" in vars(type(strategy)) and not dataclasses.is_dataclass(strategy)
     if (hidden and not own) or re.search(r" at 0x[0-9a-f]+", repr(strategy)):

@@ -170,11 +170,12 @@ def describe_task(
     """
     task = plan.tasks[index] if plan.method.mode != "joint" else None
     name, (_, args) = plan.stages()[index][0], plan.trainer_of(task)
+    reused = [plan.stages()[s.reused][0] for s in plan.strategies if s.reused is not None]
     text, batch = isinstance(task, TextTask), args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "name": name,
         "index": index,
-        "density": density(model, f"task_{index:03d}"),
+        "density": 0.0 if reused else density(model, f"task_{index:03d}"),
         "steps": steps,
         "train_examples": steps * batch if examples is None else examples,
         "truncated": truncated if text else None,
@@ -186,6 +187,7 @@ def describe_task(
         "processes": args.world_size,
         "sharding": sharding(args),
         "seconds": round(seconds, 1),
+        **({"reused": reused[0]} if reused else {}),
         **(_overlaps(model, plan.output_dir, index) if plan.config.gate and args.process_index == 0 else {}),
     }
 

@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 
 from .._compat import DECLARES_SCALED_LOSS, SMOOTHS_BY_TOKENS
 from ..data import row_count
@@ -111,6 +112,9 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if sharding(self.args) == "fsdp2":
             ignore_cut_weights(self.model)
         self._tell("on_task_start")
+        begun = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if not begun and any(strategy.reused is not None for strategy in self.strategies):
+            return TrainOutput(0, 0.0, {})
         handle = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         try:
             output = super().train(*args, **kwargs)
