@@ -1,13 +1,19 @@
 """SEMA's growth (arXiv 2403.18886): a task whose prompts are like those of an earlier one gets no adapter."""
 
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file
 
+from ..stack.manifest import read_manifest
 from ..stack.router import prompt_features, prompt_reader
+from ..stack.verify import state_file
 from ..tuner import can_continue, named_layers
 from ..tuner.lookup import adapter_config
 from .base import Strategy, check_alone, state_of
@@ -132,3 +138,26 @@ def z_scores(features: torch.Tensor, known: dict[str, torch.Tensor]) -> torch.Te
     """(error - mean) / standard deviation of each row of features [rows, d]: how far it is off what is described."""
     mean, spread = known["errors"]
     return (errors(features, known) - mean) / spread
+
+
+def mixture(stack: str | os.PathLike) -> Callable[[torch.Tensor], torch.Tensor]:
+    """For `load_stack(stack, route=mixture(stack))`, stack a folder: on each prompt the tasks with a descriptor act
+    with the weights softmax(-z), in place of all with weight 1.
+
+    Raises:
+        FileNotFoundError: no stack there. ValueError: it has no descriptors, or a file is damaged.
+    """
+    tasks, known = read_manifest(stack).tasks, Sema()
+    path = state_file(Path(stack), tasks) if tasks else None
+    state = load_file(path) if path else {}
+    if {key.split(".")[-1] for key in state} != {"mean", "basis", "errors"}:
+        raise ValueError(f"{stack} has no descriptors of its tasks: it was not trained with Sema")
+    known.load_state_dict(state_of(int(next(iter(state)).split(".")[0]), state))
+
+    def weights(features: torch.Tensor) -> torch.Tensor:
+        z = torch.stack([z_scores(features.cpu(), one) for one in known.descriptors.values()], 1)
+        chosen = torch.zeros(len(features), len(tasks))
+        chosen[:, list(known.descriptors)] = (-z).softmax(1)
+        return chosen.to(features.device)
+
+    return weights

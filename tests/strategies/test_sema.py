@@ -17,7 +17,7 @@ from hf_jumplora.methods import METHODS
 from hf_jumplora.report.folder import read_run
 from hf_jumplora.report.verdict import judge_metrics
 from hf_jumplora.strategies import L2, Replay, Sema, sema
-from hf_jumplora.strategies.sema import describe, z_scores
+from hf_jumplora.strategies.sema import describe, mixture, z_scores
 
 
 IDS = torch.tensor([[3, 12, 13, 8, 14, 9]])
@@ -96,6 +96,12 @@ def test_a_known_task_is_not_trained(toy_base, tmp_path, monkeypatch, caplog, ca
         assert torch.equal(run.model.eval()(IDS).logits, load_stack(folder, tasks=["size", "light"])(IDS).logits)
         assert torch.equal(load_stack(folder, tasks=["again"])(IDS).logits, toy.load_base(toy_base)(IDS).logits)
 
+    known, route = list(run.strategies[0].descriptors.values()), mixture(folder)
+    given = torch.stack([one["mean"] for one in known])
+    z = torch.stack([z_scores(given, one) for one in known], 1)
+    assert torch.equal(route(given), torch.cat([(-z).softmax(1), torch.zeros(2, 1)], 1))
+    assert torch.isfinite(load_stack(folder, route=route)(IDS).logits).all()
+
     metrics = copy.deepcopy(read_run(folder).metrics)
     for score, ok, says in (
         (0.75, None, "not trained: its prompts are like those of size, which serves it"),
@@ -106,9 +112,13 @@ def test_a_known_task_is_not_trained(toy_base, tmp_path, monkeypatch, caplog, ca
         assert (found["ok"], found["says"]) == (ok, says)
     assert main(["remove", str(folder), "--tasks", "size", "--out", str(tmp_path / "rest")]) == 0
     assert "Nothing serves again any more" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="it was not trained with Sema"):  # what is left has no descriptors
+        mixture(tmp_path / "rest")
 
 
-def test_refused(toy_base, tmp_path):
+def test_refused(toy_base, toy_run, tmp_path):
+    with pytest.raises(ValueError, match="it was not trained with Sema"):
+        mixture(toy_run.output_dir)
     with pytest.raises(ValueError, match="only Replay goes with Sema"):
         Sema().check_run([L2()], None, "none")
     Sema().check_run([Replay()], None, "ddp")
