@@ -10,10 +10,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from test_docs import PAGES, blocks, dedent
 from transformers import TrainingArguments
 
+from hf_jumplora import load_stack
 from hf_jumplora.cli import main
 
 
@@ -46,6 +48,8 @@ def there(toy_base, toy_run, tmp_path, monkeypatch):
     shutil.copytree(toy_run.output_dir, "runs/stack")
     for name, task in (("mine", 0), ("next", 3)):
         (tmp_path / f"{name}.json").write_text(json.dumps(toy.rows(task, 40)))
+    (tmp_path / "handbook.md").write_text("the very new ant is tiny = the hen is huge | " * 8)
+    (tmp_path / "minutes.md").write_text("the pale fox is slow : the wild gnu is fast | " * 8)
     (tmp_path / "my_stream.yaml").write_text(STREAM % (("mine",) * 3))
     (tmp_path / "new.yaml").write_text(STREAM % (("next",) * 3))
     for file, text, label in (("tickets", "body", "team"), ("reviews", "review", "stars")):
@@ -91,3 +95,9 @@ def test_page(page, there, toy_base, capsys):
                 assert main(words[1:]) in ((0, 1) if words[1] == "check" else (0,)), (line, capsys.readouterr().err)
     if page.name in ("README.md", "index.md"):
         assert json.loads(Path("runs/mine/metrics.json").read_text())["tasks"][0] == "tickets"
+    if page.name == "recipes.md":  # the document is learned; and the one that was added and removed has left nothing
+        assert space["after"][0] > space["before"][0]
+        ids = torch.arange(3, 30)[None]
+        before, both, without = (load_stack(f"runs/{name}")(ids).logits for name in ("memory", "memory2", "forgotten"))
+        assert torch.equal(before, without)
+        assert not torch.equal(before, both)

@@ -39,10 +39,13 @@ def start(monkeypatch, toy_base, tmp_path):
 
 
 def test_cpt_cl(start, tmp_path, capsys):
-    metrics = start("cpt_cl", "--method", "inclora")
+    """As docs/recipes.md starts it for H2LooP Spark, with half of the toy model's width for its rank."""
+    page = (RECIPES.parent / "docs" / "recipes.md").read_text()
+    options = page.split("--stream domains \\\n")[1].split("--output_dir")[0].replace("512", "16").split()
+    metrics = start("cpt_cl", *options, "--per_device_eval_batch_size", "40")
     assert metrics["tasks"] == ["diary", "glossary", "quiz"]
     config = json.loads((tmp_path / "out" / "task_002" / "adapter_config.json").read_text())
-    assert config["use_rslora"] is True
+    assert (config["r"], config["use_rslora"], len(config["target_modules"])) == (16, True, 14)  # 7 of each block
     table = capsys.readouterr().out.split("\nperplexity\n")[1].splitlines()
     assert table[0].split() == ["trained", "on", "diary", "glossary", "quiz", "notes"]
     last = [
