@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
@@ -19,6 +18,7 @@ from ._compat import CHECKPOINTING
 from .data import load_tasks
 from .escape import one_line
 from .methods import GATE_OPTIONS, METHODS, get_method, strategy_name
+from .schema import read_yaml
 from .strategies import Strategy
 from .tuner import JumpLoraConfig
 
@@ -196,9 +196,9 @@ def parse_recipe(
         if not path.is_file():
             parser.error(f"{path} is a folder, not a YAML file" if path.is_dir() else f"{path}: no such file")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            parser.error(f"{path} is not valid YAML: {error}")
+            values = read_yaml(path)[0] or {}
+        except ValueError as error:
+            parser.error(str(error))
         if not isinstance(values, dict):
             parser.error(f"{path}: expected keys and values, found {type(values).__name__}")
         known = {action.dest for action in parser._actions}

@@ -341,7 +341,7 @@ def read_yaml(path: str | Path) -> tuple[Any, Any]:
     """(content, root node) of a YAML file of at most [`MAX_YAML`] bytes, and as many values with its aliases resolved.
 
     Raises:
-        ValueError: it is no YAML, or larger, or not UTF-8. OSError: it cannot be read.
+        ValueError: it is no YAML, or larger, or not UTF-8, or has a key twice. OSError: it cannot be read.
     """
     path = Path(path)
     try:
@@ -357,11 +357,19 @@ def read_yaml(path: str | Path) -> tuple[Any, Any]:
 
 
 def _values(node: Any, seen: dict[int, int]) -> int:
-    """How many values a node is with every alias in it written out; more than any limit for one that holds itself."""
+    """How many values a node is with every alias in it written out; more than any limit for one that holds itself.
+
+    Raises:
+        ValueError: a key stands there twice, of which YAML would take the last.
+    """
     if not isinstance(getattr(node, "value", None), list):
         return 1
     if id(node) not in seen:
         seen[id(node)] = 2 * MAX_YAML  # until it is known: met again, it is in itself
+        keys = [part[0] for part in node.value if isinstance(part, tuple)]
+        for number, key in enumerate(keys):
+            if (key.tag, key.value) in [(other.tag, other.value) for other in keys[:number]]:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {short(key.value)} stands there twice")
         parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
         seen[id(node)] = 1 + sum(_values(part, seen) for part in parts)
     return seen[id(node)]

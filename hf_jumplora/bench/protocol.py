@@ -4,9 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ..methods import METHODS, get_method, method_names, strategy_name
+from ..schema import read_yaml
 from ..tuner import JumpLoraConfig
 
 
@@ -127,10 +126,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: the file is not of this form, or names something that does not exist; the message says which.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file ({error})") from error
+    content, _ = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: write NAME: {{method: ..., adapter: {{...}}, strategy: [...]}}")
     variants, options = {}, {f.name for f in fields(JumpLoraConfig)}

@@ -10,13 +10,11 @@ the verdict.
 import argparse
 import json
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..report.folder import read_run
 from ..report.verdict import Limits, judge, verdict_text
+from ..schema import read_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_limits(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml(path)[0] or {}
     known = [item.name for item in fields(Limits)]
     if not isinstance(values, dict) or set(values) - set(known):
         raise ValueError(f"{path}: expected keys of {', '.join(known)}")

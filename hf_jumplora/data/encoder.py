@@ -63,8 +63,14 @@ class Encoder:
 
     def _start(self, text: str) -> list[int]:
         """Tokens of a text that goes on: without what the tokenizer appends to each."""
-        ids = self.tokenizer(text).input_ids
+        ids = self._encode(text)
         return ids[: len(ids) - self._appended]
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a text; one that begins with the beginning of a sequence, as chat templates write it, has it once,
+        also where the tokenizer puts another before it."""
+        ids, start = list(self.tokenizer(text).input_ids), self.tokenizer.bos_token_id
+        return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
     @cached_property
     def _appended(self) -> int:
@@ -100,7 +106,7 @@ class Encoder:
         room = self.max_length
         if not self.seq2seq:
             room -= self.longest_answer(task)
-        encode = (lambda text: self.tokenizer(text).input_ids) if self.seq2seq else self._start
+        encode = self._encode if self.seq2seq else self._start
         ids = encode(task.render(text))
         if len(ids) <= room:
             return ids
@@ -123,7 +129,7 @@ class Encoder:
         longer than max_length; a piece of one token, which predicts nothing, is left out."""
         pieces, size = [], self.max_length
         for text in texts:
-            ids = list(self.tokenizer(text.strip()).input_ids)
+            ids = self._encode(text.strip())
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             pieces += [ids[i : i + size] for i in range(0, len(ids) - 1, size)]

@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import ClassLabel, Features, load_dataset
 
+from ..schema import short
+
 
 def hub_rows(dataset: str, config, split: str, limit: int | None, label: str | None) -> tuple[list[dict], list[str]]:
     """(rows of a Hub data set, all names of the column `label`); class numbers are their names in the data set.
@@ -84,6 +86,9 @@ def _read_json_lines(path: Path) -> list[Any]:
 def _read_csv(path: Path) -> list[dict[str, str]]:
     rows, reader = [], csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
+        names = reader.fieldnames or []
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ValueError(f"{path}, line 1: two columns are called {short(twice[0])}")
         for row in reader:
             if None in row:
                 raise ValueError(f"{path}, line {reader.line_num}: more fields than columns")

@@ -249,6 +249,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
             names = [called.get(name, name) for name in names if name not in skipped]
             if labels is None:
                 labels = sorted(set(names or (row["label"] for row in train or found or ())))
+                _check_found(labels, len(train or found or ()))
             elif missing := [name for name in names if name not in labels]:
                 raise ValueError(
                     f"the data set's own labels are {names}, and {missing[0]!r} is not among the stream's, {labels}: "
@@ -265,6 +266,18 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
     except ValueError as error:
         says = str(error)  # values of thousands of letters are not shown whole
         raise ValueError(f"{where}: {says if len(says) < 2000 else f'{says[:1000]} ... {says[-500:]}'}") from error
+
+
+def _check_found(labels: list[str], rows: int) -> None:
+    """Raise ValueError if what stands in the column of labels cannot be classes: one alone, which is always right, or
+    nearly as many as there are rows."""
+    if len(labels) == 1:
+        raise ValueError(f"all {rows} rows have the label {short(labels[0])}, so that every answer is right")
+    if len(labels) > max(100, rows // 2):
+        raise ValueError(
+            f"{len(labels)} different labels in {rows} rows, such as {short(labels[0])}: where answers are free text, "
+            "metric says how they are compared; where they are classes, list them as labels"
+        )
 
 
 def _drawn(rows: list[dict] | None, limit: int | None) -> list[dict] | None:
@@ -294,5 +307,7 @@ def _text_row(row: dict, text: str, label: str | None, where: str) -> dict[str, 
         return str(found)
 
     columns = re.findall(r"\{(\w+)\}", text)
+    if label in columns:
+        raise ValueError(f"{where}: the text shows the answer, column {short(label)}")
     written = re.sub(r"\{(\w+)\}", lambda match: value(match[1]), text) if columns else value(text)
     return {"sentence": written, "label": value(label)} if label else {"text": written}

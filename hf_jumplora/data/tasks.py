@@ -65,6 +65,12 @@ class Task:
                 f"task name {short(self.name)}: use letters, digits, '-', '_' and '.', starting with a letter or "
                 f"digit, {MAX_NAME} at most"
             )
+        for option in ("train_dataset", "eval_dataset"):
+            if isinstance(getattr(self, option), Mapping):
+                raise ValueError(
+                    f"task {self.name!r}: {option} is a dict of {', '.join(map(short, getattr(self, option)))}: give "
+                    'one data set, data["train"]; several that are scored apart are tasks with held_out=True'
+                )
         if self.held_out:
             if self.eval_dataset is None:
                 raise ValueError(f"task {self.name!r} is held out, so it needs an eval_dataset")
@@ -207,8 +213,11 @@ class TextTask(Task):
             raise ValueError(f"{where}: max_answer is a positive number of tokens, got {self.max_answer!r}")
         if not all(isinstance(label, str) and label.strip() for label in self.labels):
             raise ValueError(f"{where}: labels must be strings that are not empty, got {self.labels}")
-        if len(set(map(fold, self.labels))) != len(self.labels):
-            raise ValueError(f"{where}: two labels differ only in case or spaces: {self.labels}")
+        if len({re.sub(r"^(-?\d+)\.0+$", r"\1", fold(label)) for label in self.labels}) != len(self.labels):
+            raise ValueError(
+                f"{where}: two labels differ only in case, spaces, Unicode form, or as 1 and 1.0: "
+                f"{', '.join(map(ascii, self.labels))}"
+            )
         if "{text}" not in self.prompt:
             raise ValueError(f"{where}: the prompt needs a place for '{{text}}', got {self.prompt!r}")
         if unknown := set(re.findall(r"\{(\w+)\}", self.prompt)) - set(_PLACES):

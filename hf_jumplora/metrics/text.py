@@ -4,13 +4,15 @@ Each function takes (answer, reference, source); the source is the text that the
 looks at. All but `edit_similarity` fold case and white space first.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 
 def fold(text: str) -> str:
-    """Lower case, white space folded: how answers are compared (the published metric)."""
-    return " ".join(text.lower().split())
+    """Lower case, white space folded: how answers are compared (the published metric). Accented letters are the same
+    in both of Unicode's forms."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def exact_match(answer: str, reference: str, source: str = "") -> float:

@@ -1,15 +1,19 @@
 """Direction and unit of scores, by a metric's name and values: an accuracy of 0.9 is 90 %, a loss of 0.9 is a loss.
 
-Less is better where the name ends in a word of `LOWER` ("loss", "validation_loss", "rmse"); transformers' own rule for
-`greater_is_better` knows "loss" alone.
+Less is better where the name ends in a word of `LOWER` ("loss", "validation_loss", "error_rate"), and more where it
+begins with "neg"; transformers' own rule for `greater_is_better` knows "loss" alone.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
-LOWER = frozenset(("loss", "entropy", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer"))
+LOWER = frozenset((
+    "loss", "entropy", "perplexity", "ppl", "nll", "error", "errors", "mse", "rmse", "mae", "mape", "wer",
+    "cer", "ter", "eer", "brier", "distance", "divergence",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,17 @@ PERCENT = Unit()
 
 def unit_of(metric: str | None, scores: Iterable[float | None]) -> Unit:
     """The unit of all scores of one task."""
-    if metric and metric.rsplit("_", 1)[-1].lower() in LOWER:
+    if metric and _less_is_better(metric):
         return Unit(metric, -1)
     share = all(score is None or abs(score) <= 1 for score in scores)
     return PERCENT if share else Unit(metric or "score")
+
+
+def _less_is_better(metric: str) -> bool:
+    words = re.sub(r"_(rate|score)$", "", metric.lower()).split("_")
+    less = words[-1] in LOWER
+    turned = words[0] in ("neg", "negative") and (less or words[-1] == "likelihood")  # scikit-learn's neg_log_loss
+    return less != turned
 
 
 def units(

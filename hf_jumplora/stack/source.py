@@ -34,7 +34,7 @@ _LIBRARIES = frozenset((
     "accelerate", "bitsandbytes", "deepspeed", "hf_jumplora", "kernels", "liger_kernel", "peft", "torch",
     "transformers", "trl",
 ))  # fmt: skip
-_FREE = frozenset(("training", "gradient_checkpointing", "max_seq_len_cached"))  # attributes that change with use
+_FREE = frozenset(("training", "gradient_checkpointing", "max_seq_len_cached", "momentum"))  # they change with use
 _SAVE = "save it, and its tokenizer, with save_pretrained(folder), load it from there, and start the run with that"
 
 
@@ -56,6 +56,7 @@ def check_in_memory(base: nn.Module) -> None:
             "on. Load the base without device_map, quantised, or with recipes/accelerate/zero3_offload.yaml"
         )
     fresh = _new(base)
+    check_whole(base, fresh)
     check_buffers(base, fresh)
     folder = source_folder(base)
     for text in _config_differences(base, folder) if folder else ():
@@ -72,6 +73,24 @@ def _new(base: nn.Module) -> nn.Module:
         return base
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         return type(base)(copy.deepcopy(base.config))
+
+
+def check_whole(base: Any, fresh: nn.Module) -> None:
+    """Raise ValueError, naming it, if `fresh`, a new model of the base's config, has a weight that the base has not, or
+    if weights are tied in the base alone: a stack would later be refused as one of another base."""
+    there = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    if missing := [name for name, _ in fresh.named_parameters() if name not in there]:
+        raise ValueError(
+            f"the base has no {missing[0]}, which its config gives it: change the config too (num_hidden_layers, ...), "
+            "or load the base again"
+        )
+    last = getattr(base.get_output_embeddings(), "weight", None) if isinstance(base, PreTrainedModel) else None
+    tied = last is not None and last is getattr(base.get_input_embeddings(), "weight", None)
+    if tied and getattr(base.config, "tie_word_embeddings", True) is False:
+        raise ValueError(
+            "the base's input and output embeddings are one weight, and its config says tie_word_embeddings=False: set "
+            f"it to True, {_SAVE}"
+        )
 
 
 def warn_of_modules(base: nn.Module, fresh: nn.Module) -> None:
@@ -225,7 +244,10 @@ def _config_differences(base: nn.Module, folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         return []
     there = type(config).from_pretrained(str(folder))
-    return [f"config: {text}" for text in config_differences(result_config(there), result_config(config))]
+    differ = config_differences(result_config(there), result_config(config))
+    if type(base).__name__.endswith("SequenceClassification") and there.pad_token_id != config.pad_token_id:
+        differ.append(f"pad_token_id is {there.pad_token_id} there, {config.pad_token_id} here")  # finds the last token
+    return [f"config: {text}" for text in differ]
 
 
 def _equal(there: torch.Tensor | None, value: torch.Tensor) -> bool:

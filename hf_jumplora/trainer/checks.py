@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,16 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..data import LanguageModelTask, Task, TextTask, row_count
 from ..data.ranges import check_ranges
 from ..stack.source import check_in_memory
 from ..strategies import Strategy
-from ..tuner import can_continue, ramp_steps
+from ..tuner import JumpLoraConfig, can_continue, named_layers, ramp_steps
 from .arguments import argument
 from .backend import sharding
 from .callbacks import early_stopping
@@ -41,6 +43,8 @@ _NOT_WITH_ZERO = {
 
 
 _NOT_IN_A_RUN = {
+    "auto_find_batch_size": "a task would go on half trained, with another batch than the run's settings say: leave it "
+    "out and give per_device_train_batch_size and gradient_accumulation_steps",
     "load_best_model_at_end": "it would undo the end of the gate's ramp; leave it out",
     "save_only_model": "such a checkpoint has no optimizer and no random state, so an interrupted task could not "
     "continue exactly: leave it out",
@@ -75,16 +79,43 @@ def check(plan: RunPlan) -> None:
         )
     check_backend(plan)
     check_in_memory(plan.model)
+    _check_statistics(plan.model)
     # The adapter is added and removed again: targets, ranks and layer types that cannot work show now.
     filled = copy.deepcopy(plan.config)
-    get_peft_model(plan.model, filled).unload()
+    adapted = get_peft_model(plan.model, filled)
+    layers = [name for name, _ in named_layers(adapted)]
+    adapted.unload()
+    _check_names(filled, layers)
     if filled.modules_to_save:  # by PEFT itself
         raise ValueError(
             f"task_type={filled.task_type!r} makes PEFT train {', '.join(filled.modules_to_save)} in full, which would "
             "be replaced from task to task: leave task_type out"
         )
     if not any(isinstance(task, LanguageModelTask) for task in plan.tasks):  # their steps are known once they are cut
-        check_ramps(plan, [size for _, size in plan.stages()])
+        check_steps(plan, [size for _, size in plan.stages()])
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum != 0:
+            raise ValueError(
+                f"{name} of the base is a {type(module).__name__}, whose running statistics change while adapters are "
+                "trained, and no adapter holds them: set its momentum to 0.0, or freeze it in the model's class"
+            )
+
+
+def _check_names(config: JumpLoraConfig, layers: list[str]) -> None:
+    """Raise ValueError if a pattern of the config is that of no adapted layer; a warning if a target is."""
+    for option in ("rank_pattern", "alpha_pattern", "density_pattern"):
+        for key in getattr(config, option):
+            if all(get_pattern_key([key], name) != key for name in layers):
+                raise ValueError(
+                    f"{option}: {key!r} is the name of no adapted layer; these are {', '.join(layers[:4])}, ..."
+                )
+    targets = config.target_modules
+    for key in targets if isinstance(targets, (list, set, tuple)) else ():
+        if not any(f".{name}".endswith(f".{key}") for name in layers):
+            warnings.warn(f"target_modules: {key!r} is the name of no layer that could be adapted", stacklevel=2)
 
 
 def _check_tasks(plan: RunPlan) -> None:
@@ -105,6 +136,14 @@ def _check_tasks(plan: RunPlan) -> None:
     if plain and not can_continue(plan.model):
         raise ValueError(
             f"LanguageModelTask needs a causal LM, got {type(plan.model).__name__}; remove task {plain[0]!r}"
+        )
+    if type(collator := plan.collator) is DataCollatorForLanguageModeling and (
+        not collator.mlm and collator.tokenizer.pad_token_id == collator.tokenizer.eos_token_id
+    ):
+        warnings.warn(
+            "data_collator: transformers' DataCollatorForLanguageModeling gives pad tokens no label, and here the end "
+            "of sequence is one: no model will learn to end. Give the tokenizer another pad_token",
+            stacklevel=2,
         )
     for task in (*plan.tasks, *plan.held_out):
         _check_trainer(plan, task)
@@ -136,6 +175,8 @@ def _check_trainer(plan: RunPlan, task: Task) -> None:
     for option, why in _NOT_IN_A_RUN.items():
         if getattr(args, option):
             raise ValueError(f"{option}: {why}")
+    if args.eval_on_start and IntervalStrategy(args.eval_strategy) == IntervalStrategy.NO:
+        raise ValueError("eval_on_start needs eval_strategy; a run measures the base before the first task by itself")
     if args.label_smoothing_factor and getattr(plan.model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{where}: label_smoothing_factor takes the labels out of the inputs, from which an encoder-decoder makes "
@@ -308,13 +349,22 @@ def _check_deepspeed(plan: RunPlan, kind: str) -> None:
         raise ValueError(f"the DeepSpeed config has {found[0][0]!r}: {found[0][1]}")
 
 
-def check_ramps(plan: RunPlan, sizes: Sequence[int | None]) -> None:
-    """Raise ValueError that names the stage whose `sizes` examples make too few steps for the gate's ramp."""
+def check_steps(plan: RunPlan, sizes: Sequence[int | None]) -> None:
+    """Raise ValueError that names the stage whose `sizes` examples make no step, or too few for the gate's ramp."""
     tasks = plan.tasks if plan.method.mode != "joint" else [None]
-    for task, (name, _), examples in zip(tasks, plan.stages(), sizes, strict=True) if plan.config.gate else ():
-        if examples != 0:  # none: a past task whose data is not available
+    for task, (name, _), examples in zip(tasks, plan.stages(), sizes, strict=True):
+        if examples == 0:  # a past task whose data is not available
+            continue
+        args = plan.trainer_of(task)[1]
+        steps, batch = planned_steps(args, examples), args.train_batch_size * args.world_size
+        if steps <= 0 or (args.dataloader_drop_last and examples is not None and examples < batch):
+            raise ValueError(
+                f"task {name!r}: num_train_epochs={args.num_train_epochs} of {examples} rows in batches of {batch} "
+                "make no step: give it more epochs or rows, or leave dataloader_drop_last out"
+            )
+        if plan.config.gate:
             try:
-                ramp_steps(planned_steps(plan.trainer_of(task)[1], examples), plan.config)
+                ramp_steps(steps, plan.config)
             except ValueError as error:
                 raise ValueError(f"task {name!r}: {error}") from error
 

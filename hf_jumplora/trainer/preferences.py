@@ -1,5 +1,6 @@
 """The score of a task of preferences, which needs neither a trainer nor a reference model."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -65,4 +66,5 @@ def _encode(tokenizer: Any, row: Any, answer: str, max_length: int | None) -> tu
     else:
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = tokenizer.apply_chat_template([*prompt, *said], return_dict=True)["input_ids"]
-    return ids[:max_length], len(before)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))  # no end of sequence
+    return ids[:max_length], sum(1 for _ in same)

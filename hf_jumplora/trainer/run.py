@@ -29,7 +29,7 @@ from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
 from .backend import cut_base, place_model
 from .callbacks import ReportCallback, Sigterm
-from .checks import check, check_ramps
+from .checks import check, check_steps
 from .evaluator import Evaluator
 from .from_stack import plan_from_stack
 from .plan import RunPlan, make_plan
@@ -242,7 +242,7 @@ class ContinualRun:
         sets = encode_tasks(self.plan.encoder, self.plan.tasks, self.plan.held_out, self.model)
         self.truncated = dict(self.plan.encoder.truncated)  # before evaluation, which counts too
         sets = sets if self.plan.method.mode != "joint" else [concatenate_datasets(sets)]
-        check_ramps(self.plan, [row_count(rows) for rows in sets])
+        check_steps(self.plan, [row_count(rows) for rows in sets])
         for index, task in enumerate(self.plan.tasks):
             for strategy in task.strategies:  # none in joint training
                 if sets[index] is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
+from torch import nn
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
@@ -18,6 +19,7 @@ from ..data.encoder import masked_rows, with_labels
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
+from ..stack.weights import digest
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, sharding
 from .callbacks import EndUnsaved, HistoryCallback, LogLines, early_stopping, ended_early
@@ -53,9 +55,10 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines(stages[index][0], index + 1, len(stages)))
-    last = newest_checkpoint(checkpoints)
+    last, base = newest_checkpoint(checkpoints), _frozen(model, plan.args, stages[index][0])
     output = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    _check_ended(trainer, plan.stages()[index][0], checkpoints)
+    _check_ended(trainer, stages[index][0], checkpoints)
+    _check_unchanged(base, _frozen(model, plan.args, stages[index][0]), stages[index][0])
     release(trainer)
     for extra in set(model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
         model.delete_adapter(extra)
@@ -73,6 +76,34 @@ def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
     if task in plan.text_tasks:
         return {"eval_dataset": plan.encoder.train_rows(dataclasses.replace(task, train_dataset=task.eval_dataset))}
     return {"eval_dataset": task.eval_dataset, **task.scoring()}
+
+
+def _frozen(model: nn.Module, args: Any, name: str) -> dict[str, str]:
+    """{name: digest} of the weights and saved buffers of the base, which the training of an adapter leaves as they are;
+    {} where each process has a piece of them.
+
+    Raises:
+        RuntimeError: one of them would be trained.
+    """
+    base = [(key, weight) for key, weight in model.named_parameters() if "jumplora_" not in key]
+    if trained := [key for key, weight in base if weight.requires_grad]:
+        raise RuntimeError(
+            f"task {name!r}: {trained[0]} of the base would be trained (requires_grad), and a stack keeps adapters "
+            "alone: a callback or the trainer class must leave the base frozen"
+        )
+    if sharding(args) in ("zero3", "fsdp2"):
+        return {}
+    state = {key: value for key, value in model.state_dict(keep_vars=True).items() if "jumplora_" not in key}
+    return {key: digest(v.data) for key, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+
+def _check_unchanged(before: dict[str, str], now: dict[str, str], name: str) -> None:
+    if changed := [key for key, value in now.items() if before.get(key, value) != value]:
+        raise RuntimeError(
+            f"{changed[0]} of the base changed while task {name!r} was trained ({len(changed)} weights in all), and a "
+            "stack keeps adapters alone: the task is not finished. A callback, the trainer class or the model itself "
+            "has written into it"
+        )
 
 
 def _check_ended(trainer: Any, name: str, checkpoints: Path) -> None:

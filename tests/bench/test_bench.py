@@ -336,7 +336,7 @@ def test_variants(stream, bert, tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("[a]", "write NAME: {method"),
-        ("a: {method: [", "is no YAML file"),
+        ("a: {method: [", "is not valid YAML"),
         ("a: {adapter: {}}", "it has a method"),
         ("a: {method: ella, weight: 3}", "it has a method and may have"),
         ("ella: {method: ella}", "the name must be new"),

@@ -188,7 +188,17 @@ def test_a_copy_is_kept(toy_base, tmp_path):
         run.record.read(run.model)
 
 
-@pytest.mark.parametrize("kind", ["vocabulary", "compiled", "part", "offloaded", "buffer"])
+def test_the_pad_token_of_a_classifier(tmp_path):
+    """A decoder's classifier reads the last other token."""
+    config = toy.config()
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    assert differences(model, tmp_path) == []
+    model.config.pad_token_id = 5
+    assert differences(model, tmp_path) == ["config: pad_token_id is 0 there, 5 here"]
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "compiled", "part", "offloaded", "layers", "tied", "buffer"])
 def test_what_no_copy_brings_back(kind, toy_base, tmp_path):
     model = toy.load_base(toy_base)
     if kind == "vocabulary":
@@ -202,6 +212,12 @@ def test_what_no_copy_brings_back(kind, toy_base, tmp_path):
     elif kind == "offloaded":
         model.model.norm.to("meta")
         said = "model.norm.weight is not in memory: device_map"
+    elif kind == "layers":
+        del model.model.layers[1:]
+        said = r"the base has no model\.layers\.1\..*, which its config gives it: change the config too"
+    elif kind == "tied":
+        model.lm_head.weight = model.model.embed_tokens.weight
+        said = "are one weight, and its config says tie_word_embeddings=False"
     else:
         model.model.rotary_emb.inv_freq[1] *= 2
         said = "buffer model.rotary_emb.inv_freq of the base is not what its config gives"

@@ -4,6 +4,7 @@ import pytest
 import torch
 import toy
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import Trainer
 
 from hf_jumplora import ContinualSeq2SeqTrainer, Task, make_continual
@@ -44,6 +45,16 @@ def test_preference_accuracy(batch, toy_base):
     assert preference_accuracy(model, toy.tokenizer(), swapped, 32, batch) == pytest.approx(1 - found)
     same = [{**row, "rejected": row["chosen"]} for row in ROWS]
     assert preference_accuracy(model, toy.tokenizer(), same, 32, batch) == 0
+
+
+def test_preferences_of_a_tokenizer_that_appends_an_end(toy_base):
+    """The end of the prompt's own tokens is no part of it."""
+    model, tokenizer = toy.load_base(toy_base), toy.tokenizer()
+    rows = [{"prompt": "the ant =", "chosen": f" {a}", "rejected": f" {b}"} for a in toy.SUBJECTS for b in toy.SUBJECTS]
+    expected = preference_accuracy(model, tokenizer, rows, 32)
+    last = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer._tokenizer.post_processor = last
+    assert preference_accuracy(model, tokenizer, rows, 32) == expected == 28 / 64
 
 
 def test_messages_are_preferences_too(toy_base):

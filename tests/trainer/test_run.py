@@ -10,7 +10,7 @@ import toy
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from hf_jumplora import ContinualTrainer, JumpLoraConfig, Task, load_stack
 from hf_jumplora.methods import METHODS, get_method
@@ -377,6 +377,15 @@ def test_folders_of_the_user_stay(toy_run, toy_base, tmp_path):
         ({"adapter": {"parent_adapters": ["task_000"]}}, "parent_adapters and support are set by the run"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "pushes checkpoints"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: a task would go on half trained"),
+        ({"eval_on_start": True}, "eval_on_start needs eval_strategy"),
+        ({"method": "inclora", "num_train_epochs": 0}, "task 'size': num_train_epochs=0 of 32 rows .* make no step"),
+        (
+            {"method": "inclora", "stream": toy.tasks(1, train=3), "dataloader_drop_last": True},
+            "of 3 rows in batches of 4 make no step: .* leave dataloader_drop_last out",
+        ),
+        ({"adapter": {"rank_pattern": {"v_prj": 1}}}, "rank_pattern: 'v_prj' is the name of no adapted layer; these"),
+        ({"adapter": {"alpha_pattern": {"k_proj": 1}}}, "alpha_pattern: 'k_proj' is the name of no adapted layer"),
         ({"eval_mode": "guess"}, r"eval_mode is one of .*got 'guess'"),
         ({"eval_tasks": "none"}, "eval_tasks is one of"),
         ({"max_length": 4}, "max_length = 4"),
@@ -392,6 +401,20 @@ def test_bad_options(arguments, message, toy_base, tmp_path):
     with pytest.raises(ValueError, match=message):
         toy.make_run(toy_base, tmp_path / "out", **{"method": "jumplora", **arguments})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_none_is_told(toy_base, tmp_path):
+    with pytest.warns(UserWarning, match="target_modules: 'k_prj' is the name of no layer that could be adapted"):
+        toy.make_run(toy_base, tmp_path, adapter={"target_modules": ["q_proj", "k_prj"]})
+
+
+def test_a_collator_that_masks_the_end_is_told(toy_base, tmp_path):
+    tokenizer, model, rows = toy.tokenizer(), toy.load_base(toy_base), Dataset.from_list([{"input_ids": [3, 1]}] * 32)
+    tokenizer.pad_token = tokenizer.eos_token
+    collator, adapter = DataCollatorForLanguageModeling(tokenizer, mlm=False), JumpLoraConfig(target_modules=["q_proj"])
+    options = {"data_collator": collator, "adapter_config": adapter}
+    with pytest.warns(UserWarning, match="the end of sequence is one: no model will learn to end"):
+        ContinualRun(model, [Task("a", rows)], args=toy.arguments(tmp_path), processing_class=tokenizer, **options)
 
 
 def test_known_method_message():

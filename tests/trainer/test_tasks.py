@@ -137,6 +137,21 @@ def test_answers_are_tokens_of_the_whole_text(end):
     encoder.check_labels(made, generated=True)
 
 
+def test_one_beginning_of_a_sequence():
+    """A prompt, or a text that a chat template has written, has it already; the tokenizer puts another before it."""
+    tokenizer = toy.tokenizer()
+    tokenizer.bos_token, number = "new", tokenizer.convert_tokens_to_ids("new")
+    first = tokenizers.processors.TemplateProcessing(single="new $A", special_tokens=[("new", number)])
+    tokenizer._tokenizer.post_processor = first
+    encoder, whole = Encoder(tokenizer, 64, seq2seq=False), ["new", "the", "ant", "="]
+    for prompt in ("the {text} =", "new the {text} ="):
+        made = TextTask("a", [{"sentence": "ant", "label": "tiny"}], labels=["tiny", "huge"], prompt=prompt)
+        assert words(encoder, encoder.prompt_ids(made, "ant")) == whole
+        (row,) = encoder.train_rows(made)
+        assert words(encoder, row["input_ids"]) == [*whole, "tiny", "</s>"]
+    assert [words(encoder, ids) for ids in encoder.pieces(["the ant", "new the ant"])] == [[*whole[:3], "</s>"]] * 2
+
+
 def test_answers_that_the_tokenizer_joins_with_the_prompt():
     for prompt, joined in (("{text}\nA: ", ()), ("{text}\nA:", ((":", "\u2581"),))):
         made = TextTask("a", [{"sentence": "b", "label": "x"}], labels=["x"], prompt=prompt)
@@ -270,7 +285,11 @@ ROW = {"sentence": "x", "label": "tiny"}
         ({"held_out": True}, "is held out, so it needs an eval_dataset"),
         ({"labels": [True, False]}, "labels must be strings"),
         ({"labels": ["tiny", " "]}, "labels must be strings that are not empty"),
-        ({"labels": ["tiny", "Tiny "]}, "two labels differ only in case or spaces"),
+        ({"labels": ["tiny", "Tiny "]}, "two labels differ only in case, spaces"),
+        ({"labels": ["caf\u00e9", "cafe\u0301"]}, r"differ only .* Unicode form.*\\xe9.*\\u0301"),
+        ({"labels": ["1", "0", "1.0"]}, "differ only in .* or as 1 and 1.0"),
+        ({"train_dataset": {"train": [], "test": []}}, "train_dataset is a dict of 'train', 'test': give one data set"),
+        ({"eval_dataset": {"a": []}}, "eval_dataset is a dict of 'a'"),
         ({"prompt": "no place"}, r"a place for '\{text\}'"),
         ({"train_dataset": [ROW, {"sentence": "x"}]}, r"train row 1: no column 'label', only \['sentence'\]"),
         ({"train_dataset": [{"sentence": 3, "label": "tiny"}]}, "train row 0: no string in column 'sentence', but 3"),
@@ -476,6 +495,10 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
     ("text", "message"),
     [
         ("tasks: [", r"(?s)stream\.yaml is not valid YAML: .*line 1"),
+        (
+            ONE + "  label: a\n  label: b\n",
+            r"not valid YAML: line 5: the key 'label' stands there twice",
+        ),
         ("- a\n- b\n", r"stream\.yaml: expected keys and values, found list"),
         ("", r"stream\.yaml: expected keys and values, found NoneType"),
         ("name: x\n", "key 'tasks' is missing"),
@@ -508,6 +531,7 @@ ONE = "tasks:\n- name: a\n  train_file: d.json\n"
         ("max_train: yes\n" + ONE, "'max_train' must be a number above 0, found True"),
         (ONE + "  text: body\n", r"line 2, train row 0: column 'body' does not exist; there are 'label', 'sentence'"),
         (ONE + '  text: "{sentence} {title}"\n', "column 'title' does not exist"),
+        (ONE + '  text: "{sentence} {label}"\n', "train row 0: the text shows the answer, column 'label'"),
         (ONE + "  label: class\n", "column 'class' does not exist"),
         (ONE + "  instruction: 3\n", "'instruction' must be a string, found 3"),
         (ONE + '  skip_labels: ["yes", "no"]\n', "line 2: task 'a' has no training example"),
@@ -555,6 +579,13 @@ def test_missing_stream(tmp_path):
         ),
         ("d.jsonl", b"[]\n", "expected a list of objects"),
         ("d.csv", b"sentence,label\nx,y\nx,y,z\n", r"d\.csv, line 3: more fields than columns"),
+        ("d.csv", b"sentence,label,label\nx,y,z\n", r"d\.csv, line 1: two columns are called 'label'"),
+        ("d.csv", b"sentence,label\nx,y\nz,y\n", "all 2 rows have the label 'y', so that every answer is right"),
+        (
+            "d.csv",
+            b"sentence,label\n" + b"".join(b"x,%d.5\n" % i for i in range(150)),
+            r"150 different labels in 150 rows, such as '0\.5': where answers are free text, metric says",
+        ),
         ("d.csv", b"sentence,label\nx\n", r"train row 0: column 'label' is empty; there are 'label', 'sentence'"),
         ("d.csv", b"sentence,label\n\xff\xfe,y\n", r"d\.csv is not UTF-8"),
         ("d.parquet", b"PAR1 and then nothing", r"d\.parquet cannot be read"),

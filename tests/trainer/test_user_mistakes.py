@@ -16,6 +16,9 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
 )
 
 from hf_jumplora import ContinualRun, JumpLoraConfig, LanguageModelTask, Task, TextTask, load_stack
@@ -124,6 +127,51 @@ def test_a_metric_of_batches(toy_base, tmp_path):
     run = toy.make_run(toy_base, tmp_path, stream=[Task("a", rows, rows, accuracy)], **options)
     assert run.evaluate() == {"a": 0.32}
     assert seen == [20, 12]
+
+
+class Writes(TrainerCallback):
+    """Into the base, at a moment of a task's training."""
+
+    def __init__(self, moment: str):
+        self.moment = moment
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.moment == "init":
+            model.get_base_model().lm_head.weight.requires_grad_(True)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.moment == "step" and args.output_dir.endswith("task_001"):
+            model.get_base_model().lm_head.weight.data[0, 0] += 1e-6
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("init", r"task 'size': .*lm_head\.weight of the base would be trained"),
+        ("step", r"lm_head\.weight of the base changed while task 'light' was trained \(1 weights"),
+    ],
+)
+def test_the_base_stays_as_it_is(moment, message, toy_base, tmp_path):
+    """What is trained beside the adapters is in no stack."""
+    run = toy.make_run(toy_base, tmp_path, "inclora", toy.tasks(2), callbacks=[Writes(moment)], max_steps=1)
+    with pytest.raises(RuntimeError, match=message):
+        run.train()
+    assert len(list(tmp_path.glob("task_*"))) == (moment == "step")
+
+
+def test_running_statistics(tmp_path):
+    """Of a BatchNorm: they change in training, unless told not to."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+    model, images = ResNetForImageClassification(config), torch.randn(8, 3, 8, 8).tolist()
+    task = Task("a", Dataset.from_list([{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]))
+    adapter = JumpLoraConfig(r=2, target_modules=["classifier.1"])
+    make = lambda: ContinualRun(model, [task], "inclora", toy.arguments(tmp_path), adapter_config=adapter)  # noqa: E731
+    with pytest.raises(ValueError, match=r"embedder\.normalization of the base is a BatchNorm2d, whose running stat"):
+        make()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+    assert len(make().train().metrics["trained"]) == 1
 
 
 ROW = {"input_ids": [3, 4, 5], "attention_mask": [1] * 3}
