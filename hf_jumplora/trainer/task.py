@@ -58,12 +58,12 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     last, base = newest_checkpoint(checkpoints), _frozen(model, plan.args, stages[index][0])
     output = trainer.train(resume_from_checkpoint=str(last) if last else None)
     _check_ended(trainer, stages[index][0], checkpoints)
-    _check_unchanged(base, _frozen(model, plan.args, stages[index][0]), stages[index][0])
     release(trainer)
     for extra in set(model.peft_config) - before:  # TRL's DPO keeps its reference as an adapter
         model.delete_adapter(extra)
     name = f"task_{index:03d}"
     trainer.finish(name)
+    _check_unchanged(base, _frozen(model, plan.args, stages[index][0]), stages[index][0])
     if plan.method.mode != "separate":
         merge_finished(model, [name])
     return model, output.global_step
