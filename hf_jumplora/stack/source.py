@@ -79,7 +79,8 @@ def check_whole(base: Any, fresh: nn.Module) -> None:
     """Raise ValueError, naming it, if `fresh`, a new model of the base's config, has a weight that the base has not, or
     if weights are tied in the base alone: a stack would later be refused as one of another base."""
     there = {name for name, _ in base.named_parameters(remove_duplicate=False)}
-    if missing := [name for name, _ in fresh.named_parameters() if name not in there]:
+    missing = [name for name, _ in fresh.named_parameters() if name not in there]
+    if missing and not getattr(base, "is_quantized", False):  # whose weights have other names
         raise ValueError(
             f"the base has no {missing[0]}, which its config gives it: change the config too (num_hidden_layers, ...), "
             "or load the base again"
@@ -212,7 +213,9 @@ def differences(base: nn.Module, folder: Path, known: dict[str, Any] | None = No
 
     def is_known(name: str, value: torch.Tensor) -> bool:
         entry, there = (known or {}).get(name), stored(name)
-        return None not in (entry, there) and there.dtype == value.dtype and digest(there) == entry.get("xxh3")
+        if entry is None or there is None:
+            return False
+        return there.dtype == value.dtype and digest(there) == entry.get("xxh3")
 
     differ, rest = _config_differences(base, folder), {}
     for name, value in named_tensors(base):
