@@ -357,11 +357,8 @@ def read_yaml(path: str | Path) -> tuple[Any, Any]:
 
 
 def _values(node: Any, seen: dict[int, int]) -> int:
-    """How many values a node is with every alias in it written out; more than any limit for one that holds itself.
-
-    Raises:
-        ValueError: a key stands there twice, of which YAML would take the last.
-    """
+    """How many values a node is with every alias in it written out; more than any limit for one that holds itself. A
+    key that stands there twice is a ValueError."""
     if not isinstance(getattr(node, "value", None), list):
         return 1
     if id(node) not in seen:
