@@ -123,7 +123,7 @@ def prompt_features(reader: nn.Module, weights: TaskWeights | None, inputs: dict
     """
     ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
     if ids is None or (mask is not None and mask.ndim != 2):
-        raise ValueError("what a prompt is like is told from its tokens: it needs input_ids and a mask [rows, tokens]")
+        raise ValueError("a prompt is told from its tokens: call the model with input_ids and a mask [rows, tokens]")
     mask = torch.ones_like(ids) if mask is None else mask
     if weights is not None:
         weights.set(torch.zeros(len(ids), len(weights.adapters)))

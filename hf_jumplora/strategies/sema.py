@@ -1,6 +1,7 @@
 """SEMA's growth (arXiv 2403.18886): a task whose prompts are like those of an earlier one gets no adapter."""
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,10 +46,10 @@ class Sema(Strategy):
     found: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)  # of the task in training
 
     def __post_init__(self):
-        if self.directions < 1 or self.examples < 1:
+        if not math.isfinite(self.threshold) or self.directions < 1 or self.examples < 1:
             raise ValueError(
-                f"Sema needs directions >= 1 and examples >= 1, got directions={self.directions}, "
-                f"examples={self.examples}"
+                f"Sema needs a finite threshold, directions >= 1 and examples >= 1, got threshold={self.threshold}, "
+                f"directions={self.directions}, examples={self.examples}"
             )
 
     def check(self, mode, config):

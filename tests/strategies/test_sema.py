@@ -127,7 +127,7 @@ def test_refused(toy_base, toy_run, tmp_path):
     for method in ("jumplora", "seqlora"):
         with pytest.raises(ValueError, match="use an incremental method such as inclora"):
             toy.make_run(toy_base, tmp_path, method, strategies=[Sema()])
-    for options in ({"directions": 0}, {"examples": 0}):
-        with pytest.raises(ValueError, match="Sema needs directions >= 1"):
+    for options in ({"threshold": math.nan}, {"directions": 0}, {"examples": 0}):
+        with pytest.raises(ValueError, match="Sema needs a finite threshold, directions >= 1"):
             Sema(**options)
     assert METHODS["sema"].make_strategies(["sema.threshold=2"])[0].threshold == 2
