@@ -72,6 +72,18 @@ def test_supports_stay(stack, tmp_path):
         torch.testing.assert_close(smaller.eval()(IDS).logits, merged.eval()(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_ranks(stack, tmp_path):
+    """Of nested ranks, at the scaling that rank has: alpha / sqrt(rank). Too little energy is refused unless forced."""
+    with pytest.raises(ValueError, match=r"would retain .* less than min_energy=100%"):
+        squeeze(stack, tmp_path / "out", rank=1, prefix=True, min_energy=1.0)
+    squeeze(stack, tmp_path / "out", rank=1, prefix=True, min_energy=1.0, force=True)
+    for old, new in zip(open_tasks(stack)[2], open_tasks(tmp_path / "out")[2], strict=True):
+        for layer in old.shapes:
+            A, B = old.factors(layer)
+            expected = old.update(layer, (A[:1], B[:, :1] * len(A) ** 0.5))
+            torch.testing.assert_close(new.update(layer), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_own_rank_changes_nothing(stack, tmp_path):
     squeeze(stack, tmp_path / "out", energy=1.0)
     with torch.no_grad():
