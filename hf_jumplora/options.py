@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import warnings
@@ -225,5 +226,6 @@ def _as_options(values: dict[str, Any]) -> list[str]:
     for key, value in values.items():
         if value is None:
             continue
-        options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        values_of = value if isinstance(value, list) else [value]
+        options += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values_of)]
     return options

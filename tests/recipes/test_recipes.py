@@ -55,13 +55,14 @@ def config(folder, text):
 
 
 def test_config_and_options(tmp_path):
-    """The file gives the defaults, the line wins; lists, booleans, numbers and None arrive as such."""
+    """The file gives the defaults, the line wins; lists, booleans, numbers, mappings and None arrive as such."""
     text = "target_modules: [q_proj, v_proj]\nr: 4\nlearning_rate: 1.0e-3\nbf16: false\nisolation: hard\ndata_dir:\n"
+    text += "gradient_checkpointing_kwargs: {use_reentrant: false}\n"
     line = ["--r", "16", "--max_steps", "7", "--output_dir", "out", "--use_cpu", "True"]
     _, stream, method, args = parse("--config", config(tmp_path, text), *line)
     assert (method.r, method.target_modules, method.isolation) == (16, ["q_proj", "v_proj"], "hard")
     assert (args.learning_rate, args.max_steps, args.bf16, args.output_dir) == (1e-3, 7, False, "out")
-    assert stream.data_dir is None
+    assert (stream.data_dir, args.gradient_checkpointing_kwargs) == (None, {"use_reentrant": False})
     _, _, method, _ = parse("--config", config(tmp_path, text), *line, "--target_modules", "k_proj")
     assert method.target_modules == ["k_proj"]
 
