@@ -66,9 +66,14 @@ def _signs(device: torch.device) -> torch.Tensor:
 def digest(tensor: torch.Tensor) -> str:
     """Hex XXH3 (128 bits) of dtype, shape and bytes. It tells models apart; a file's sha256 is what tells tampering."""
     result = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for part in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_BYTES):
+    for part in as_bytes(tensor).split(_BYTES):
         result.update(part.cpu().numpy())
     return result.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, uint8 [bytes]."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def block_sums(tensor: torch.Tensor, most: int | None = None) -> list[list[float]]:
@@ -83,7 +88,9 @@ def block_sums(tensor: torch.Tensor, most: int | None = None) -> list[list[float
     if most:
         pieces = pieces[:: -(-len(pieces) // most)]
     signs, found = _signs(tensor.device), []
-    memory = torch.empty(_PIECE, device=tensor.device)  # used again: fresh memory costs more than the sums
+    memory = torch.empty(
+        _PIECE, dtype=torch.float32, device=tensor.device
+    )  # used again: fresh memory costs more than the sums
     for number, piece in enumerate(pieces):
         values = _padded(memory[: len(piece)].copy_(piece) if piece.dtype != memory.dtype else piece)
         rows = values.view(-1, _SIGNS)

@@ -19,7 +19,7 @@ from ..data.encoder import masked_rows, with_labels
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
-from ..stack.weights import digest
+from ..stack.weights import as_bytes, digest
 from ..tuner import JumpLoraConfig, density, fold_finished, named_layers
 from .backend import fresh_accelerator, release, sharding
 from .callbacks import EndUnsaved, HistoryCallback, LogLines, early_stopping, ended_early
@@ -63,7 +63,7 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
         model.delete_adapter(extra)
     name = f"task_{index:03d}"
     trainer.finish(name)
-    _check_unchanged(base, _frozen(model, plan.args, stages[index][0]), stages[index][0])
+    _check_unchanged(base, _frozen(model, plan.args, stages[index][0], base), stages[index][0])
     if plan.method.mode != "separate":
         merge_finished(model, [name])
     return model, output.global_step
@@ -78,9 +78,10 @@ def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
     return {"eval_dataset": task.eval_dataset, **task.scoring()}
 
 
-def _frozen(model: nn.Module, args: Any, name: str) -> dict[str, str]:
-    """{name: digest} of the weights and saved buffers of the base, which the training of an adapter leaves as they are;
-    {} where each process has a piece of them.
+def _frozen(model: nn.Module, args: Any, name: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the weights and saved buffers of the base, which the training of an adapter leaves as they are, are known
+    by: their digest, on a GPU the sum of their bytes, so that they stay there (unless `before` it was their digest);
+    {} where each process has a piece.
 
     Raises:
         RuntimeError: one of them would be trained.
@@ -94,10 +95,12 @@ def _frozen(model: nn.Module, args: Any, name: str) -> dict[str, str]:
     if sharding(args) in ("zero3", "fsdp2"):
         return {}
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if "jumplora_" not in key}
-    return {key: digest(v.data) for key, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+    values = {key: v.data for key, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+    moved = {key for key, value in (before or {}).items() if isinstance(value, str)}
+    return {k: digest(v) if v.device.type == "cpu" or k in moved else as_bytes(v).sum() for k, v in values.items()}
 
 
-def _check_unchanged(before: dict[str, str], now: dict[str, str], name: str) -> None:
+def _check_unchanged(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
     if changed := [key for key, value in now.items() if before.get(key, value) != value]:
         raise RuntimeError(
             f"{changed[0]} of the base changed while task {name!r} was trained ({len(changed)} weights in all), and a "
