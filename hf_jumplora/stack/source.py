@@ -125,9 +125,7 @@ def _changed(module: nn.Module, new: nn.Module) -> str:
         if (place := _defined(hook)) not in known and place[0] not in _LIBRARIES:
             return f"has the hook {'.'.join(place)}"
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    own = [
-        vars(module).get(name) for name in ("forward", "_old_forward")
-    ]  # the second: below one of accelerate's hooks
+    own = [vars(module).get(name) for name in ("forward", "_old_forward")]  # the second: below accelerate's hooks
     for forward in [*own, vars(owner)["forward"]]:
         if forward is not None and (place := _defined(forward))[0] not in {*_LIBRARIES, owner.__module__.split(".")[0]}:
             return f"has another forward, {'.'.join(place)}"

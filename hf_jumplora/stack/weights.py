@@ -88,9 +88,8 @@ def block_sums(tensor: torch.Tensor, most: int | None = None) -> list[list[float
     if most:
         pieces = pieces[:: -(-len(pieces) // most)]
     signs, found = _signs(tensor.device), []
-    memory = torch.empty(
-        _PIECE, dtype=torch.float32, device=tensor.device
-    )  # used again: fresh memory costs more than the sums
+    # Used again and again: fresh memory costs more than the sums.
+    memory = torch.empty(_PIECE, dtype=torch.float32, device=tensor.device)
     for number, piece in enumerate(pieces):
         values = _padded(memory[: len(piece)].copy_(piece) if piece.dtype != memory.dtype else piece)
         rows = values.view(-1, _SIGNS)
