@@ -249,7 +249,8 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
             names = [called.get(name, name) for name in names if name not in skipped]
             if labels is None:
                 labels = sorted(set(names or (row["label"] for row in train or found or ())))
-                _check_found(labels, len(train or found or ()))
+                if not names:  # those that a data set names are its classes
+                    _check_found(labels, len(train or found or ()))
             elif missing := [name for name in names if name not in labels]:
                 raise ValueError(
                     f"the data set's own labels are {names}, and {missing[0]!r} is not among the stream's, {labels}: "

@@ -649,6 +649,10 @@ def test_class_numbers_have_the_data_sets_own_names(tmp_path, monkeypatch):
     for labels in ("[World, Sports]", "[World, Sports, Science]", "{World: World, Sports: Sports}"):
         with pytest.raises(ValueError, match=r"own labels are \['World', .* 'Sci/Tech' is not among the stream's"):
             load_tasks(stream(tmp_path, HUB % f", labels: {labels}"))
+    hub(monkeypatch, [f"intent{i:03d}" for i in range(150)], [0, 1, 2, 1])  # more classes than rows
+    (found,) = load_tasks(stream(tmp_path, HUB % ""))
+    assert (len(found.labels), of(found)["t2"]) == (150, "intent002")
+    hub(monkeypatch, ["World", "Sports", "Sci/Tech"], [0, 1, 2, 1])
     (found,) = load_tasks(stream(tmp_path, HUB % ", labels: [World, Sports], skip_labels: [Sci/Tech]"))
     assert of(found) == {"t0": "World", "t1": "Sports", "t3": "Sports"}
 
