@@ -133,7 +133,7 @@ def test_doctor_names_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    monkeypatch.setattr(doctor, "LOWEST", [("peft", Version("0.20"), Version("0.21"), "no hooks")])
+    monkeypatch.setattr("hf_jumplora._compat.LOWEST", [("peft", Version("0.20"), Version("0.21"), "no hooks")])
     monkeypatch.setenv("HF_JUMPLORA_BACKEND", "nonsense")
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
