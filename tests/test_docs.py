@@ -81,7 +81,8 @@ def test_stream(tmp_path):
     for name in re.findall(r"_file: (\S+)", text):
         with (tmp_path / name).open("w", newline="") as file:
             if name.endswith("csv"):
-                csv.writer(file).writerows([[*row, "team"], [*row.values(), "network"]])
+                teams = [[*row.values(), team] for team in ("network", "hardware")]
+                csv.writer(file).writerows([[*row, "team"], *teams])
             else:
                 file.write(json.dumps(row))
     folder = tmp_path / re.search(r"folder: (\S+)", text)[1]
