@@ -81,8 +81,10 @@ def test_stream(tmp_path):
     for name in re.findall(r"_file: (\S+)", text):
         with (tmp_path / name).open("w", newline="") as file:
             if name.endswith("csv"):
-                teams = [[*row.values(), team] for team in ("network", "hardware")]
-                csv.writer(file).writerows([[*row, "team"], *teams])
+                csv.writer(file).writerow([*row, "team"])
+                csv.writer(file).writerows(
+                    [[word] * len(row) + [team] for word, team in (("a", "network"), ("b", "billing"))]
+                )
             else:
                 file.write(json.dumps(row))
     folder = tmp_path / re.search(r"folder: (\S+)", text)[1]
