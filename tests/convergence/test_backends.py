@@ -34,7 +34,7 @@ def train(base, folder, backend):
     return watch.losses, metrics["matrix"], supports
 
 
-@pytest.mark.parametrize("architecture", ["toy_base", "toy_t5"])
+@pytest.mark.parametrize("architecture", ["toy_base", pytest.param("toy_t5", marks=pytest.mark.slow)])
 def test_the_loss_curve_does_not_depend_on_the_backend(architecture, request, tmp_path, monkeypatch):
     """8 steps a task, through the start of the threshold and the ramp. Every loss to a relative error of 1e-5, of the
     support all but two entries in a thousand.

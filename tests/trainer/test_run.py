@@ -51,7 +51,7 @@ def files(folder):
 # Those that read the earlier tasks while they train: their sum, the entries they take, the stack without the new one.
 @pytest.mark.parametrize(
     "method",
-    ["jumplora-hard", "lwf", *(pytest.param(m, marks=SLOW) for m in ("jumplora-ella", "ella", "nullspace", "olora"))],
+    ["jumplora-hard", *(pytest.param(m, marks=SLOW) for m in ("lwf", "jumplora-ella", "ella", "nullspace", "olora"))],
 )
 def test_folded_and_live_tasks_train_the_same(method, toy_base, tmp_path, monkeypatch):
     """Bit for bit, whether earlier tasks are one sum, or all adapters as for a strategy that reads their factors."""

@@ -326,7 +326,9 @@ def test_gradient_checkpointing(gated, ids, reentrant):
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 8), reason="torch 2.7 cannot trace transformers' own Llama in one graph")
-@pytest.mark.parametrize("parents", [False, True], ids=["alone", "above-a-live-parent"])
+@pytest.mark.parametrize(
+    "parents", [pytest.param(False, id="alone", marks=pytest.mark.slow), pytest.param(True, id="above-a-live-parent")]
+)
 def test_compile_whole_model(gated, add_task, ids, parents):
     from torch._dynamo.testing import CompileCounterWithBackend
 
