@@ -41,6 +41,8 @@ BUDGETS = {
     # "small" with nothing tuned, at the rate that it chose for most methods that remember
     "untuned-small": Budget(50, 16, 32, 200, "seen", 0, 0, (3e-3,), 0),
     "small": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),
+    # "small" with the rates that fair comparisons of LoRA's variants need
+    "small-rates": Budget(50, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3, 3e-4, 1e-2), 2),
     "long": Budget(300, 16, 32, 200, "seen", 25, 100, (1e-3, 3e-3), 3),  # tuned as small is
     "full": Budget(60, 32, 128, 500, "all", 60, 300, (1e-3, 3e-4, 3e-3), 5),
 }
