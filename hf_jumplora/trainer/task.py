@@ -78,10 +78,10 @@ def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
     return {"eval_dataset": task.eval_dataset, **task.scoring()}
 
 
-def _frozen(model: nn.Module, args: Any, name: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+def _frozen(model: nn.Module, args: Any, name: str, before: dict[str, Any] | None = None) -> dict[str, str | int]:
     """What the weights and saved buffers of the base, which the training of an adapter leaves as they are, are known
-    by: their digest, on a GPU the sum of their bytes, so that they stay there (unless `before` it was their digest);
-    {} where each process has a piece.
+    by: their digest, on a GPU the sum of their bytes, so that they stay there; what it was `before`, if they have moved
+    since. {} where each process has a piece.
 
     Raises:
         RuntimeError: one of them would be trained.
@@ -95,9 +95,10 @@ def _frozen(model: nn.Module, args: Any, name: str, before: dict[str, Any] | Non
     if sharding(args) in ("zero3", "fsdp2"):
         return {}
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if "jumplora_" not in key}
-    values = {key: v.data for key, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
-    moved = {key for key, value in (before or {}).items() if isinstance(value, str)}
-    return {k: digest(v) if v.device.type == "cpu" or k in moved else as_bytes(v).sum() for k, v in values.items()}
+    values = {k: v.data for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point() and not v.is_meta}
+    by_sum = {key: v.device.type != "cpu" for key, v in values.items()}
+    by_sum |= {key: isinstance(value, int) for key, value in (before or {}).items()}
+    return {key: int(as_bytes(v).sum()) if by_sum[key] else digest(v) for key, v in values.items()}
 
 
 def _check_unchanged(before: dict[str, Any], now: dict[str, Any], name: str) -> None:

@@ -29,6 +29,7 @@ from hf_jumplora.strategies import KFac
 from hf_jumplora.trainer.checkpoints import newest_checkpoint
 from hf_jumplora.trainer.record import in_use
 from hf_jumplora.trainer.scoring import score_labels
+from hf_jumplora.trainer.task import _check_unchanged, _frozen
 
 
 def logits(model):
@@ -157,6 +158,18 @@ def test_the_base_stays_as_it_is(moment, message, toy_base, tmp_path):
     with pytest.raises(RuntimeError, match=message):
         run.train()
     assert len(list(tmp_path.glob("task_*"))) == (moment == "step")
+
+
+def test_sums_see_what_digests_see(toy_base, tmp_path):
+    """On a GPU the base is known by sums of its bytes, and by what it was known by if it has been moved since."""
+    model, args = toy.load_base(toy_base).requires_grad_(False), toy.arguments(tmp_path)
+    digests = _frozen(model, args, "a")
+    sums = _frozen(model, args, "a", dict.fromkeys(digests, 0))
+    _check_unchanged(sums, _frozen(model, args, "a", sums), "a")
+    model.model.norm.weight[3] += 1e-3
+    for before in (digests, sums):
+        with pytest.raises(RuntimeError, match=r"model\.norm\.weight of the base changed .* \(1 weights"):
+            _check_unchanged(before, _frozen(model, args, "a", before), "a")
 
 
 def test_running_statistics(tmp_path):
