@@ -1,10 +1,11 @@
 """`make test-gpu`, after the tests: what a GPU is asked for, on a GPU. About four minutes; a short table comes last.
 
-    python benchmarks/gpu.py [layer] [model] [curvature] [--rounds 9] [--base FOLDER]
+    python benchmarks/gpu.py [layer] [model] [curvature] [small] [--rounds 9] [--base FOLDER]
 
 layer: one gated layer against a frozen one and PEFT's LoRA. model: a step of Llama-2-7B's shapes (random weights, bf16,
 adapters of rank 8 on q and v, 8 x 512 tokens), alone and with all that `jumplora-best` adds, and its waits by torch's
 own check. curvature: what follows a task, on a causal model in a folder (else on random weights of SmolLM2's shapes).
+small: steps of the trainer and compiled steps on SmolLM2's shapes, where the host's time decides.
 """
 
 import argparse
@@ -44,8 +45,21 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
+def captured(step):
+    """The same work replayed as a CUDA graph: the device's time, without the host's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def layers(rounds: int) -> None:
-    """One layer, W [4096, 4096], forward and backward."""
+    """One layer, W [4096, 4096], forward and backward; as it is called, and as a graph."""
     import layer
 
     settings = [(8, 4096, 0.7, "bfloat16"), (8, 4096, 0.0, "bfloat16"), (8, 4096, 1.0, "bfloat16")]
@@ -58,7 +72,9 @@ def layers(rounds: int) -> None:
             step()  # kernels are compiled
         setting = {"size": 4096, "r": rank, "tokens": tokens, "mix": mix, "dtype": dtype}
         ratios("layer", setting, interleave(wanted, 2 * rounds + 1), "frozen")
-        del providers, wanted
+        graphs = {name: captured(step) for name, step in wanted.items()}
+        ratios("layer, graph", setting, interleave(graphs, 2 * rounds + 1), "frozen")
+        del providers, wanted, graphs
 
 
 def llama(config, dtype=torch.bfloat16):
@@ -209,18 +225,23 @@ def curvature(folder: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["layer", "model", "curvature"])
+    parser.add_argument("what", nargs="*", default=["layer", "model", "curvature", "small"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=32, help="of the 7B-shaped model")
     parser.add_argument("--base", help="folder of a causal language model, for the curvature")
     args = parser.parse_args()
     assert DEVICE == "cuda", "no GPU, or a torch without CUDA or ROCm"
+    torch.autograd.set_multithreading_enabled(False)  # as in a step of the trainer
     if "layer" in args.what:
         layers(args.rounds)
     if "model" in args.what:
         models(args.rounds, args.layers)
     if "curvature" in args.what:
         curvature(args.base)
+    if "small" in args.what:
+        from small_model import small
+
+        note(small(args.rounds))
     print(f"\n{machine()}, torch {torch.__version__}")
     print("\n".join(SUMMARY))
 

@@ -19,6 +19,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
+from common import DEVICE
 from counting import Count, counted_kernels
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -68,16 +69,16 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def examples(count: int, rows=None, batch: int = 1):
     """As `trainer.examples`."""
     for start in range(0, min(count, len(ROWS)), batch):
-        yield collate(ROWS[start : start + batch])
+        yield {key: value.to(DEVICE) for key, value in collate(ROWS[start : start + batch]).items()}
 
 
-def setup(name: str, layers: int, rank: int):
+def setup(name: str, layers: int, rank: int, model: nn.Module | None = None):
     """(model whose first task is finished and whose second is to be trained, strategies with what they remember)."""
-    model = llama(layers)
+    model = llama(layers) if model is None else model
     if name == "lora":
         return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), []
     method = get_method(name)
-    config = JumpLoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False, initial_density=0.2)
+    config = JumpLoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
     strategies = [make() for make in method.strategies]
     if hasattr(strategies[0] if strategies else None, "memory"):
         strategies[0].memory = rank

@@ -48,9 +48,10 @@ def _compute_gradients(
             grad_y, x, weight, A, B, _tau(log_tau), mix, scaling=scaling, bandwidth=bandwidth,
             threshold_grad="mean" if mean else "sum", free=free, needs_x=needs_x, needs_tau=needs_tau,
         )  # fmt: skip
-    nothing = x.new_empty(0)
-    grad_log_tau = nothing if grad_log_tau is None else grad_log_tau.reshape(log_tau.shape).to(log_tau.dtype)
-    return nothing if grad_x is None else grad_x, grad_A, grad_B, grad_log_tau
+    # What is not needed is an empty tensor, each its own: a custom operator may not return one twice.
+    grad_x = x.new_empty(0) if grad_x is None else grad_x
+    grad_log_tau = log_tau.new_empty(0) if grad_log_tau is None else grad_log_tau.reshape(log_tau.shape).to(log_tau.dtype)
+    return grad_x, grad_A, grad_B, grad_log_tau
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:

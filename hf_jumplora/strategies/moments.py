@@ -338,10 +338,12 @@ def _add_square(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, te
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside: no dropout, no gradient checkpointing."""
+    """Evaluation mode inside: no dropout, no gradient checkpointing; backward passes stay on this thread, as in a
+    training step."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         model.train(training)

@@ -207,7 +207,10 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+        # The backward pass on this thread: on a GPU it would run on another one, where the Python of each gated layer
+        # takes twice as long.
+        with torch.autograd.set_multithreading_enabled(False):
+            loss = super().training_step(*args, **kwargs)
         finite = torch.isfinite(loss.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         if self.state.global_step % FINITE_EVERY == 0:

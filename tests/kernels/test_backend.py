@@ -76,6 +76,19 @@ def test_compiled(package):
             assert_close(step(leaves, "triton", mix, compiled), step(leaves, "triton", mix), 1e-6)
 
 
+def test_compiled_where_little_needs_a_gradient(package):
+    """The first layer of a model whose threshold is held: neither x nor the threshold has one."""
+    x, W, bias, *factors, log_tau = setup()
+    leaves = [t.detach() for t in (x, W, bias)] + factors + [log_tau.detach()]
+
+    def gradients(function):
+        y = function(*leaves, scaling=4.0, mix=torch.tensor([0.6], device=DEVICE), bandwidth=0.01, backend="triton")
+        return y, *torch.autograd.grad(y, factors, torch.ones_like(y))
+
+    compiled = torch.compile(gated_linear, fullgraph=True, backend="aot_eager")
+    assert_close(gradients(compiled), gradients(gated_linear), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(package, dtype):
     """x in bf16 over the weight as it is; gradients in the dtypes of their leaves; D in float32."""

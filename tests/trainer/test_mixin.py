@@ -95,6 +95,20 @@ def train(
     return trainer, note
 
 
+def test_the_backward_pass_stays_on_this_thread(toy_base, tmp_path):
+    """On a GPU it would run on another one, where Python takes twice as long. After a task all is as it was."""
+    threads = []
+
+    class Look(Pull):
+        def penalty(self, *args):
+            threads.append(torch._C._is_multithreading_enabled())
+            return super().penalty(*args)
+
+    train(stacked(toy_base), tmp_path, [Look()], max_steps=2)
+    assert threads == [False, False]
+    assert torch._C._is_multithreading_enabled()
+
+
 # ---- the penalty -------------------------------------------------------------------------------------------------
 
 
