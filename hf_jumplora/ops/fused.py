@@ -50,8 +50,8 @@ def _compute_gradients(
         )  # fmt: skip
     # What is not needed is an empty tensor, each its own: a custom operator may not return one twice.
     grad_x = x.new_empty(0) if grad_x is None else grad_x
-    grad_log_tau = log_tau.new_empty(0) if grad_log_tau is None else grad_log_tau.reshape(log_tau.shape).to(log_tau.dtype)
-    return grad_x, grad_A, grad_B, grad_log_tau
+    grad_tau = log_tau.new_empty(0) if grad_log_tau is None else grad_log_tau.reshape(log_tau.shape).to(log_tau.dtype)
+    return grad_x, grad_A, grad_B, grad_tau
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -104,8 +104,8 @@ def test_the_backward_pass_stays_on_this_thread(toy_base, tmp_path):
             threads.append(torch._C._is_multithreading_enabled())
             return super().penalty(*args)
 
-    train(stacked(toy_base), tmp_path, [Look()], max_steps=2)
-    assert threads == [False, False]
+    train(stacked(toy_base), tmp_path, [Look()])
+    assert threads == [False] * 6
     assert torch._C._is_multithreading_enabled()
 
 
