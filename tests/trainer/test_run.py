@@ -15,6 +15,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 from hf_jumplora import ContinualTrainer, JumpLoraConfig, Task, load_stack
 from hf_jumplora.methods import METHODS, get_method
 from hf_jumplora.ops.sparse import decode_support
+from hf_jumplora.report.folder import HISTORY, read_lines
 from hf_jumplora.stack import read_manifest
 from hf_jumplora.strategies import Strategy
 from hf_jumplora.trainer import ContinualRun
@@ -46,6 +47,27 @@ def files(folder):
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
+
+
+@SLOW
+def test_a_compiled_run(toy_base, tmp_path):
+    """The same scores and losses, through tasks that are added, finished and merged, and no graph break."""
+    counters = torch._dynamo.utils.counters
+    found = []
+    for name, options in (("eager", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"})):
+        torch._dynamo.reset()
+        counters.clear()
+        run = toy.make_run(toy_base, tmp_path / name, "jumplora-best", **options)
+        found.append(
+            (
+                run.train().metrics["matrix"],
+                [line["loss"] for line in read_lines(tmp_path / name / HISTORY) if "loss" in line],
+            )
+        )
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
 
 
 # Those that read the earlier tasks while they train: their sum, the entries they take, the stack without the new one.
