@@ -1,4 +1,4 @@
-"""`make test-gpu`, after the tests: what a GPU is asked for, on a GPU. About four minutes; a short table comes last.
+"""`make test-gpu`, after the tests: what a GPU is asked for, on a GPU. About six minutes; a short table comes last.
 
     python benchmarks/gpu.py [layer] [model] [curvature] [small] [--rounds 9] [--base FOLDER]
 

@@ -74,9 +74,9 @@ def compiled_steps(rounds: int, layers: int = 6, tokens: int = 64) -> None:
     """A step with AdamW, eager, by torch.compile and with its CUDA graphs: PEFT's LoRA and gated layers at f = 0.7."""
     ids = torch.randint(0, 40000, (8, tokens), device=DEVICE)
     for mode in ("eager", "default", "reduce-overhead"):
+        torch._dynamo.reset()
         steps = {}
         for name in ("lora", "gated"):
-            torch._dynamo.reset()
             base = smollm2_shape(layers).requires_grad_(False)
             if name == "lora":
                 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]))

@@ -207,8 +207,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def training_step(self, *args, **kwargs):
-        # The backward pass on this thread: on a GPU it would run on another one, where the Python of each gated layer
-        # takes twice as long.
+        # The backward pass on this thread: a GPU's would run on another one, where that of a gated layer takes twice as
+        # long (docs/performance.md).
         with torch.autograd.set_multithreading_enabled(False):
             loss = super().training_step(*args, **kwargs)
         finite = torch.isfinite(loss.detach())

@@ -96,7 +96,7 @@ def train(
 
 
 def test_the_backward_pass_stays_on_this_thread(toy_base, tmp_path):
-    """On a GPU it would run on another one, where Python takes twice as long. After a task all is as it was."""
+    """A GPU's would run on another one, where a gated layer's takes twice as long. After a task all is as it was."""
     threads = []
 
     class Look(Pull):
