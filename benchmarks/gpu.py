@@ -1,6 +1,6 @@
 """`make test-gpu`, after the tests: what a GPU is asked for, on a GPU. About six minutes; a short table comes last.
 
-    python benchmarks/gpu.py [layer] [model] [curvature] [small] [--rounds 9] [--base FOLDER]
+    python benchmarks/gpu.py [layer] [model] [curvature] [small] [--rounds 7] [--base FOLDER]
 
 layer: one gated layer against a frozen one and PEFT's LoRA. model: a step of Llama-2-7B's shapes (random weights, bf16,
 adapters of rank 8 on q and v, 8 x 512 tokens), alone and with all that `jumplora-best` adds, and its waits by torch's
@@ -77,12 +77,12 @@ def layers(rounds: int) -> None:
         del providers, wanted, graphs
 
 
-def llama(config, dtype=torch.bfloat16):
+def llama(config):
     """Random weights, made on the GPU."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
             return LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -187,7 +187,8 @@ def models(rounds: int, num_layers: int) -> None:
 def curvature(folder: str | None) -> None:
     """512 examples of 20 to 150 tokens after a task of rank-64 curvature, q and v."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from small_model import smollm2_shape
+    from transformers import AutoModelForCausalLM
 
     from hf_jumplora import JumpLoraConfig
     from hf_jumplora.strategies import KFac
@@ -195,10 +196,7 @@ def curvature(folder: str | None) -> None:
     if folder:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
     else:
-        model = llama(LlamaConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-            vocab_size=49152,
-        ))  # fmt: skip
+        model = smollm2_shape().eval()
     config = JumpLoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_weights=False, initial_density=0.3)
     peft = get_peft_model(model, config)
     set_threshold(peft, "default", 0.3)

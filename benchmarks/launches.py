@@ -101,10 +101,10 @@ def setup(name: str, layers: int, rank: int, model: nn.Module | None = None):
     return peft, strategies
 
 
-def measure(name: str, layers: int = 30, rank: int = 8) -> dict[str, Count]:
+def measure(name: str, layers: int = 30) -> dict[str, Count]:
     """{"step": of an ordinary step, "heaviest": of that of `AVERAGED` with the most operations, "logging": of one that
     logs, "end": of what follows the last}. `operations` of "average" is a mean over `AVERAGED`."""
-    model, strategies = setup(name, layers, rank)
+    model, strategies = setup(name, layers, 8)
     import jumplora_kernels as package
 
     package = package if hasattr(package, "launch") and name != "lora" else None

@@ -4,8 +4,8 @@
     python benchmarks/layer.py --full     # sizes 1024, 4096; ranks 8, 64, 512; tokens 128, 512, 4096; float32, bfloat16
     python benchmarks/layer.py --memory   # what one step adds to the memory of a fresh process
 
-Providers: frozen (nn.Linear, gradient of x), lora (PEFT), eager (ops/naive.py), compiled (the same by torch.compile),
-blocked, and triton where there is a GPU.
+Providers: frozen (nn.Linear, gradient of x), lora (PEFT), eager (ops/naive.py), compiled (the same by torch.compile,
+with --full), blocked, and triton and triton-fold where there is a GPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from hf_jumplora.ops import gated_linear
 
 
 def setup(size, rank, tokens, mix, density, dtype, compiled=False):
-    """({provider: one step}, A) of one setting; `density` of the entries lie above tau."""
+    """({provider: one step}, (the layer by backend, W)) of one setting; `density` of the entries lie above tau."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(0)
@@ -37,10 +37,8 @@ def setup(size, rank, tokens, mix, density, dtype, compiled=False):
     lora = nn.Sequential(nn.Linear(size, size, bias=False, device="meta"))
     lora[0].weight = linear.weight
     lora = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["0"]), lora)
-    (
-        lora[0].lora_A.float(),
-        lora[0].lora_B.float(),
-    )  # PEFT's adapters over a bf16 base are float32 (autocast_adapter_dtype)
+    for part in (lora[0].lora_A, lora[0].lora_B):
+        part.float()  # PEFT's adapters over a bf16 base are float32 (autocast_adapter_dtype)
 
     def gated(backend):
         return gated_linear(x, weight, None, A, B, log_tau, scaling=4.0, mix=mix, backend=backend)

@@ -37,7 +37,7 @@ def table() -> str:
     latest: dict[tuple, dict] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        key = (row["benchmark"], *(row.get(column) for column in COLUMNS), row["provider"])
+        key = (row["benchmark"], *(row.get(column) for column in COLUMNS), row.get("provider"))
         latest.pop(key, None)
         latest[key] = row
     lines = [
@@ -72,7 +72,8 @@ def plot(path: Path) -> None:
     groups: dict[str, dict[str, float]] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        if row["benchmark"] == "layer" and row["baseline"] == "frozen" and row["size"] == 4096 and row["r"] == 8:
+        shown = row["benchmark"] == "layer" and "density" in row  # those of a GPU have a table of their own
+        if shown and row["baseline"] == "frozen" and row["size"] == 4096 and row["r"] == 8:
             title = f"{row['dtype']}\nf = {row['mix']:g}, {100 * row['density']:g} %"
             groups.setdefault(title, {})[row["provider"]] = row["ratio"]
     figure, axes = plt.subplots(figsize=(9, 4))

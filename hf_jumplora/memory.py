@@ -292,7 +292,7 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
     if method.mode != "incremental" or None in remembered:
         raise ValueError(
             f"the memory of method {plan.method!r} is not known: it does not train one adapter per task, or one of its "
-            "strategies has no `memory_bytes`. Known are jumplora, inclora, and the methods with ELLA, kfac or LwF"
+            "strategies has no `memory_bytes`."
         )
     needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes

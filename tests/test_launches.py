@@ -43,3 +43,15 @@ def test_the_end_of_a_task_waits_for_layers_not_for_examples():
     assert end.by_name["_linalg_eigh"] <= 8
     assert end.by_name["_linalg_svd"] == 0
     assert end.operations <= 12_000
+
+
+def test_the_table_of_all_results(tmp_path):
+    """`make bench` reads every row that was ever committed, those of a GPU too."""
+    import run
+
+    table = run.table()
+    assert "NaN" not in table
+    assert table.count("\n| layer |") > 10
+    pytest.importorskip("matplotlib")
+    run.plot(tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 1000

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=["all"], help="names of methods (docs/methods.md), or all")
     parser.add_argument("--variants", type=Path, help="YAML file of methods with other options, for ablations")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
-    parser.add_argument("--budget", default="small", help="tiny, small (the default), long or full: docs/bench.md")
+    parser.add_argument("--budget", default="small", help="what a run costs: small, or another of docs/bench.md")
     parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, default), causal or smollm2")
     parser.add_argument("--model_name_or_path", help="folder or Hub id; without it: all-MiniLM-L6-v2, or a tiny Llama")
     parser.add_argument("--prompt_style", help="jumplora or olora (data set named in the prompt); no encoder")

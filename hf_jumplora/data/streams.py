@@ -57,7 +57,7 @@ def load_tasks(
         prompt_style: a name of `PROMPT_STYLES`; overrides the file. "olora" names the data set in every prompt.
         held_out: names of tasks of this file or its catalogue that are evaluated and never trained on; they stand
             behind the others. Overrides the file's list.
-        general_text: text of no task to measure general ability on, see [`general_text`].
+        general_text: text of no task to measure general ability on, see [`_general_task`].
 
     Returns:
         list of [`TextTask`] and [`LanguageModelTask`].

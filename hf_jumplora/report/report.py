@@ -175,7 +175,7 @@ def pairs(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None) -> None:
+def write_report(folder: Path, result: dict[str, Any], draw: bool = True) -> None:
     """Write report.md and, unless `draw` is False or matplotlib is not installed, the PICTURES next to it."""
     measured = measured_as(result)
     parts = [
@@ -210,7 +210,7 @@ def write_report(folder: Path, result: dict[str, Any], draw: bool | None = None)
         parts += ["## Data", markdown(data)]
         prompts = dict.fromkeys(info["prompt"] for info in result["data"] if info["prompt"])
         parts += [f"Prompt: {code(json.dumps(prompt, ensure_ascii=False))}" for prompt in prompts]
-    if draw is not False and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
+    if draw and importlib.util.find_spec("matplotlib") and len(result["matrix"]) > 1:
         draw_matrix(result, folder / "matrix.png")
         if len(pairs(result)) > 1:
             draw_overlap(result, folder / "overlap.png")

@@ -168,9 +168,9 @@ def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, dra
     return log_p.gather(-1, drawn).sum()
 
 
-def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]], tokens: int | None = None):
+def input_moments(model: nn.Module, adapter: str, examples: Iterable[dict[str, Any]]):
     """{layer: C [in, in]}, C = mean over all tokens of x x^T with x the layer's input; float32."""
-    return _moments(model, adapter, examples, tokens, None, None)[1]
+    return _moments(model, adapter, examples, None, None, None)[1]
 
 
 def kronecker_factors(

@@ -69,8 +69,9 @@ class JumpLoraConfig(PeftConfig):
     threshold_update: Literal["learned", "density", "frozen"] = field(
         default="learned",
         metadata={
-            "help": "'learned': by gradient (published). 'density': re-set after every step to the exact quantile that "
-            "keeps `target_density`. 'frozen': stays at its start value."
+            "help": "'learned': by gradient (published). 'density': re-set after every step to the quantile that keeps "
+            "`target_density`, exact at the start and the end, from a sample in between. 'frozen': stays at its start "
+            "value."
         },
     )
     threshold_grad: Literal["mean", "sum"] = field(
