@@ -135,12 +135,12 @@ def gate_grad_kernel(
         for r0 in range(0, R, RC):
             ranks = r0 + tl.arange(0, RC)
             b = _row_major(b_ptr, rows, ranks, STOP, R).to(tl.float32)
-            a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
             da = tl.dot(tl.trans(b), g, input_precision=PRECISION)
-            db = tl.dot(g, tl.trans(a), input_precision=PRECISION)
             mask_a = (ranks[:, None] < R) & (cols[None, :] < IN)
-            mask_b = (rows[:, None] < STOP) & (ranks[None, :] < R)
             tl.store(da_ptr + ranks.to(tl.int64)[:, None] * IN + cols[None, :], da, mask=mask_a)
+            a = _row_major(a_ptr, ranks, cols, R, IN).to(tl.float32)
+            db = tl.dot(g, tl.trans(a), input_precision=PRECISION)
+            mask_b = (rows[:, None] < STOP) & (ranks[None, :] < R)
             tl.store(db_ptr + (rows - START).to(tl.int64)[:, None] * R + ranks[None, :], db, mask=mask_b)
 
 
