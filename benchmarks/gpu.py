@@ -229,13 +229,13 @@ def main() -> None:
     parser.add_argument("--base", help="folder of a causal language model, for the curvature")
     args = parser.parse_args()
     assert DEVICE == "cuda", "no GPU, or a torch without CUDA or ROCm"
-    torch.autograd.set_multithreading_enabled(False)  # as in a step of the trainer
-    if "layer" in args.what:
-        layers(args.rounds)
-    if "model" in args.what:
-        models(args.rounds, args.layers)
-    if "curvature" in args.what:
-        curvature(args.base)
+    with torch.autograd.set_multithreading_enabled(False):  # as in a step of the trainer
+        if "layer" in args.what:
+            layers(args.rounds)
+        if "model" in args.what:
+            models(args.rounds, args.layers)
+        if "curvature" in args.what:
+            curvature(args.base)
     if "small" in args.what:
         from small_model import small
 

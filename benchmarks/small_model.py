@@ -1,6 +1,7 @@
 """Steps of a small model on a GPU, where the host's time decides: by the trainer, and compiled. A part of `gpu.py`."""
 
 import contextlib
+import io
 import statistics
 import tempfile
 import time
@@ -103,7 +104,7 @@ def _step(model, ids, optimizer) -> None:
 
 def small(rounds: int) -> str:
     """Both; returns a line for the summary."""
-    with contextlib.redirect_stdout(None):  # the trainers' own lines
+    with contextlib.redirect_stdout(io.StringIO()):  # the trainers' own lines
         seconds = trainer_steps()
     report("small model, trainer", {"layers": 30, "tokens": 32 * 316}, seconds, "inclora")
     compiled_steps(rounds)
