@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..data import Encoder, LanguageModelTask, TextTask, pad_rows
 from ..metrics.text import TEXT_METRICS, exact_match
@@ -210,6 +211,10 @@ def _score_on_cache(model, encoder, prompts, answers) -> list[torch.Tensor] | No
     past = getattr(first, name, None)
     if past is None:
         return None
+    # Layers of these kinds put new tensors in the place of the old ones, which need no copy.
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    growing = [layer for layer in getattr(past, "layers", ()) if type(layer) in kinds]
+    shared = {id(tensor): tensor for layer in growing for tensor in (layer.keys, layer.values)}
     columns = []
     for answer in answers:
         targets = torch.tensor([answer], device=ids.device).expand(len(prompts), -1)
@@ -217,7 +222,7 @@ def _score_on_cache(model, encoder, prompts, answers) -> list[torch.Tensor] | No
         if inputs.shape[1]:
             full_mask = torch.cat([mask, torch.ones_like(inputs)], 1)
             where = mask.sum(1)[:, None] + torch.arange(inputs.shape[1], device=ids.device)
-            cache = {name: copy.deepcopy(past)}  # the model writes into it
+            cache = {name: copy.deepcopy(past, dict(shared))}  # the model writes into it
             rest = model(input_ids=inputs, attention_mask=full_mask, **cache, **options(where))
             logits = torch.cat([logits, rest.logits], 1)
         columns.append(_likelihood(logits, targets))

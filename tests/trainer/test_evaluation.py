@@ -7,7 +7,7 @@ import pytest
 import torch
 import toy
 from peft import get_peft_model
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_jumplora import JumpLoraConfig, LanguageModelTask, TextTask
 from hf_jumplora.data import Encoder
@@ -150,6 +150,22 @@ def test_greedy_whatever_the_base_says(option, model, encoder, task, kind):
     finally:
         adapted.unload()
         model.generation_config = kept
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_labels_share_the_keys_of_the_prompt(window, monkeypatch, task):
+    """The cache is not copied once a label, and no label sees another one's keys."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, initializer_range=0.5, **sizes)
+    model, encoder = MistralForCausalLM(config).eval(), Encoder(toy.tokenizer(), 64, seq2seq=False)
+    prompts = [encoder.prompt_ids(task, text) for text in TEXTS]
+    answers = [encoder.answer_ids(task, label) for label in LABELS]
+    expected = scoring._score_whole(model, encoder, prompts, answers)
+    copied, copy_of = [], torch.Tensor.__deepcopy__
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", lambda t, memo: copied.append(t.ndim) or copy_of(t, memo))
+    torch.testing.assert_close(scoring._score_on_cache(model, encoder, prompts, answers), expected)
+    assert not any(copied)  # but for a window's size, which is a tensor too
 
 
 def test_score_without_a_cache(monkeypatch):
