@@ -1,4 +1,4 @@
-"""Continual learning for Hugging Face models with JumpLoRA: one gated low-rank update a task, one model, no task id.
+"""Continual learning for Hugging Face models with JumpLoRA: one gated low-rank update per task, one model, no task id.
 
 Importing the package registers the method with PEFT: at once where PEFT is loaded, else as soon as it is. Everything
 else is loaded when it is first used, so that `hf-jumplora check` need not wait for torch.

@@ -19,8 +19,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (0, `check` 1 too), 2 after an error or 130 after an interruption,
-    which is one line on stderr."""
+    """Run one command; returns its exit code: 0, or 1 where `check` or `doctor` says no. An error (2) and an
+    interruption (130) are one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(
         prog="hf-jumplora", description="Train, evaluate and inspect runs and stacks of JumpLoRA adapters."
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(chosen)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        chosen.error(f"not understood: {' '.join(unknown)}")
+        first = {"eval": "; the stack comes first", "train": "; the YAML file comes first"}.get(argv[0], "")
+        chosen.error(f"not understood: {' '.join(unknown)}{first}")
     try:
         return module.run(args) or 0
     except (ValueError, OSError) as error:

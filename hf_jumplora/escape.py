@@ -1,6 +1,5 @@
-"""Text of others on its way out: what it may not do in Markdown, HTML, a terminal or a picture."""
+"""Text of others on its way out: what it may not do in Markdown, a terminal or a picture."""
 
-import html as _html
 import re
 
 
@@ -18,11 +17,6 @@ def code(text: object) -> str:
     fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
     space = " " if "`" in plain else ""
     return f"{fence}{space}{plain}{space}{fence}"
-
-
-def html(text: object) -> str:
-    """For the text or an attribute's value of an HTML page."""
-    return _html.escape(terminal(text))
 
 
 def terminal(text: object) -> str:

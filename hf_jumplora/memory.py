@@ -170,7 +170,7 @@ class _Adapted(torch.autograd.Function):
     """Keeps what an adapted layer keeps: x. Weights and factors are there anyway."""
 
     @staticmethod
-    def forward(ctx, y, x, A=None):
+    def forward(ctx, y, x, A=None):  # with A as an input, autograd records the layer
         ctx.save_for_backward(x)
         return y.view_as(y)
 
@@ -294,14 +294,17 @@ def estimate(config: PretrainedConfig, adapter: JumpLoraConfig, plan: Plan) -> d
             f"the memory of method {plan.method!r} is not known: it does not train one adapter per task, or one of its "
             "strategies has no `memory_bytes`."
         )
-    needs = {z: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, z) for z in (False, True)}
+    needs = {  # under ZeRO-3 or not
+        zero3: activations(model, plan.batch, plan.length, plan.gradient_checkpointing, zero3)
+        for zero3 in (False, True)
+    }
     tokens, width, n = plan.batch * plan.length, plan.dtype.itemsize, plan.processes
     # Of the loss: log-probabilities, their gradient and the logits' are there at once, in float32.
     loss = 12 * tokens * size.vocabulary
     if any("forward" in s.requires for s in strategies):  # its own pass over examples, without checkpointing
         at_once = max(1, tokens_at_once(torch.device("cuda")) // plan.length)
-        for z, (kept, block) in needs.items():
-            needs[z] = max(kept, activations(model, at_once, plan.length, False, z)[0]), block
+        for zero3, (kept, block) in needs.items():
+            needs[zero3] = max(kept, activations(model, at_once, plan.length, False, zero3)[0]), block
         # Logits of the answers, log-probabilities and the way back through them; here every token is an answer.
         loss = max(loss, 24 * at_once * plan.length * size.vocabulary)
     loss = max([loss, *(s.logit_bytes(tokens * size.vocabulary, width, plan.tasks) for s in strategies)])

@@ -5,6 +5,7 @@ Another package adds a method under the entry-point group `hf_jumplora.methods` 
 
 import contextlib
 import dataclasses
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -247,7 +248,9 @@ def get_method(method: str | Method) -> Method:
         if not isinstance(found, Method):
             raise ValueError(f"entry point {method!r} = {entry.value!r} of {ENTRY_POINTS} is not a Method: {found!r}")
         return dataclasses.replace(found, name=method)
+    close = difflib.get_close_matches(method, method_names(), 1)
     raise ValueError(
-        f"unknown method {method!r}; known: {', '.join(method_names())}. A method of another package is found when "
+        f"unknown method {method!r}{f' (did you mean {close[0]!r}?)' if close else ''}; known: "
+        f"{', '.join(method_names())}. A method of another package is found when "
         f"that package is installed (entry points {ENTRY_POINTS})"
     )

@@ -1,5 +1,6 @@
 """The options that all recipes share: which stream, which method, and a YAML file in place of a long command line."""
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -161,6 +162,13 @@ def run_recipe(main: Callable[[], Any]) -> None:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of an option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     """Reports an error in one line, where argparse would print two hundred options first."""
 
@@ -170,7 +178,9 @@ class _Parser(HfArgumentParser):
 
 def recipe_parser(classes: tuple[type, ...], **parser_options) -> HfArgumentParser:
     """The parser of a recipe's options. parser_options: of `argparse.ArgumentParser`."""
-    return _Parser(classes, **parser_options)  # type: ignore[arg-type]
+    parser = _Parser(classes, allow_abbrev=False, formatter_class=_Help, **parser_options)  # type: ignore[arg-type]
+    parser.add_argument("--config", metavar="FILE.yaml", help="Options; those on the command line take precedence.")
+    return parser
 
 
 def parse_recipe(
@@ -186,7 +196,9 @@ def parse_recipe(
     # PEFT reads a property of every model that transformers 5 has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = recipe_parser(classes, **parser_options)
+    about = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
+    parser = recipe_parser(classes, **{"description": about, **parser_options})
+    parser.set_defaults(**_renamed(defaults or {}))
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")
@@ -194,6 +206,8 @@ def parse_recipe(
             parser.error("--config needs a YAML file")
         path = Path(argv[position + 1])
         del argv[position : position + 2]
+        if "--config" in argv:
+            parser.error("--config is given twice")
         if not path.is_file():
             parser.error(f"{path} is a folder, not a YAML file" if path.is_dir() else f"{path}: no such file")
         try:
@@ -202,23 +216,25 @@ def parse_recipe(
             parser.error(str(error))
         if not isinstance(values, dict):
             parser.error(f"{path}: expected keys and values, found {type(values).__name__}")
-        known = {action.dest for action in parser._actions}
-        if "activation_checkpointing" in values:
-            values[CHECKPOINTING] = values.pop("activation_checkpointing")
+        known, values = {action.dest for action in parser._actions} - {"config", "help"}, _renamed(values)
         for key in values:
             if key not in known:
-                parser.error(f"{path}: unknown key {key!r}")
+                close = difflib.get_close_matches(str(key), known, 1)
+                parser.error(f"{path}: unknown key {key!r}" + "".join(f"; did you mean {name}?" for name in close))
         argv = [*_as_options(values), *argv]
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            [*_as_options(defaults or {}), *argv], return_remaining_strings=True
-        )
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as error:
         parser.error(str(error))
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
         parser.error(f"not understood: {' '.join(unknown)}" + "".join(f"; did you mean {name}?" for name in close))
     return tuple(parsed)
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Options as this version of transformers calls them."""
+    return {CHECKPOINTING if key == "activation_checkpointing" else key: value for key, value in values.items()}
 
 
 def _as_options(values: dict[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def demo_domains(size: int = 600) -> tuple[list[str], list[LanguageModelTask]]:
 def perplexities(metrics: dict[str, Any]) -> str:
     """The perplexity of every domain before training and after each task, as a table: exp of the cross-entropy."""
     names = [key for key in metrics["general"][-1] if key.endswith(" cross_entropy")]
-    stages = ["nothing yet", *(info["name"] for info in metrics["trained"])]
+    stages = ["before training", *(info["name"] for info in metrics["trained"])]
     head = f"{'trained on':<16}" + "".join(f"{name.split()[0]:>14}" for name in names)
     rows = [
         f"{stage:<16}" + "".join(f"{math.exp(row[name]):>14.2f}" if name in row else f"{'-':>14}" for name in names)

@@ -1,4 +1,4 @@
-"""Continual learning of a causal language model: a sequence of text tasks, one gated low-rank update a task.
+"""Continual learning of a causal language model: a sequence of text tasks, one gated low-rank update per task.
 
 Without options it runs on a laptop in minutes: a tiny Llama, pre-trained on the spot on generated text, and four
 generated (synthetic) tasks that interfere. With a real model and a real stream:
@@ -99,7 +99,8 @@ def model_and_stream(model: ModelArguments, stream: StreamArguments) -> tuple[st
     return str(build_tiny_llama(texts, model.cache_dir, steps=model.tiny_steps)), tasks
 
 
-_WITH_STACK = ("from_stack", "model_name_or_path")  # the other options of the model are the stack's own
+# The other options of the model and of the method are the stack's own.
+_WITH_STACK = ("from_stack", "model_name_or_path", "strategy")
 
 
 def add_to_stack(
@@ -117,13 +118,13 @@ def add_to_stack(
         raise ValueError("--from_stack needs --stream: the tasks to add")
     tasks = stream.load()
     options = {name: getattr(args, name) for name in given if hasattr(args, name) and name != "output_dir"}
-    base = model.model_name_or_path
-    ContinualRun.from_stack(model.from_stack, tasks, args.output_dir, base_model=base, **options).train()
+    options |= {"base_model": model.model_name_or_path, "strategies": method.strategy}
+    ContinualRun.from_stack(model.from_stack, tasks, args.output_dir, **options).train()
 
 
 def main() -> None:
     argv = sys.argv[1:]
-    given = {a.split("=")[0].removeprefix("--") for a in argv if a.startswith("--")}
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
     if not given & {"config", "model_name_or_path", "stream"}:
         demo = "demo_real.yaml" if "model" in given else "demo.yaml"
         argv = ["--config", str(HERE / "configs" / demo), *argv]

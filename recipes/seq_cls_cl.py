@@ -12,6 +12,7 @@ Without options it runs in a minute or two: a tiny Llama and four synthetic task
 
 import dataclasses
 import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from hf_jumplora import ContinualRun, ContinualTrainingArguments, Task
 from hf_jumplora.bench.encoder import accuracy
+from hf_jumplora.bench.folder import whole_folder
 from hf_jumplora.bench.tiny_llama import build_tiny_llama
 from hf_jumplora.options import MethodArguments, ModelArguments, StreamArguments, parse_recipe, run_recipe
 
@@ -33,6 +35,7 @@ DEFAULTS = {
     "logging_steps": 10, "save_strategy": "no", "report_to": "none", "output_dir": "runs/seq_cls",
     "num_train_epochs": 1,
 }  # fmt: skip
+MADE_OF = "made_of.json"  # beside the base: what it was made of
 
 
 @dataclass
@@ -68,7 +71,12 @@ def classification_tasks(texts: list[Any], tokenizer: Any, max_length: int) -> t
 
 def with_head(name: str, labels: list[str], folder: Path, seed: int, dtype: str) -> str:
     """The folder of the model with a head for these labels; made once, because a stack needs the same base again."""
-    if not (folder / "config.json").is_file():
+    made_of = {"model": name, "labels": labels, "seed": seed, "dtype": dtype}
+    if folder.is_dir():
+        if (folder / MADE_OF).is_file() and json.loads((folder / MADE_OF).read_text()) != made_of:
+            raise ValueError(f"{folder} was made of another model, seed, dtype or labels: use another --output_dir")
+        return str(folder)
+    with whole_folder(folder) as temporary:
         set_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(labels), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -82,8 +90,9 @@ def with_head(name: str, labels: list[str], folder: Path, seed: int, dtype: str)
         model.config.label2id = {label: number for number, label in enumerate(labels)}
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        (temporary / MADE_OF).write_text(json.dumps(made_of))
     return str(folder)
 
 

@@ -192,7 +192,7 @@ def test_imports_without_the_extras(fresh):
         "try:\n    hf_jumplora.ContinualSFTTrainer\n"
         "except ImportError as error: print(error)\n"
     )
-    assert "pip install 'hf-jumplora[trl]'" in fresh(code)
+    assert "pip install trl" in fresh(code)
 
 
 def test_check_does_not_wait_for_torch(tmp_path):
@@ -227,7 +227,7 @@ def test_import_is_light(fresh):
         "heavy.add('hf_jumplora.trainer')\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    assert fresh(code).strip() == "[]"
+    assert fresh(code).splitlines()[-1] == "[]"  # behind what bitsandbytes says on some processors
 
 
 INSTALLED = """

@@ -16,8 +16,9 @@ class Budget:
     max_length: tokens of a text; longer ones are cut (prompt and answer are not counted). test_rows: examples a task of
     the test split that are evaluated.
     eval_tasks: "seen" evaluates the tasks trained so far, "all" later ones too (and before any training).
-    tune_steps: steps a task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows` examples
-    each, held out of their training rows. 0: nothing is tuned, every method takes the first rate and its own defaults.
+    tune_steps: steps per task of a tuning run, which trains the first two tasks and evaluates both on `dev_rows`
+    examples each, held out of their training rows. 0: nothing is tuned, every method takes the first rate and its own
+    defaults.
     rates: learning rates that are tried; weights: how many values of a method's own option
     ([`tuned_option`]) are.
     """

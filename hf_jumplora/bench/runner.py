@@ -32,10 +32,10 @@ SETTINGS = "bench.json"
 class Bench:
     """One table: what is the same in all of its cells.
 
-    setting: "encoder" (label-embedding classifier on a sentence encoder) or "causal" (a causal language model, answers
-    scored by their likelihood).
+    setting: "encoder" (label-embedding classifier on a sentence encoder), "causal" (a causal language model, answers
+    scored by their likelihood) or "smollm2" (the same with SmolLM2-135M-Instruct).
     model: folder or Hub id; None: all-MiniLM-L6-v2, or a tiny Llama pre-trained on the stream's own training text.
-    held_out, general_text: what general ability is measured on, see [`load_tasks`]; general_text for "causal" only.
+    held_out, general_text: what general ability is measured on, see [`load_tasks`]; general_text not for "encoder".
     jobs: cells at once, `threads` threads each (None: the cores divided by the jobs).
     prefix: words put before each cell's command, such as "nice -n 5".
     variants: methods with other options ([`read_variants`]), which may be run beside the methods.

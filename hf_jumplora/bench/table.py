@@ -112,7 +112,7 @@ def write_table(folder: Path) -> str:
     parts = [
         f"# Methods on {settings['stream']}",
         f"Setting {settings['setting']}, model {settings['model']}, prompt style: {style}; "
-        f"{budget['steps']} steps a task, effective batch {budget['batch']}, at most {length} tokens{of}. "
+        f"{budget['steps']} steps per task, effective batch {budget['batch']}, at most {length} tokens{of}. "
         "Mean ± standard deviation over seeds.",
         markdown([["task", "training examples", "test examples", "measured"]]
                   + [[t["name"], str(t["train_examples"]), str(t["test_examples"]), t.get("metric", "accuracy")]
@@ -134,7 +134,7 @@ def write_table(folder: Path) -> str:
     if len(general) > 1:
         parts.append(
             "Before training → after the last task, mean ± standard deviation over seeds: accuracies in % on what no "
-            "method was trained on, cross-entropy of plain text in nats a token."
+            "method was trained on, cross-entropy of plain text in nats per token."
         )
         parts.append(markdown(general))
     else:
@@ -155,7 +155,7 @@ def write_table(folder: Path) -> str:
 
 
 def _general_rows(cells: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """A row a method, a column for each thing that was measured before and after; the head alone without any."""
+    """A row per method, a column for each thing that was measured before and after; the head alone without any."""
     good = {m: [run["metrics"].get("general") for run in runs if not run["error"]] for m, runs in cells.items()}
     measured = {method: runs for method, runs in good.items() if runs and all(rows and rows[0] for rows in runs)}
     keys = list(dict.fromkeys(key for runs in measured.values() for key in runs[0][0]))
@@ -180,7 +180,7 @@ def _matrix_rows(matrix: list[list[float | None]], settings: dict[str, Any]) -> 
     names = [task["name"] for task in settings["tasks"]]
     labels = names if len(matrix) == len(names) + 1 else ["all tasks"]
     rows = [["trained on", *names]]
-    for label, row in zip(["nothing yet", *labels], matrix, strict=True):
+    for label, row in zip(["before training", *labels], matrix, strict=True):
         if any(value is not None for value in row):
             rows.append([label, *("-" if value is None else f"{100 * value:.1f}" for value in row)])
     return rows

@@ -1,17 +1,15 @@
 """Make a tokenizer and a small Llama from any list of texts, pre-trained on the spot in about a minute on a CPU.
 
 For demonstrations and tests that need a *pre-trained* causal language model but no download. The result is an ordinary
-Hugging Face folder::
+Hugging Face folder:
 
     path = build_tiny_llama(texts, "~/.cache/tiny_llama")
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
 
-The model knows nothing beyond ``texts``: use it to try out a training method, not to judge one. On a machine whose
-cores are busy with something else, ``torch.set_num_threads(1)`` beforehand is much faster than two waiting threads.
+The model knows nothing beyond `texts`: use it to try out a training method, not to judge one. On a machine whose
+cores are busy with something else, `torch.set_num_threads(1)` beforehand is much faster than two waiting threads.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -46,28 +44,27 @@ def build_tiny_llama(
     seq_len: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    max_seconds: float | None = None,
 ) -> Path:
-    """Return the folder of a small Llama trained on ``texts``, below ``cache_dir``; build it if it is not there.
+    """Return the folder of a small Llama trained on `texts`, below `cache_dir`; build it if it is not there.
 
     The folder's name is a hash of the texts and of all settings. It is written under a temporary name and then moved,
     so it is there whole or not at all. The same arguments give the same weights on the same machine and number of
-    threads, unless ``max_seconds`` (an upper bound on the training loop) stops the training before its last step; that
-    is printed and recorded in ``tiny_llama.json``, beside the steps done, the final loss and the seconds.
+    threads. `tiny_llama.json` beside the weights has the final loss and the seconds.
     """
     settings = dict(locals())
     del settings["texts"], settings["cache_dir"]
     cache_dir = Path(cache_dir).expanduser()
-    key = hashlib.sha256(json.dumps([texts, settings], sort_keys=True).encode()).hexdigest()[:16]
+    # max_seconds: an option that there was, so that folders keep their names.
+    key = hashlib.sha256(json.dumps([texts, {**settings, "max_seconds": None}], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
     path = cache_dir / f"tiny-llama-{key}"
     if path.is_dir():
         report = json.loads((path / REPORT).read_text())
-        print(
-            f"tiny_llama: cached, {report['steps']} of {report['planned_steps']} steps, loss {report['loss']}: {path}"
-        )
+        print(f"tiny_llama: cached, {report['steps']} steps, loss {report['loss']}: {path}")
         return path
 
-    tokenizer = train_tokenizer(texts, vocab_size, seq_len)
+    tokenizer = train_tokenizer(texts, vocab_size, 4 * seq_len)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -85,7 +82,7 @@ def build_tiny_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     batches = packed_batches(tokenizer, texts, batch_size, seq_len, seed)
-    report = pretrain(model, batches, steps, learning_rate, max_seconds)
+    report = pretrain(model, batches, steps, learning_rate)
     report |= {"parameters": model.num_parameters(), "texts": len(texts), "settings": settings}
 
     with whole_folder(path) as folder:
@@ -96,7 +93,7 @@ def build_tiny_llama(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``texts`` that puts the BOS token in front, as Llama's does."""
+    """A byte-level BPE tokenizer of `texts` that puts the BOS token in front, as Llama's does."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -115,7 +112,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) ->
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        model_max_length=4 * model_max_length,
+        model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
 
@@ -142,11 +139,7 @@ def packed_batches(
 
 
 def pretrain(
-    model: LlamaForCausalLM,
-    batches: Iterator[torch.Tensor],
-    steps: int,
-    learning_rate: float,
-    max_seconds: float | None,
+    model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, learning_rate: float
 ) -> dict[str, object]:
     """Train with AdamW, a linear warm-up over 5 % of the steps and a cosine down to zero; return what was done."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -163,12 +156,10 @@ def pretrain(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     start = time.perf_counter()
-    done, loss, smooth = 0, math.nan, math.nan
+    smooth = math.nan
     print(f"tiny_llama: pre-training, {steps} steps", flush=True)  # a log file shows no progress bar
     with tqdm(total=steps, desc="pre-training", unit="step", disable=None) as bar:
-        while done < steps:
-            if max_seconds is not None and time.perf_counter() - start >= max_seconds:
-                break
+        for step in range(steps):
             ids = next(batches)
             output = model(input_ids=ids, labels=ids, use_cache=False)
             output.loss.backward()
@@ -176,19 +167,9 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            done += 1
             loss = output.loss.item()
-            smooth = loss if done == 1 else 0.95 * smooth + 0.05 * loss
+            smooth = loss if step == 0 else 0.95 * smooth + 0.05 * loss
             bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
             bar.update()
     model.eval()
-    seconds = time.perf_counter() - start
-    if done < steps:
-        print(f"tiny_llama: max_seconds={max_seconds} reached, stopped after {done} of {steps} steps")
-    return {
-        "steps": done,
-        "planned_steps": steps,
-        "stopped_early": done < steps,
-        "loss": round(smooth, 4) if done else None,
-        "seconds": round(seconds, 1),
-    }
+    return {"steps": steps, "loss": round(smooth, 4), "seconds": round(time.perf_counter() - start, 1)}

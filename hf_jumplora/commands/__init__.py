@@ -17,10 +17,10 @@ COMMANDS = {
     "remove": "write a stack without some of the tasks",
     "reorder": "write a stack in another order, where order does not matter",
     "squeeze": "write a stack whose tasks have a lower rank",
-    "recover": "write a stack for the whole base, trained on a pruned one",
-    "router": "train what tells which tasks of a stack act on a prompt",
+    "recover": "turn a stack of a pruned base into one of the whole base",
+    "router": "train the router that picks the tasks for each prompt",
     "merge": "write a plain model with the updates merged in",
-    "push": "bring a stack on the Hub up to date: one commit and one tag per task",
+    "push": "push the tasks that the Hub lacks: one commit and one tag each",
     "export": "write a LoRA adapter or sparse values for other software",
     "completion": "complete commands and options in bash, zsh or fish",
 }

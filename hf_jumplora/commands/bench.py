@@ -8,6 +8,7 @@ every run.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -16,10 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", required=True, help="a stream file, or the name of a shipped one (order1, ...)")
     parser.add_argument("--output_dir", required=True, type=Path, help="where cells, table and plot are written")
     parser.add_argument("--data_dir", help="folder with the data; without it: as the stream says")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names of methods (docs/methods.md), or all")
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], help="names of methods; default: all of them (many hours)"
+    )
     parser.add_argument("--variants", type=Path, help="YAML file of methods with other options, for ablations")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
-    parser.add_argument("--budget", default="small", help="what a run costs: small, or another of docs/bench.md")
+    parser.add_argument(
+        "--budget",
+        default="small",
+        help="small (default; texts of 32 tokens), untuned-gpu-256, or another of docs/bench.md",
+    )
     parser.add_argument("--setting", default="encoder", help="encoder (a sentence encoder, default), causal or smollm2")
     parser.add_argument("--model_name_or_path", help="folder or Hub id; without it: all-MiniLM-L6-v2, or a tiny Llama")
     parser.add_argument("--prompt_style", help="jumplora or olora (data set named in the prompt); no encoder")
@@ -45,3 +52,7 @@ def run(args: argparse.Namespace) -> None:
         args.prompt_style, args.held_out, args.general_text, args.jobs, args.threads, args.prefix, variants,
     )  # fmt: skip
     print(bench.run(methods, args.seeds, args.retry_failed))
+    finals = [bench.cells / f"final-{method}-s{seed}.json" for method in methods for seed in range(args.seeds)]
+    errors = [json.loads(path.read_text())["error"] for path in finals]
+    if all(errors):
+        raise ValueError(f"no run ended well: {errors[0]}")

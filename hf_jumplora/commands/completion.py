@@ -60,7 +60,8 @@ def _actions(command: str) -> list[argparse.Action]:
     module.add_arguments(parser)
     actions = list(parser._actions)
     if command in ("train", "eval", "router"):
-        actions += recipe_parser(module.option_classes())._actions[1:]  # without a second --help
+        own = ("help", "config") if command == "train" else ("help",)  # that the command has itself
+        actions += [a for a in recipe_parser(module.option_classes())._actions if a.dest not in own]
     for action in actions:
         names = reversed(action.option_strings)  # --max_steps and --max-steps are one option: the first stays
         action.option_strings = list({name.replace("_", "-"): name for name in names}.values())

@@ -12,14 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
-# package -> (what does not work without it, the extra that brings it)
+# package -> what does not work without it
 OPTIONAL = {
-    "trl": ("ContinualSFTTrainer, and TRL's other trainers", "trl"),
-    "triton": ("the Triton kernels on a GPU (`blocked` runs instead, slower)", "triton"),
-    "deepspeed": ("ZeRO", "deepspeed"),
-    "bitsandbytes": ("bases in 4 or 8 bits", "bitsandbytes"),
-    "lm_eval": ("`hf-jumplora eval --lm_eval`", "eval"),
-    "matplotlib": ("pictures in reports", "report"),
+    "trl": "ContinualSFTTrainer, and TRL's other trainers",
+    "triton": "the Triton kernels on a GPU (`blocked` runs instead, slower)",
+    "deepspeed": "ZeRO",
+    "bitsandbytes": "bases in 4 or 8 bits",
+    "lm_eval": "`hf-jumplora eval --lm_eval`",
+    "matplotlib": "pictures in reports",
 }
 
 
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{device} ({what}): backend {backend}")
     bad = [f"{name} {found}: {why}; install {name}>={low}" for name, found, low, why in LOWEST if found < low]
     missing = []
-    for name, (what, extra) in OPTIONAL.items():
+    for name, what in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
-            missing.append(f"{what}: pip install 'hf-jumplora[{extra}]'")
+            missing.append(f"{what}: pip install {name.replace('_', '-')}")
         else:
             print(f"  {name} {_version(name)}")
     if PEFT < PEFT_FOR_NATIVE:
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
             "peft.get_peft_model"
         )
     if len(devices) == 1:
-        missing.append(f"a GPU: torch {torch.__version__} sees none; {BACKEND_VARIABLE} chooses the arithmetic")
+        print(
+            f"no GPU: torch {torch.__version__} sees none, so runs use the CPU ({BACKEND_VARIABLE} chooses the backend)"
+        )
     print(
         "\n".join(["will not work:", *(f"  {line}" for line in bad + missing)])
         if bad + missing

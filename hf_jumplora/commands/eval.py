@@ -77,13 +77,18 @@ def merged_and_encoder(
     from transformers import AutoTokenizer
 
     from ..data import Encoder
-    from ..stack.load import load_stack, open_stack
+    from ..stack.load import load_stack, named_base, open_stack
 
     _, manifest, _ = open_stack(stack, tasks, revision)
     merge = route is None and not manifest.competing
     model: Any = load_stack(stack, base_model, tasks, revision, merge=merge, route=route)
+    if not getattr(model, "can_generate", bool)():
+        raise ValueError(
+            f"{stack} stands on a {type(model).__name__}, and text tasks are scored with language models: evaluate it "
+            "with a Trainer of your own"
+        )
     named = {} if base_model else {"revision": manifest.base_model["revision"]}
-    tokenizer = AutoTokenizer.from_pretrained(base_model or manifest.base_model["name_or_path"], **named)
+    tokenizer = AutoTokenizer.from_pretrained(base_model or named_base(manifest, stack), **named)
     length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     return model, Encoder(tokenizer, length, model.config.is_encoder_decoder)
 
@@ -136,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     if stream.stream is None and not options.lm_eval:
         raise ValueError("--stream is missing: a file, or the name of a shipped one (docs/streams.md); or --lm_eval")
     if options.lm_eval and find_spec("lm_eval") is None:
-        raise ValueError("--lm_eval needs lm-eval: pip install 'hf-jumplora[eval]'")
+        raise ValueError("--lm_eval needs lm-eval: pip install lm-eval")
     _, manifest = find_manifest(args.stack, options.revision)
     if options.each_task and (manifest.separate or manifest.competing or not manifest.additive):
         raise ValueError(

@@ -49,18 +49,18 @@ def run(args: argparse.Namespace) -> None:
         sizes = export_sparse(args.stack, args.out, args.tasks, args.revision, getattr(torch, args.dtype))
         print(
             f"{args.out}/sparse.safetensors: {int(sizes['kept']):,} values, {int(sizes['bytes']):,} bytes, "
-            f"{sizes['bytes_per_nonzero']:.2f} bytes a value"
+            f"{sizes['bytes_per_nonzero']:.2f} bytes per value"
         )
         return
     if of_stream and not args.stream:
         raise ValueError(f"--{of_stream[0]} has no meaning without --stream")
-    scores = _prepare(args) if args.stream else list
+    scores = _prepare(args) if args.stream else None
     rows = export_lora(
         args.stack, args.out, args.rank, args.energy, args.tasks, args.revision, args.min_energy, args.force
     )
     for layer, (rank, energy) in rows.items():
         print(f"{layer:<50} rank {rank:>4}  retained energy {energy:.4%}")
-    for name, before, after in scores():
+    for name, before, after in scores() if scores else ():
         print(
             f"{name:<24} accuracy {100 * before:.2f} % with the stack, {100 * after:.2f} % with the LoRA export "
             f"({100 * (after - before):+.2f})"

@@ -5,6 +5,7 @@
     # my_run.yaml
     model_name_or_path: meta-llama/Llama-3.2-1B
     stream: my_stream.yaml
+    learning_rate: 1.0e-3
     output_dir: runs/mine
 
 Its keys are the options of the recipes, and options on the command line take precedence; `hf-jumplora train CONFIG
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     from ..trainer import ContinualRun, ContinualSeq2SeqTrainer, ContinualTrainer
 
     argv = ["--config", args.config, *args.options]
-    model, stream, method, training = parse_recipe(option_classes(), argv, prog="hf-jumplora train")
+    model, stream, method, training = parse_recipe(
+        option_classes(), argv, prog="hf-jumplora train", description=__doc__.split("\n\n")[0]
+    )
     name = model.model_name_or_path
     for option, value in {"model_name_or_path": name, "stream": stream.stream}.items():
         if value is None:

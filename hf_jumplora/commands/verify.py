@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from ..stack.verify import verify_stack
 
     if os.path.isdir(args.stack) and args.revision is None:
-        manifest = verify_stack(args.stack)
+        manifest, which = verify_stack(args.stack), "all files"
     else:
-        _, manifest, _ = open_stack(args.stack, revision=args.revision)
-    print(f"{args.stack}: {len(manifest.tasks)} tasks ({', '.join(manifest.task_names)}), all files are intact")
+        manifest, which = open_stack(args.stack, revision=args.revision)[1], "all files that loading needs"
+    print(f"{args.stack}: {len(manifest.tasks)} tasks ({', '.join(manifest.task_names)}), {which} are intact")

@@ -163,7 +163,10 @@ def encode_tasks(encoder: Encoder, tasks: list[Task], held_out: list[Task], mode
         ValueError: a text is too long, or has a token that the model has no embedding for.
     """
     encoded = (TextTask, LanguageModelTask)
-    sets = [encoder.train_rows(t) if isinstance(t, encoded) else with_labels(t.train_dataset, t.name) for t in tasks]
+    sets = [
+        encoder.train_rows(t) if isinstance(t, encoded) else drop_unlabelled_rows(t.train_dataset, t.name)
+        for t in tasks
+    ]
     for task, rows in zip(tasks, sets, strict=True):
         if isinstance(task, encoded):
             known, table = model.get_input_embeddings().num_embeddings, rows.with_format("arrow")[:]
@@ -200,8 +203,8 @@ def masked_rows(rows: Any) -> set[int]:
     return {i for i, ids in enumerate(column) if isinstance(ids, list) and ids.count(-100) == len(ids)}
 
 
-def with_labels(rows: Any, task: str, kind: str = "training") -> Any:
-    """Rows of a task (`kind`) but for those whose `labels` are all -100 (truncation has cut the answer off). The log
+def drop_unlabelled_rows(rows: Any, task: str, kind: str = "training") -> Any:
+    """Rows of a task (`kind`) without those whose `labels` are all -100 (truncation has cut the answer off). The log
     says how many; nothing can be learned from them, and the loss of a batch of them is 0 / 0.
 
     Raises:
@@ -224,7 +227,7 @@ def pad_rows(rows: list[list[int]], value: int, side: str = "right") -> torch.Te
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
 
 
-def collate(tokenizer, seq2seq: bool) -> Callable[[list[dict]], dict]:
+def collate(tokenizer) -> Callable[[list[dict]], dict]:
     """Batches of [`Encoder.train_rows`], padded on the right, and of the plain tasks beside them, whose rows may hold
     other numbers (position_ids, ...). It can be pickled, for workers that are spawned."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -57,7 +57,8 @@ def load_tasks(
         prompt_style: a name of `PROMPT_STYLES`; overrides the file. "olora" names the data set in every prompt.
         held_out: names of tasks of this file or its catalogue that are evaluated and never trained on; they stand
             behind the others. Overrides the file's list.
-        general_text: text of no task to measure general ability on, see [`_general_task`].
+        general_text: text of no task, to measure general ability on: a .txt, JSON, CSV or Parquet file, or a data set
+            of the Hub, ID[:CONFIG], with a column "text".
 
     Returns:
         list of [`TextTask`] and [`LanguageModelTask`].
@@ -94,6 +95,7 @@ def load_tasks(
     names = {entry["name"] for _, entry in behind}
     tasks: list[Any] = []
     for where, entry in [pair for pair in entries if pair[1]["name"] not in names] + behind:
+        entry = {key: value for key, value in entry.items() if (key, value) != ("metric", "accuracy")}  # of labels
         limits = {key: given[key] or entry.get(key) or data.get(key) for key in given}
         if prompt_style is None and "prompt" in data:
             prompt = data["prompt"]
@@ -193,9 +195,10 @@ def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> 
 
 def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, where: str, held_out: bool):
     text, label, labels = entry.get("text", "sentence"), entry.get("label", "label"), entry.get("labels")
-    called, names = {}, list[str]()  # what the data's labels are called in the prompt; all of them where it says so
+    renamed: dict[str, str] = {}  # label in the data -> label in the prompt
+    names: list[str] = []  # of the classes, where the data set has them
     if isinstance(labels, dict):
-        called = {str(known): name for known, name in labels.items()}
+        renamed = {str(known): name for known, name in labels.items()}
         labels = list(dict.fromkeys(labels.values()))
     plain = "language_model" in entry
     if plain:
@@ -215,7 +218,7 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         rows = {split: read_rows(file) for split, file in paths.items()}
         own, source = folder / "labels.json", str(entry["folder"])
         if own.is_file() and not plain:
-            labels, called = read_json(own), {}
+            labels, renamed = read_json(own), {}
             _check_keys({"labels": labels}, {"labels"}, set(), str(own))
     elif ("train_file" in entry or "eval_file" in entry) and local:
         files = {"train": entry.get("train_file"), "eval": entry.get("eval_file")}
@@ -240,13 +243,13 @@ def _read_task(entry: dict, prompt: str, stream: Path, data_dir, limits: dict, w
         if plain:
             part = [row for row in part if row["text"].strip()]
         else:
-            part = [{**row, "label": called.get(row["label"], row["label"])} for row in part]
+            part = [{**row, "label": renamed.get(row["label"], row["label"])} for row in part]
             part = [row for row in part if row["label"] not in skipped]
         rows[split] = part
     train, found = rows.get("train"), rows.get("eval")
     try:
         if not plain and "metric" not in entry:
-            names = [called.get(name, name) for name in names if name not in skipped]
+            names = [renamed.get(name, name) for name in names if name not in skipped]
             if labels is None:
                 labels = sorted(set(names or (row["label"] for row in train or found or ())))
                 if not names:  # those that a data set names are its classes

@@ -142,7 +142,7 @@ def _missing_for_triton(device: torch.device, dtypes: list[str]) -> str:
             f"computes in float32, bfloat16 and float16, and these are {', '.join(sorted(set(dtypes)))}: convert them"
         )
     if importlib.util.find_spec("triton") is None:
-        return "needs Triton: pip install 'hf-jumplora[triton]'"
+        return "needs Triton: pip install triton"
     from jumplora_kernels import is_available
 
     if not is_available(device):

@@ -40,7 +40,7 @@ class StoredRun:
 
     @property
     def name(self) -> str:
-        """The folder's name, with the method if the name does not contain it."""
+        """The folder's name, with the method unless that is its name."""
         folder, method = self.path.resolve().name, self.metrics["method"]
         return folder if folder == method else f"{folder} ({method})"
 

@@ -35,7 +35,7 @@ def matrix_rows(result: dict[str, Any]) -> list[list[str]]:
     found = units_of(result)
     densities = [info["density"] for info in result["trained"]]
     for number, scores in enumerate(result["matrix"]):
-        label = "nothing yet" if number == 0 else f"{number}. {names[number - 1]}"
+        label = "before training" if number == 0 else f"{number}. {names[number - 1]}"
         if number and (reused := result["trained"][number - 1].get("reused")):
             label += f" (not trained: {reused} serves it)"
         kept = "" if number == 0 else f"{100 * densities[number - 1]:.1f} %"
@@ -82,7 +82,7 @@ def general_rows(result: dict[str, Any]) -> list[list[str]]:
     found = {key: general_unit(key, rows) for key in keys}
     shown = [["trained on", *(general_name(key, found[key]) for key in keys)]]
     for number, row in enumerate(rows if keys else ()):
-        label = f"{number}. {names[number - 1]}" if number else "nothing yet"
+        label = f"{number}. {names[number - 1]}" if number else "before training"
         shown.append([label, *(found[key].show(row.get(key)) for key in keys)])
     if len(shown) > 2:
         first, last = rows[0], rows[-1]
@@ -103,7 +103,7 @@ def general_name(key: str, unit: Unit = PERCENT) -> str:
 
 
 def in_nats(key: str) -> bool:
-    """Whether a column of general ability is a cross-entropy (in nats a token), else a score in [0, 1]."""
+    """Whether a column of general ability is a cross-entropy (in nats per token), else a score in [0, 1]."""
     return key.endswith(" cross_entropy")
 
 
@@ -231,7 +231,7 @@ def draw_matrix(result: dict[str, Any], path: Path) -> None:
         for row in result["matrix"]
     ]
     texts = [[unit.show(v, 0) for unit, v in zip(found, row, strict=True)] for row in result["matrix"]]
-    labels = ["zero-shot", *(info["name"] for info in result["trained"])]
+    labels = ["before training", *(info["name"] for info in result["trained"])]
     measured = measured_as(result).split(" (")[0]
     _heat_map(path, rows, labels, result["tasks"], result["method"], f"{measured} on", "after training on", texts)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..escape import terminal
-from ..metrics.units import common, unit_of, units_of
+from ..metrics.units import common, units_of
 from .folder import StoredRun
+from .report import general_unit, in_nats
 
 
 WORDS = {True: "ok  ", False: "FAIL", None: "-   "}
@@ -74,7 +75,7 @@ def judge_metrics(
     limits = limits or Limits()
     checks: list[dict[str, Any]] = []
     check = _adder(checks)
-    joint = "average_accuracy" in metrics and "learning_accuracy" not in metrics
+    joint = _joint(metrics)
     done, total = len(metrics["matrix"]) - 1, 1 if joint else len(metrics["tasks"])
     check("finished", done == total, f"{done} of {total} tasks are trained")
     if done and all(score is None for score in metrics["matrix"][-1]):
@@ -107,6 +108,11 @@ def says(result: dict[str, Any]) -> str:
     return "SHIP" if result["ship"] else "DON'T SHIP"
 
 
+def _joint(metrics: dict[str, Any]) -> bool:
+    """Whether all tasks were trained at once: the one stage then has a name of its own."""
+    return any(info["name"] not in metrics["tasks"] for info in metrics["trained"])
+
+
 def _adder(checks: list[dict[str, Any]]) -> Callable[[str, bool | None, str], None]:
     return lambda name, ok, says: checks.append({"check": name, "ok": ok, "says": says})
 
@@ -117,8 +123,8 @@ def _at_most(value: float, limit: float) -> bool:
 
 def _flips(stored: StoredRun) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    if "average_accuracy" in stored.metrics and "learning_accuracy" not in stored.metrics:
-        return found  # joint training learns no task before another
+    if _joint(stored.metrics):  # no task is learned before another
+        return found
     for stage, task in enumerate(stored.metrics["tasks"][: len(stored.metrics["matrix"]) - 1], 1):
         lost, won = stored.flips(task, stage)
         if stored.answers(stage):
@@ -175,11 +181,11 @@ def _check_general(check: Any, metrics: dict[str, Any], limits: Limits) -> None:
         check("general ability", None, "not measured: give general_text, or tasks with held_out=True")
     for key in keys:
         change = rows[-1][key] - rows[0][key]
-        if key.endswith(" cross_entropy"):
+        if in_nats(key):
             says = f"{change:+.4f} nats per token (at most +{limits.max_general_loss:g})"
             check(f"general ability, {key}", _at_most(change, limits.max_general_loss), says)
         else:
-            unit = unit_of(key.split(" ")[1], [row.get(key) for row in rows])
+            unit = general_unit(key, rows)
             lost, points = unit.lost(-unit.sign * change, rows[0][key])
             says = f"{-lost:+.1f} {points} (at least -{limits.max_general_drop:g})"
             check(f"general ability, {key}", _at_most(lost, limits.max_general_drop), says)

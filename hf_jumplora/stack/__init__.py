@@ -1,4 +1,4 @@
-"""Finished tasks on disk: the manifest, one folder a task, loading them, and operating on whole stacks."""
+"""Finished tasks on disk: the manifest, one folder per task, loading them, and operating on whole stacks."""
 
 from .export import export_lora, export_sparse, read_sparse
 from .load import load_stack

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ..schema import read_json
 from ..tuner.rank_routing import refuse_competing
 from .files import TaskFile, only_updates, total_update
+from .load import check_one_model
 from .operations import free_folder, new_folder, open_tasks
 from .verify import not_a_task
 
@@ -116,6 +117,7 @@ def export_lora(
     check_rank_or_energy(rank, energy, min_energy)
     free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
+    check_one_model(manifest, chosen, path)
     only_updates(chosen, "a LoRA export")
     for task in chosen:
         refuse_competing(task.config.rank_routing, "a LoRA export")
@@ -130,8 +132,9 @@ def export_lora(
         rows[layer] = (A.shape[0], retained)
     retained = 1 - lost / total if total else 1.0
     if retained < min_energy and not force:
+        asked = f"energy={energy:g}" if rank is None else f"rank {rank}"
         raise ValueError(
-            f"rank {rank} keeps {retained:.1%} of the updates' energy, less than min_energy={min_energy:.0%}: take a "
+            f"{asked} keeps {retained:.1%} of the updates' energy, less than min_energy={min_energy:.0%}: take a "
             "higher rank, energy=, or force it; nothing was written"
         )
     with new_folder(out) as temporary:
@@ -190,6 +193,7 @@ def export_sparse(
     """
     free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
+    check_one_model(manifest, chosen, path)
     only_updates(chosen, "a sparse export")
     tensors: dict[str, torch.Tensor] = {}
     shapes = {layer: shape for task in chosen for layer, shape in task.shapes.items()}

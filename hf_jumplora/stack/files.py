@@ -98,7 +98,7 @@ class TaskFile:
         total = dict.fromkeys(("factors", "support", "entropy", "kept", "entries"), 0.0)
         for layer, (out_features, in_features) in self.shapes.items():
             n, code = out_features * in_features, self.code(layer)
-            kept = int(self.support(layer).sum())
+            kept = n if code is None else len(decode_index(code, self.shapes[layer]))
             p = kept / n
             bits = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
             total["factors"] += 4 * (self._tensor(layer, "A").numel() + self._tensor(layer, "B").numel())

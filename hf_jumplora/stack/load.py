@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -91,14 +91,11 @@ def load_stack(
         model = attach(load_base(manifest, base_model, str(folder), **model_kwargs), folder, chosen, separate=True)
         route_prompts(model, [task["folder"] for task in chosen], choose)
         return model
-    if manifest.separate and len(chosen) != 1:
-        raise ValueError(
-            f"{folder} was trained by {manifest.method!r}: each task has a model of its own, so load one with "
-            f"tasks=[name]; it has {', '.join(manifest.task_names)}"
-        )
+    check_one_model(manifest, chosen, folder)
     base = load_base(manifest, base_model, str(folder), **model_kwargs)
     model = attach(base, folder, chosen)
-    model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]  # for switch_tasks
+    if not isinstance(tasks, dict):  # for switch_tasks, which knows no weights
+        model.stack_tasks = {task["name"]: task["folder"] for task in chosen}  # type: ignore[assignment]
     if not merge:
         return model
     with warnings.catch_warnings():
@@ -107,6 +104,15 @@ def load_stack(
     if hasattr(plain, "config"):
         setattr(plain.config, MERGED, merged_before(plain.config, chosen))
     return plain
+
+
+def check_one_model(manifest: Manifest, chosen: Sequence[Any], where: str | os.PathLike) -> None:
+    """Raise ValueError if the chosen tasks of a stack do not add up to one model."""
+    if manifest.separate and len(chosen) != 1:
+        raise ValueError(
+            f"{where} was trained by {manifest.method!r}: each task has a model of its own, so take one with "
+            f"tasks=[name]; it has {', '.join(manifest.task_names)}"
+        )
 
 
 def _weights_of_prompts(

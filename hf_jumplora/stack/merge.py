@@ -24,7 +24,7 @@ from .base import (
     refuse_weights,
 )
 from .files import only_updates, total_update
-from .load import architecture_class, named_base, why_not
+from .load import architecture_class, check_one_model, named_base, why_not
 from .manifest import Manifest
 from .operations import free_folder, new_folder, open_tasks
 from .weights import identity, probe_differs, probe_values, untouched_weight
@@ -98,6 +98,7 @@ def merge_stack(
     """
     free_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
+    check_one_model(manifest, chosen, path)
     only_updates(chosen, "a merge on disk")
     source = _base_folder(manifest, base_model, str(path))
     skeleton = _skeleton(manifest, source, str(path))

@@ -185,7 +185,7 @@ def write_stack(
             for key in {"collision", "overlap"} & set(info):
                 info[key] = [pair(name, other, key) for other in folders[:number]]
             config = read_json(source / name / "adapter_config.json")
-            config["parent_adapters"] = [f"task_{k:03d}" for k in range(number)]
+            config["parent_adapters"] = [] if manifest.separate else [f"task_{k:03d}" for k in range(number)]
             for file in entries[name]["files"]:
                 if file not in ("adapter_config.json", "task.json", "README.md", STRATEGIES):
                     copy_atomic(source / name / file, target / file)
@@ -217,9 +217,10 @@ def _readme(whole: Manifest, part: Manifest, said: str) -> str:
 def diff(first: str | os.PathLike, second: str | os.PathLike) -> dict[str, Any]:
     """What differs between two stacks.
 
-    Returns {"base": bool, "method": [a, b], "only_first": [...], "only_second": [...], "tasks": {name: row}}; a row
-    has `same` (equal bytes of weights and supports), and for others `update`: ||Ua - Ub|| / ||Ua|| over all layers,
-    and `kept`: |Sa & Sb| / |Sa or Sb|.
+    Returns {"base": whether the bases differ, "method": [a, b], "only_first": [...], "only_second": [...],
+    "order": whether the common tasks stand in another order, "tasks": {name: row}}; a row has `same` (equal bytes of
+    weights and supports), and for others `update`: ||Ua - Ub|| / ||Ua|| over all layers, and `kept`:
+    |Sa & Sb| / |Sa or Sb|.
     """
     (_, a, tasks_a), (_, b, tasks_b) = open_tasks(first), open_tasks(second)
     of_b = {task.name: task for task in tasks_b}

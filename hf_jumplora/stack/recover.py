@@ -108,6 +108,8 @@ def _widened(task: TaskFile, places: dict[str, _Places], config: dict[str, Any])
     for layer, (rows, columns, out_features, in_features) in places.items():
         A, B = task.factors(layer)
         tensors[task.key(layer, "A")] = A.new_zeros(len(A), in_features).index_copy_(1, columns, A)
+        if (router := tensors.get(key := task.key(layer, "router"))) is not None:  # smora's, which reads what A reads
+            tensors[key] = router.new_zeros(len(router), in_features).index_copy_(1, columns, router)
         tensors[task.key(layer, "B")] = B.new_zeros(out_features, len(A)).index_copy_(0, rows, B)
         if task.config.gate:
             mask = torch.zeros(out_features, in_features, dtype=torch.bool)

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..disk import next_path, sealed_path, sync_folder
 from ..schema import short
+from ..tuner import named_layers
 from ..tuner.rank_routing import refuse_competing
 from ..tuner.task_weights import TaskWeights, weight_tasks
 from .manifest import ROUTER, Manifest, read_manifest, write_manifest
@@ -154,6 +155,9 @@ def route_prompts(model: PeftModel, adapters: list[str], choose: Callable[[torch
     signature = inspect.signature(reader.forward)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if all(layer.task_weights is not weights for _, layer in named_layers(model)):  # unloaded, or routed anew
+            handle.remove()
+            return
         inputs = signature.bind(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         past = inputs.get("past_key_values", inputs.get("cache"))  # as it is called from transformers 5.24 on
@@ -167,7 +171,7 @@ def route_prompts(model: PeftModel, adapters: list[str], choose: Callable[[torch
                 )
             weights.set(chosen)
 
-    reader.register_forward_pre_hook(before, with_kwargs=True)
+    handle = reader.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def check_routed(manifest: Manifest, where: str) -> None:

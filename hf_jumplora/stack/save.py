@@ -36,7 +36,7 @@ def save_task(
     temporary = stack / f".{folder}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        # Our own save: the embeddings are never adapted, and PEFT would ask the Hub about them once per adapter.
+        # Without embeddings: they are never adapted, and PEFT would ask the Hub about them once per adapter.
         model.save_pretrained(str(temporary), selected_adapters=[folder], save_embedding_layers=False)
         support = stack_support_sha256(adapter_config(model, folder).support)
         write_json(

@@ -68,7 +68,8 @@ def check_in_memory(base: nn.Module) -> None:
 
 
 def _new(base: nn.Module) -> nn.Module:
-    """A model of the class and config of one of transformers', its weights on the meta device; of others themselves."""
+    """A new model of the base's class and config, its weights on the meta device; a base that is not one of
+    transformers' is returned itself."""
     if not isinstance(base, PreTrainedModel):
         return base
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):

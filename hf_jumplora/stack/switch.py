@@ -22,7 +22,7 @@ def switch_tasks(model: PeftModel, tasks: list[str] | None = None) -> None:
     """
     folders: dict[str, str] | None = getattr(model, "stack_tasks", None)
     if folders is None:
-        raise ValueError("switch_tasks needs a model from load_stack(...), without merge=True")
+        raise ValueError("switch_tasks needs a model from load_stack(...), without merge=True and without weights")
     if isinstance(tasks, (str, dict)) or (tasks is not None and not tasks):
         raise ValueError(
             f"tasks is a list of names, got {tasks!r}; for the base model alone: `with model.disable_adapter():`, for "

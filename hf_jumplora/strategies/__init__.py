@@ -1,4 +1,4 @@
-"""What a continual-learning method adds to the loss and remembers between tasks. One file a method."""
+"""What a continual-learning method adds to the loss and remembers between tasks: one file per method, or per family."""
 
 from .base import LayerSize, Strategy
 from .drift import Drift

@@ -34,8 +34,8 @@ class LayerSize:
     changed: float = 1.0
 
 
-_HOOKS = ("training_data", "on_task_start", "penalty", "on_optimizer", "on_gradients", "on_step_end", "on_task_end",
-          "checkpoint_state")  # fmt: skip
+_HOOKS = ("training_data", "on_task_start", "on_optimizer", "on_step_begin", "penalty", "on_gradients", "on_step_end",
+          "on_task_end", "checkpoint_state")  # fmt: skip
 REQUIREMENTS = frozenset({"past_factors", "forward", "whole_model", "softmax", "all_steps"})
 _FLAGS = {"needs_past_factors": "past_factors", "runs_model": "forward", "needs_whole_model": "whole_model"}
 
@@ -115,6 +115,9 @@ class Strategy:
             sharding: "none", "ddp", "fsdp2", or "zero0" to "zero3" under DeepSpeed.
         """
 
+    def check_steps(self, steps: int) -> None:
+        """Before anything is trained, for each task. Raises ValueError if so many steps are too few."""
+
     def memory_bytes(self, layers: list[LayerSize], tasks: int) -> int | None:
         """Bytes that this strategy keeps on the device while a task is trained after `tasks` finished ones, for
         `hf-jumplora estimate`; None: not known, and the estimate is refused."""
@@ -160,6 +163,9 @@ class Strategy:
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the first step of a task, or of its rest after a restart: the optimizer, its state already loaded."""
+
+    def on_step_begin(self, model: nn.Module, adapter: str) -> None:
+        """Before the forward passes of each optimizer step."""
 
     def on_gradients(self, model: nn.Module, adapter: str) -> None:
         """Once a step: gradients are summed over micro-batches and processes, not yet clipped; change them in place.

@@ -36,7 +36,8 @@ class Ella(Strategy):
             if parents:
                 past = layer.total_update(parents)
                 # Entries that hard isolation closes are no part of dW.
-                past *= layer.mask_free(adapter, torch.ones_like(past, dtype=torch.bool))
+                if (free := layer.free_mask(adapter)) is not None:
+                    past *= free
                 few = past.count_nonzero() <= SPARSE_PAST * past.numel()
                 self.past[name] = sparse_past(past) if few else past
 

@@ -15,7 +15,7 @@ from .moments import by_shape, check_examples, joined_roots, kronecker_factors, 
 
 
 @dataclass(frozen=True)
-class Stack:
+class RootGroup:
     """The roots of layers of one shape, rank, scaling and device: G [layers, out, k] and C [layers, in, k]."""
 
     names: list[str]
@@ -36,8 +36,8 @@ class Stack:
         return stacked_penalty(A, B, self.G, self.C, scaling=own[0].scaling[adapter], **options)
 
 
-def _stacks(layers: dict[str, Any], adapter: str, G: dict[str, torch.Tensor], C: dict[str, torch.Tensor]):
-    """[`Stack`]s of the roots of all layers that have some, [1, out, k] and [1, in, k] each; k padded to the widest."""
+def _root_groups(layers: dict[str, Any], adapter: str, G: dict[str, torch.Tensor], C: dict[str, torch.Tensor]):
+    """[`RootGroup`]s of all layers that have roots, [1, out, k] and [1, in, k] each; k padded to the widest."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, layer in layers.items():
         if name in G:
@@ -46,7 +46,9 @@ def _stacks(layers: dict[str, Any], adapter: str, G: dict[str, torch.Tensor], C:
             groups[(full_shape(A), full_shape(B), layer.scaling[adapter], A.device, sizes)].append(name)
     for (*_, sizes), names in groups.items():
         k = max(sizes)
-        yield Stack(names, *(F.pad(torch.cat([t[n] for n in names]), (0, k - t[names[0]].shape[-1])) for t in (G, C)))
+        yield RootGroup(
+            names, *(F.pad(torch.cat([t[n] for n in names]), (0, k - t[names[0]].shape[-1])) for t in (G, C))
+        )
 
 
 @dataclass
@@ -77,7 +79,7 @@ class KFac(Strategy):
     tasks: int = field(default=0, init=False, repr=False)
     G: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     C: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    stacks: list["Stack"] = field(default_factory=list, init=False, repr=False)  # made of G and C for one task
+    groups: list["RootGroup"] = field(default_factory=list, init=False, repr=False)  # made of G and C for one task
 
     def __post_init__(self):
         if self.weight < 0:
@@ -107,7 +109,7 @@ class KFac(Strategy):
             for part in (self.G, self.C):
                 part[name] = moved.setdefault((id(part[name]), device), part[name].to(device))
         closed = any(adapter in layer.jumplora_free for layer in layers.values())  # hard isolation
-        self.stacks = [] if self._rank is None or closed else list(_stacks(layers, adapter, self.G, self.C))
+        self.groups = [] if self._rank is None or closed else list(_root_groups(layers, adapter, self.G, self.C))
 
     def on_task_end(self, model, adapter, examples):
         self._remember(model, adapter, examples(self.examples))
@@ -116,8 +118,8 @@ class KFac(Strategy):
         if not self.tasks:
             return None
         layers = dict(named_layers(model, adapter))
-        if self.stacks:
-            return self.weight * sum(stack.penalty(layers, adapter) for stack in self.stacks)
+        if self.groups:
+            return self.weight * sum(group.penalty(layers, adapter) for group in self.groups)
         terms = {name: list(zip(self.G[name], self.C[name], strict=True)) for name in self.G.keys() & layers.keys()}
         roots = self._rank is not None
         return self.weight * sum(layer_penalty(layers[name], adapter, terms[name], roots) for name in sorted(terms))

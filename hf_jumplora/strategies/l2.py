@@ -28,13 +28,13 @@ class L2(Strategy):
         if config.gate or mode != "sequential":
             raise ValueError(
                 f"{type(self).__name__} holds the parameters of one adapter that is trained on: a new adapter for each "
-                "task starts at nothing, and a gate changes what they mean from task to task. Use an own method "
-                "('l2', 'ewc'), or seqlora with this strategy"
+                "task starts at nothing, and a gate changes what they mean from task to task. Use method 'l2' or "
+                "'ewc', or seqlora with this strategy"
             )
 
     @staticmethod
     def parameters(model, adapter):
-        """{name: parameter} of the adapter's factors, read from the model now."""
+        """(name, parameter) of each of the adapter's factors, as the model has them now."""
         for name, layer in named_layers(model, adapter):
             yield f"{name}.A", layer.jumplora_A[adapter]
             yield f"{name}.B", layer.jumplora_B[adapter]

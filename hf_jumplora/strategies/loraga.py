@@ -113,7 +113,7 @@ def weight_gradients(model: nn.Module, adapter: str, batches: Iterable[dict[str,
     try:
         with evaluation(model), torch.enable_grad():
             for batch in batches:
-                loss, count = model(**batch)["loss"], count + 1
+                loss, count = model(**batch).get("loss"), count + 1
                 if loss is None:
                     raise ValueError(
                         "the start takes the gradient of the model's own loss, and it has none: give labels"

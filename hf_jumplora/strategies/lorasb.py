@@ -23,7 +23,7 @@ class LoraSB(Strategy):
 
     eta: float | None = None
     examples: int = 50
-    rate = 0.0  # the run's learning rate, from its check on
+    rate = 0.0  # the learning rate, from `check_run` on
 
     def __post_init__(self):
         if self.examples < 1 or (self.eta is not None and not self.eta > 0):

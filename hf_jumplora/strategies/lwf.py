@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..tuner import can_continue, named_layers, without_adapter
+from ..tuner import is_causal, named_layers, without_adapter
 from .base import Strategy
 
 
@@ -57,7 +57,7 @@ class Lwf(Strategy):
         later = any(layer.configs[adapter].parent_adapters for _, layer in named_layers(model, adapter))
         if not (later and (self.weight or self.hidden)) or (self.step + 1) % self.every:
             return None
-        labels, causal = inputs.get("labels"), can_continue(model)
+        labels, causal = inputs.get("labels"), is_causal(model)
         leave_out = {"num_items_in_batch", *(_FOR_A_LOSS if causal else ())}
         asked = {key: value for key, value in inputs.items() if key not in leave_out}
         now = output.get("logits")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..ops.quadratic import quadratic_penalty
-from ..tuner import can_continue, named_layers
+from ..tuner import is_causal, named_layers
 
 
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0}
@@ -30,11 +30,7 @@ def layer_penalty(layer: Any, adapter: str, terms: list[tuple], roots: bool = Fa
     options: dict[str, Any] = {}
     if adapter in layer.jumplora_gate:
         gate = layer.gate(adapter)
-        options = {"log_tau": gate.log_tau, "mix": gate.mix}
-        if adapter in layer.jumplora_free:
-            options["free"] = layer.mask_free(
-                adapter, torch.ones(B.shape[0], A.shape[1], dtype=torch.bool, device=A.device)
-            )
+        options = {"log_tau": gate.log_tau, "mix": gate.mix, "free": layer.free_mask(adapter)}
     return quadratic_penalty(A, B, terms, scaling=layer.scaling[adapter], roots=roots, **options)
 
 
@@ -155,7 +151,7 @@ def sampled_log_likelihood(model: nn.Module, inputs: dict[str, Any], logits, dra
     counts = [1] * len(logits)
     if logits.ndim == 3:
         labels = inputs["labels"]
-        if can_continue(model):
+        if is_causal(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         answers = (labels != -100).cpu()  # the one wait of a batch
         counts = answers.sum(1).tolist()

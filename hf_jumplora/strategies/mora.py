@@ -53,8 +53,8 @@ class Competition(Strategy):
 @dataclass
 class Mora(Competition):
     """y = W x + s sum_i w_i b_i z_i over the ranks of all tasks, those of earlier tasks frozen: z_i = a_i x, and the k
-    ranks with the largest z_i / ||z|| share the weights w = softmax of it / tau. When the model is evaluated, ranks
-    below delta act no more.
+    ranks (at least 2) with the largest z_i / ||z|| share the weights w = softmax of it / tau. When the model is
+    evaluated, ranks below delta act no more.
 
     Defaults of the released code for language models (TRACE). It scales a task's ranks by 2 while they are trained and
     by 1 after it, and keeps a block of ranks that nobody trained; here s is one number and there is no such block.

@@ -46,7 +46,7 @@ class NLora(Strategy):
                 )
 
     def penalty(self, model, inputs, adapter, output):
-        total = None
+        total = 0.0
         for _, layer in named_layers(model, adapter):
             A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
             if self.l1 == "released":
@@ -57,5 +57,5 @@ class NLora(Strategy):
                 if adapter in layer.jumplora_gate:
                     log_tau, mix = layer.gate(adapter).log_tau.detach(), layer.gate(adapter).mix
                 term = l1_penalty(A, B, log_tau, mix=mix, free=layer.free(adapter))
-            total = term if total is None else total + term
-        return None if total is None else self.weight * total
+            total = total + term
+        return self.weight * total

@@ -40,15 +40,17 @@ class OLora(Strategy):
                 self.past[name] = self.past[name].to(layer.jumplora_A[adapter].device)
 
     def penalty(self, model, inputs, adapter, output):
-        total = None
+        if not (self.past or self.lambda2):
+            return None
+        total = 0.0
         for name, layer in named_layers(model, adapter):
             A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
             term = self.lambda2 * (torch.linalg.vector_norm(A) + torch.linalg.vector_norm(B))
             if name in self.past:
                 with torch.autocast(A.device.type, enabled=False):
                     term = term + self.lambda1 * (self.past[name] @ A.T).abs().sum()
-            total = term if total is None else total + term
-        return total if self.past or self.lambda2 else None
+            total = total + term
+        return total
 
     def on_task_end(self, model, adapter, examples):
         for name, layer in named_layers(model, adapter):

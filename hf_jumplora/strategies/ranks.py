@@ -155,17 +155,16 @@ class DyLora(Strategy):
         return 1 + int(r * random.Random(f"{self.seed} {step}").random())
 
     @torch.no_grad()
-    def _draw(self, step: int) -> None:
-        for layer, adapter in self.layers:
+    def on_step_begin(self, model, adapter):
+        for layer, _ in self.layers:
             g = layer.jumplora_g[adapter]
-            b = self.drawn(step, len(g))
+            b = self.drawn(self.step, len(g))
             g.zero_()[:b] = len(g) / b
 
-    def on_optimizer(self, optimizer):
-        self._draw(self.step)
-
-    def on_step_end(self, model, adapter):
-        self._draw(self.step + 1)
+    @torch.no_grad()
+    def on_step_end(self, model, adapter):  # an evaluation between the steps is of all ranks
+        for layer, _ in self.layers:
+            layer.jumplora_g[adapter].fill_(1.0)
 
     def on_gradients(self, model, adapter):
         for layer, _ in self.layers if self.frozen else ():
@@ -175,10 +174,7 @@ class DyLora(Strategy):
                 if grads is not None:
                     grads[: b - 1] = 0
 
-    @torch.no_grad()
     def on_task_end(self, model, adapter, examples):
-        for layer, _ in self.layers:
-            layer.jumplora_g[adapter].fill_(1.0)
         self.layers = []
 
     def memory_bytes(self, layers, tasks):

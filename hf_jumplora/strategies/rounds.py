@@ -63,7 +63,7 @@ class Rounds(Strategy):
         check_alone(name, others, sharding, "replaces whole factors", because)
         refuse_options(args, ("factor_optimizer",), f"remembers factors that {name} replaces")
         if args.max_steps > 0:
-            self._check_steps(args.max_steps)
+            self.check_steps(args.max_steps)
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):
@@ -76,12 +76,12 @@ class Rounds(Strategy):
             A.uniform_(-1 / math.sqrt(layer.in_features), 1 / math.sqrt(layer.in_features), generator=generator)
             _replace(layer, adapter, config, A, torch.zeros(layer.out_features, width))
 
-    def _check_steps(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
         if steps < self.rounds:
             raise ValueError(f"a task of {steps} steps has no {self.rounds} rounds: train longer, or set rounds")
 
     def on_optimizer(self, optimizer):
-        self._check_steps(self.steps)
+        self.check_steps(self.steps)
         self.optimizer = optimizer
 
     @torch.no_grad()
@@ -127,6 +127,9 @@ class Squeeze(Rounds):
         for name, layer in named_layers(model, adapter):
             A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
             left = max(self.ranks[name], min(self.width(self.ranks[name]) >> (number + 1), len(A)))
+            if not B.any():  # nothing learned yet: with A at 0 too there would be no gradient any more
+                A[left:] = 0
+                continue
             small_A, small_B, _ = cut_factors(A, B, left)
             for factor, small in ((A, small_A), (B, small_B)):
                 factor.zero_()  # both factors of a rank at 0: it gets no gradient
@@ -182,12 +185,23 @@ class Boost(Rounds):
             )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed + index)).tolist()
         size = math.ceil(self.held_out * len(order))
+        if size == len(order):
+            raise ValueError(
+                f"{type(self).__name__} holds {size} of a task's {size} rows out: none is left to train on"
+            )
         self.rows = some_rows(dataset, order[:size])
         return some_rows(dataset, sorted(order[size:]))
 
     def on_task_start(self, model, adapter, examples):
         if self.rows is None:
             raise ValueError(f"{type(self).__name__} holds rows out of a run's tasks: train it by a ContinualRun")
+        try:
+            next(examples(1, self.rows))
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{type(self).__name__} measures held-out rows with the model, and this trainer's rows are not what it "
+                f"takes (TRL's trainers encode theirs later): use it with a plain Trainer ({error})"
+            ) from error
         super().on_task_start(model, adapter, examples)
         self.examples, self.losses, self.stopped = examples, [], False
 
@@ -208,7 +222,7 @@ class Boost(Rounds):
         """Of the model as it is, the same in all processes."""
         with evaluation(model):
             batches = list(self.examples(len(self.rows), self.rows, 8))
-            found = torch.stack([len(batch["labels"]) * model(**batch)["loss"].float() for batch in batches])
+            found = torch.stack([len(next(iter(batch.values()))) * model(**batch)["loss"].float() for batch in batches])
         return float(broadcast(found.sum() / len(self.rows)))
 
     def round_ended(self, model, adapter, number):
@@ -226,6 +240,9 @@ class Boost(Rounds):
     @torch.no_grad()
     def on_task_end(self, model, adapter, examples):
         super().on_task_end(model, adapter, examples)
+        number = self.round_of(self.step)
+        if not self.stopped and len(self.losses) <= number < self.rounds:  # early stopping came in mid-round
+            self._keep_or_stop(model, adapter, number, self.held_out_loss(model))
         config, kept = adapter_config(model, adapter), max(1, len(self.losses) - self.stopped)
         for name, layer in named_layers(model, adapter):
             ranks = slice(kept * self.ranks[name])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ..stack.manifest import read_manifest
 from ..stack.router import prompt_features, prompt_reader
 from ..stack.verify import state_file
-from ..tuner import can_continue, named_layers
+from ..tuner import is_causal, named_layers
 from ..tuner.lookup import adapter_config
 from .base import Strategy, check_alone, state_of
 from .moments import evaluation
@@ -84,7 +84,7 @@ class Sema(Strategy):
 
     def _features(self, model: Any, examples: Any) -> torch.Tensor:
         """[rows, 2 hidden] of training rows, on the CPU."""
-        reader, causal = prompt_reader(model.get_base_model()), can_continue(model)
+        reader, causal = prompt_reader(model.get_base_model()), is_causal(model)
         found = []
         with model.disable_adapter(), evaluation(model):
             for batch in examples(self.examples, batch=8):

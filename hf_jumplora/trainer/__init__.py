@@ -26,6 +26,6 @@ def __getattr__(name: str):
         try:
             from trl import SFTTrainer
         except ImportError as error:
-            raise ImportError("ContinualSFTTrainer needs TRL: pip install 'hf-jumplora[trl]'") from error
+            raise ImportError("ContinualSFTTrainer needs TRL: pip install trl") from error
         return make_continual(SFTTrainer)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

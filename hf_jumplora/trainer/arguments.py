@@ -21,7 +21,7 @@ _CHOICES = {
 
 @dataclass(repr=False)
 class ContinualTrainingArguments(Seq2SeqTrainingArguments):
-    """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`]; the Trainer's own work too.
+    """Arguments of [`ContinualTrainer`], [`ContinualSeq2SeqTrainer`] and [`ContinualRun`], beside the Trainer's own.
 
     Raises:
         ValueError: an option has a value it cannot have.

@@ -33,8 +33,8 @@ def sharding(args: Any) -> str:
 def check_compiler(args: Any) -> None:
     """Raise RuntimeError when DeepSpeed would have to compile an extension and cannot.
 
-    On a CPU its communication is one, compiled when the first process group is made and then kept in
-    TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's, and with the lock of a process that
+    On a CPU DeepSpeed's communication is such an extension, compiled when the first process group is made and then kept
+    in TORCH_EXTENSIONS_DIR; without a compiler that ends in a traceback of ninja's, and with the lock of a process that
     was killed meanwhile it never ends.
     """
     wanted = args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
@@ -121,8 +121,16 @@ def release(trainer: Any) -> None:
     _forget_engine(model, places, values)
 
 
+def end_autocast(accelerator: Any, model: nn.Module) -> None:
+    """Take off what bf16=True or fp16=True has put around a model's forward pass: a loaded stack computes without it,
+    and every training puts its own around the model, the first one after a restart too."""
+    if "_original_forward" in vars(model):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(model).pop("_is_accelerate_prepared", None)
+
+
 def _adapter_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(module, name in it) of every parameter of every adapter."""
+    """(module, name in it) of A, B and log_tau of every adapter; methods with other parameters refuse DeepSpeed."""
     places: dict[tuple[nn.Module, str], None] = {}
     for _, layer in named_layers(model):
         gates = [(gate, "log_tau") for gate in layer.jumplora_gate.values()]

@@ -68,7 +68,7 @@ class GateCallback(TrainerCallback):
         share = density_at(state.global_step, state.max_steps, config) if state.global_step >= start else None
         if state.global_step == start or (held and state.global_step == state.max_steps):
             set_threshold(model, self.adapter, share, together=True)
-        elif held and share is not None:
+        elif held:
             self.sample(model).hold(config, share)
         set_mix(model, self.adapter, ramp(state.global_step, state.max_steps, config))
 
@@ -84,7 +84,7 @@ class GateCallback(TrainerCallback):
 
 
 class StrategyCallback(TrainerCallback):
-    """Calls `on_optimizer` and `on_step_end` of the strategies, and counts their steps."""
+    """Calls `on_optimizer`, `on_step_begin` and `on_step_end` of the strategies, and counts their steps."""
 
     def __init__(self, strategies: list[Strategy], adapter: str):
         self.strategies, self.adapter = strategies, adapter
@@ -96,9 +96,10 @@ class StrategyCallback(TrainerCallback):
             strategy.step, strategy.steps = state.global_step, state.max_steps
             strategy.on_optimizer(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
         for strategy in self.strategies:
             strategy.step = state.global_step
+            strategy.on_step_begin(model, self.adapter)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for strategy in self.strategies:
@@ -182,7 +183,7 @@ class Sigterm(TrainerCallback):
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """Inside, SIGTERM is this callback's. In the main thread alone, as Python has it."""
+        """Inside, SIGTERM comes to this callback. In the main thread only: Python allows no handler elsewhere."""
         self._process, before = os.getpid(), signal.signal(signal.SIGTERM, self._receive)
         try:
             yield
@@ -219,8 +220,8 @@ class Sigterm(TrainerCallback):
 
 
 class EndUnsaved(TrainerCallback):
-    """Behind an early stopping: where it has ended a task no checkpoint is saved, from which a run that is killed
-    before the task is written would train on. From the one before, it ends at the same step."""
+    """Keeps early stopping exact across restarts: no checkpoint is saved once it has ended a task, from which a run
+    that was killed would train on. From the checkpoint before, the task ends at the same step."""
 
     def __init__(self, stopping: list[EarlyStoppingCallback]):
         self.stopping = stopping

@@ -41,13 +41,12 @@ def _incomplete(checkpoint: Path) -> str | None:
             return f"{TRAINER_STATE_NAME} is empty"
     except (ValueError, OSError) as error:
         return str(error)
-    engine = any(checkpoint.glob("global_step*"))  # DeepSpeed keeps the optimizer's state there
-    for needed in (
-        *(() if engine else ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors")),
-        "rng_state*.pth",
-    ):
-        if not any(checkpoint.glob(needed)):
-            return f"{needed} is missing"
+    needed = ["rng_state*.pth"]
+    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps the optimizer's state there
+        needed += ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"]
+    for pattern in needed:
+        if not any(checkpoint.glob(pattern)):
+            return f"{pattern} is missing"
     for path in sorted(checkpoint.rglob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

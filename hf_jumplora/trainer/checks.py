@@ -21,7 +21,7 @@ from ..data import LanguageModelTask, Task, TextTask, row_count
 from ..data.ranges import check_ranges
 from ..stack.source import check_in_memory
 from ..strategies import Strategy
-from ..tuner import JumpLoraConfig, can_continue, named_layers, ramp_steps
+from ..tuner import JumpLoraConfig, is_causal, named_layers, ramp_steps
 from .arguments import argument
 from .backend import sharding
 from .callbacks import early_stopping
@@ -133,7 +133,7 @@ def _check_tasks(plan: RunPlan) -> None:
         if isinstance(text, TextTask) and text.labels:
             plan.encoder.check_labels(text, generates and bool(text.eval_dataset))
     plain = [task.name for task in plan.text_tasks if isinstance(task, LanguageModelTask)]
-    if plain and not can_continue(plan.model):
+    if plain and not is_causal(plan.model):
         raise ValueError(
             f"LanguageModelTask needs a causal LM, got {type(plan.model).__name__}; remove task {plain[0]!r}"
         )
@@ -231,10 +231,12 @@ def _check_adapters(plan: RunPlan) -> None:
             raise ValueError(f"strategies takes Strategy objects such as KFac(weight=10.0), got {strategy!r}")
         _check_identity(strategy)
         strategy.check(plan.method.mode, config)
+    for task in (*plan.tasks, None):  # None: the run's own arguments
+        acting = plan.strategies_of(task)
+        for strategy in acting:
+            others = [other for other in acting if other is not strategy]
+            strategy.check_run(others, plan.trainer_of(task)[1], sharding(plan.args))
     for strategy in plan.all_strategies:
-        others = [other for other in plan.all_strategies if other is not strategy]
-        for args in (*(task.args for task in plan.tasks if task.args is not None), plan.args):
-            strategy.check_run(others, args, sharding(plan.args))
         if "softmax" in strategy.requires and (other := _no_softmax(plan)):
             raise ValueError(
                 f"{strategy!r} takes the model's logits for those of a softmax over answers, and {other}: use a method "
@@ -341,7 +343,7 @@ def _check_deepspeed(plan: RunPlan, kind: str) -> None:
     zero = config.get("zero_optimization", {})
     found = [(key, why) for key, why in _NOT_WITH_DEEPSPEED.items() if config.get(key)]
     for key, (default, why) in _NOT_WITH_ZERO.items():
-        if zero.get(key, default) is not default:
+        if zero.get(key, default) != default:
             found.append((f"zero_optimization.{key}", why))
     if zero.get("offload_param", {}).get("device") == "nvme":
         found.append(("zero_optimization.offload_param.device=nvme", "merging reads weights in memory: use cpu"))
@@ -362,11 +364,13 @@ def check_steps(plan: RunPlan, sizes: Sequence[int | None]) -> None:
                 f"task {name!r}: num_train_epochs={args.num_train_epochs} of {examples} rows in batches of {batch} "
                 "make no step: give it more epochs or rows, or leave dataloader_drop_last out"
             )
-        if plan.config.gate:
-            try:
+        try:
+            if plan.config.gate:
                 ramp_steps(steps, plan.config)
-            except ValueError as error:
-                raise ValueError(f"task {name!r}: {error}") from error
+            for strategy in plan.strategies_of(task):
+                strategy.check_steps(steps)
+        except ValueError as error:
+            raise ValueError(f"task {name!r}: {error}") from error
 
 
 def planned_steps(args: Any, examples: int | None) -> int:

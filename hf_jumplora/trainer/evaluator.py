@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..data import LanguageModelTask, Task, TextTask
 from ..schema import short
 from .arguments import argument
-from .backend import runnable
+from .backend import end_autocast, runnable
 from .plan import RunPlan
 from .preferences import PREFERENCE_ACCURACY, preference_accuracy
 from .processes import quiet
@@ -43,7 +43,7 @@ class Evaluator:
         return scores, self.general(model, general, cross_entropy)
 
     def row(self, model: Any, seen: int | None = None, known: Sequence[float | None] = ()) -> tuple[Row, dict]:
-        """(a row of the accuracy matrix, {"task cross_entropy": nats a token} of its plain texts).
+        """(a row of the accuracy matrix, {"task cross_entropy": nats per token} of its plain texts).
 
         A score is in [0, 1], and None for a task without an eval set, or not among the first `seen` tasks where only
         those are evaluated (eval_tasks="seen"; seen=None: all of them). With method `perlora` each task is scored with
@@ -119,7 +119,10 @@ class Evaluator:
         folder = self.plan.output_dir / "checkpoints"
         trainer = task_trainer(self.plan, model, folder, 0, task, **rows, **task.scoring())
         trainer.args.dataloader_drop_last = False  # of training batches; a score is of all rows
-        scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+        try:
+            scores = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+        finally:
+            end_autocast(trainer.accelerator, model)
         if task.metric not in scores:
             raise ValueError(f"task {task.name!r}: compute_metrics gave no {task.metric!r}, only {sorted(scores)}")
         if not isinstance(scores[task.metric], Real) or not math.isfinite(scores[task.metric]):

@@ -62,9 +62,9 @@ def copy_stack(source: Path, folder: Path) -> None:
         if ours.tasks[: len(same.tasks)] != same.tasks:
             raise ValueError(f"{folder} holds another stack: use another output_dir")
         return
-    files = {f"{task['folder']}/{name}": None for task in theirs.tasks for name in task["files"]}
+    files = [f"{task['folder']}/{name}" for task in theirs.tasks for name in task["files"]]
     if (state := state_file(source, theirs.tasks)) is not None:
-        files[str(state.relative_to(source))] = None
+        files.append(state.relative_to(source).as_posix())
     copies = {name: source / name for name in files} | {name: sealed_path(source, name) for name in (METRICS, RUN)}
     there = [*folder.glob("task_*"), *(folder / name for name in TOP_FILES)]
     for path in sorted(path for place in there for path in ([place] if place.is_file() else place.glob("*"))):
@@ -138,7 +138,8 @@ def plan_from_stack(
     args = args_cls(str(output_dir), **{**{k: v for k, v in stored.items() if k in known_args}, **options})
     how: dict[str, Any] = {}
     if not isinstance(base_model, nn.Module):
-        how["dtype"] = getattr(torch, settings["base_dtype"].removeprefix("torch."))
+        if dtype := settings["base_dtype"].removeprefix("torch."):  # "": the base had none
+            how["dtype"] = getattr(torch, dtype)
         quantization = settings.get("quantization", {})
         if quantization.get("quant_method") == "bitsandbytes":  # by others, the base's own files are quantised
             how["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..data import Encoder, LanguageModelTask, Task, TextTask, collate, row_count
-from ..data.encoder import with_labels
+from ..data.encoder import drop_unlabelled_rows
 from ..methods import Method, get_method
 from ..strategies import Strategy
 from ..tuner import JumpLoraConfig
@@ -83,7 +83,7 @@ class RunPlan:
     def batches(self) -> Any:
         """The collator of the tasks' trainers; None: the Trainer's own."""
         if self.collator is None and any(not task.held_out for task in self.text_tasks):
-            return collate(self.tokenizer, self.encoder.seq2seq)
+            return collate(self.tokenizer)
         return self.collator
 
     def stages(self) -> list[tuple[str, int | None]]:
@@ -149,8 +149,8 @@ class RunPlan:
         return settings | tasks | {key: value for key, value in functions.items() if value}
 
     def former_settings(self) -> dict[str, Any]:
-        """What settings were called by earlier versions, or are where they are not stored: the fingerprints of tasks,
-        and the defaults of training arguments."""
+        """Settings as older runs have them: fingerprints of tasks as earlier versions computed them, and the defaults
+        of training arguments, which are not stored."""
         defaults = {f"args.{key}": value for key, value in default_arguments(self.args).items()}
         tasks = {f"task {n}": self._identity(task, task.former_fingerprint()) for n, task in enumerate(self.tasks)}
         return defaults | tasks
@@ -232,7 +232,7 @@ def _labelled(task: Task, args: TrainingArguments) -> Task:
     best = (task.args or args).metric_for_best_model or ""
     if task.compute_metrics is not None and "loss" not in (task.metric, best.removeprefix("eval_")):
         return task
-    rows = with_labels(task.eval_dataset, task.name, "eval")
+    rows = drop_unlabelled_rows(task.eval_dataset, task.name, "eval")
     return task if rows is task.eval_dataset else replace(task, eval_dataset=rows)
 
 
@@ -290,15 +290,13 @@ def _closure(function: Any) -> list[Any]:
 
 def _code(code: Any) -> list[Any]:
     """Of a code object what JSON has, the same in every process: the order of a set constant is not."""
-    constants = [
-        _code(value)
-        if hasattr(value, "co_code")
-        else sorted(map(repr, value))
-        if isinstance(value, frozenset)
-        else repr(value)
-        for value in code.co_consts
-    ]
-    return [code.co_code.hex(), code.co_names, constants]
+
+    def constant(value: Any) -> Any:
+        if hasattr(value, "co_code"):
+            return _code(value)
+        return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+
+    return [code.co_code.hex(), code.co_names, [constant(value) for value in code.co_consts]]
 
 
 def _name(value: Any) -> str:

@@ -14,7 +14,7 @@ from ..data import Encoder, LanguageModelTask, Task, TextTask, collate, row_coun
 from ..stack.load import attach, load_base, open_stack
 from ..stack.router import Router, check_routed, prompt_features, prompt_reader, write_router
 from ..strategies.replay import some_rows
-from ..tuner import can_continue
+from ..tuner import is_causal
 from ..tuner.task_weights import weight_tasks
 
 
@@ -50,7 +50,7 @@ def train_router(
     """
     folder, manifest, chosen = open_stack(path)
     check_routed(manifest, str(folder))
-    by_name = {task.name: task for task in tasks}
+    by_name = {task.name: task for task in tasks if not task.held_out or task.name in manifest.task_names}
     if by_name.keys() != set(manifest.task_names):
         raise ValueError(
             f"the router of {folder} is trained on all its tasks, {', '.join(manifest.task_names)}; got rows of "
@@ -60,13 +60,14 @@ def train_router(
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(base.name_or_path)
     seq2seq = bool(getattr(base.config, "is_encoder_decoder", False))
+    max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
     encoder = Encoder(processing_class, max_length, seq2seq)
     batches: list[dict[str, Any]] = []
     owners: list[int] = []
     for number, name in enumerate(manifest.task_names):
         rows = _rows(by_name[name], encoder, examples)
         text = isinstance(by_name[name], (TextTask, LanguageModelTask))
-        merge = data_collator if data_collator and not text else collate(processing_class, seq2seq)
+        merge = data_collator if data_collator and not text else collate(processing_class)
         for start in range(0, len(rows), batch_size):
             batch = dict(merge(rows[start : start + batch_size]))
             if {"input_ids", "labels"} - batch.keys():
@@ -74,10 +75,26 @@ def train_router(
             batches.append(batch)
             owners += [number] * len(batch["input_ids"])
     model: Any = attach(base, folder, chosen, separate=True)
-    device = next(model.parameters()).device
+    owner = torch.tensor(owners)
+    try:
+        router, measured = _learn(model, batches, owner, chosen)
+    finally:
+        model.unload()  # the base may be the caller's
+    write_router(folder, router)
+    return {
+        name: {kind: float(value[owner == k].mean()) for kind, value in measured.items()}
+        for k, name in enumerate(manifest.task_names)
+    }
+
+
+def _learn(
+    model: Any, batches: list[dict[str, Any]], owner: torch.Tensor, chosen: list[dict[str, Any]]
+) -> tuple[Router, dict[str, torch.Tensor]]:
+    """The router of these rows, and what [`train_router`] measures of each [rows]; owner: the task's number."""
+    device, base = next(model.parameters()).device, model.get_base_model()
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     folders = [task["folder"] for task in chosen]
-    weights, reader, causal = weight_tasks(model, folders), prompt_reader(base), can_continue(base)
+    weights, reader, causal = weight_tasks(model, folders), prompt_reader(base), is_causal(base)
     read = [{**batch, "labels": batch["labels"] if causal else None} for batch in batches]
     features = torch.cat([prompt_features(reader, weights, batch) for batch in read]).cpu()
 
@@ -90,19 +107,13 @@ def train_router(
             found.append(row_losses(model(**batch), batch["labels"], causal).cpu())
         return torch.cat(found)
 
-    owner = torch.tensor(owners)
-    helpful = helpful_tasks(losses, len(owner), len(folders))
-    weight, bias = fit(features, targets(helpful, owner))
+    weight, bias = fit(features, targets(helpful_tasks(losses, len(owner), len(folders)), owner))
     hashes = {task["name"]: task["files"]["adapter_model.safetensors"] for task in chosen}
     router = Router(hashes, weight, bias)
     acting = router(features)
     kinds = {"base": torch.zeros_like(acting), "stack": torch.ones_like(acting), "routed": acting}
     measured = {kind: losses(value) for kind, value in kinds.items()} | {"tasks": (acting > 0).sum(1).float()}
-    write_router(folder, router)
-    return {
-        name: {kind: float(value[owner == k].mean()) for kind, value in measured.items()}
-        for k, name in enumerate(manifest.task_names)
-    }
+    return router, measured
 
 
 def _rows(task: Any, encoder: Encoder, examples: int) -> list[Any]:

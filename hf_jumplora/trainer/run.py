@@ -234,7 +234,8 @@ class ContinualRun:
         if PartialState().is_main_process:
             stored = read_run(self.output_dir)
             write_page(self.output_dir / "report.html", [stored])
-            print(table(result, plan.method.name), verdict_text(judge(stored)), sep="\n\n")
+            where = f"report: {self.output_dir / 'report.html'}"
+            print(table(result, plan.method.name), verdict_text(judge(stored)), where, sep="\n\n")
         return result
 
     def _encode(self) -> list[Any]:

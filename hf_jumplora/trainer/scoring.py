@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..data import Encoder, LanguageModelTask, TextTask, pad_rows
 from ..metrics.text import TEXT_METRICS, exact_match
 from ..stack.load import merge_finished
+from ..tuner import named_layers
 
 
 TOKENS = 4096  # that pass through the model at once where it is not on a CPU, padding included
@@ -59,7 +60,7 @@ def score_rows(
 
 @torch.no_grad()
 def evaluate_text(model: Any, encoder: Encoder, task: LanguageModelTask, batch_size: int = 32) -> tuple[float, float]:
-    """(token accuracy in [0, 1], cross-entropy in nats a token) over the tokens of the task's eval texts, each given
+    """(token accuracy in [0, 1], cross-entropy in nats per token) over the tokens of the task's eval texts, each given
     those before it in its piece of `max_length` tokens; every token counts the same.
 
     Raises:
@@ -173,6 +174,11 @@ def score_labels(model: Any, encoder: Encoder, task: TextTask, prompts: list[lis
         columns = _score_decoder(model, encoder, prompts, answers)
     else:
         cached = None if getattr(base, "_is_stateful", False) else _score_on_cache(model, encoder, prompts, answers)
+        if cached is None and any(layer.task_weights is not None for _, layer in named_layers(model)):
+            raise ValueError(
+                "this model has no cache that its labels could share, and a router would read them with the prompt: "
+                "score it with eval_mode='generate', or without route="
+            )
         columns = _score_whole(model, encoder, prompts, answers) if cached is None else cached
     return [task.labels[i] for i in torch.stack(columns, 1).argmax(1).tolist()]
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .. import metrics as formulas
 from ..data import Task, TextTask, row_count
-from ..data.encoder import masked_rows, with_labels
+from ..data.encoder import drop_unlabelled_rows, masked_rows
 from ..ops.sparse import decode_support
 from ..report.folder import HISTORY
 from ..stack.load import merge_finished
@@ -50,7 +50,7 @@ def train_task(plan: RunPlan, model: Any, index: int, train_sets: list[Any], che
     if (rows := trainer.train_dataset) is not mixed:  # TRL's trainers encode it, and may pack it
         own = own if own != row_count(mixed) else row_count(rows) or 0
         trainer.own_rows = own - sum(i < own for i in masked_rows(rows))
-        trainer.train_dataset = with_labels(rows, stages[index][0])
+        trainer.train_dataset = drop_unlabelled_rows(rows, stages[index][0])
     trainer.add_callback(HistoryCallback(plan.output_dir / HISTORY, stages[index][0]))
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -79,9 +79,9 @@ def _evaluation(plan: RunPlan, task: Task | None) -> dict[str, Any]:
 
 
 def _frozen(model: nn.Module, args: Any, name: str, before: dict[str, Any] | None = None) -> dict[str, str | int]:
-    """What the weights and saved buffers of the base, which the training of an adapter leaves as they are, are known
-    by: their digest, on a GPU the sum of their bytes, so that they stay there; what it was `before`, if they have moved
-    since. {} where each process has a piece.
+    """A fingerprint of each weight and saved buffer of the base, which training an adapter must not change: a digest on
+    a CPU; on a GPU the sum of its bytes, so that nothing is copied. `before` says which of the two to take, should the
+    weights have moved. {} where each process has a piece.
 
     Raises:
         RuntimeError: one of them would be trained.
@@ -206,7 +206,8 @@ def describe_task(
     task = plan.tasks[index] if plan.method.mode != "joint" else None
     name, (_, args) = plan.stages()[index][0], plan.trainer_of(task)
     reused = [plan.stages()[s.reused][0] for s in plan.strategies if s.reused is not None]
-    text, batch = isinstance(task, TextTask), args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    text = task if isinstance(task, TextTask) else None
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     return {
         "name": name,
         "index": index,
@@ -215,8 +216,8 @@ def describe_task(
         "train_examples": steps * batch if examples is None else examples,
         "truncated": truncated if text else None,
         "source": task.source if task else "",
-        "labels": task.labels if isinstance(task, TextTask) else None,
-        "instruction": task.instruction if isinstance(task, TextTask) else None,
+        "labels": text.labels if text else None,
+        "instruction": text.instruction if text else None,
         "seed": plan.seed(index),
         "effective_batch": batch,
         "processes": args.world_size,

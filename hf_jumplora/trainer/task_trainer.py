@@ -22,10 +22,10 @@ from ..stack.save import STRATEGIES
 from ..strategies import Strategy
 from ..strategies.base import join_states, state_of
 from ..tuner import finish_adapter, gate_groups, named_layers
-from ..tuner.lookup import adapter_parameters, can_continue
+from ..tuner.lookup import adapter_parameters, is_causal
 from ..tuner.sharded_parameters import assign, gathered, whole
 from .arguments import argument
-from .backend import ignore_cut_weights, release, runnable, sharding
+from .backend import end_autocast, ignore_cut_weights, release, runnable, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
 
@@ -65,6 +65,8 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                         f"strategy {s!r} {does}, which are not whole under DeepSpeed: train it with the whole "
                         "model in each process (plain or DDP)"
                     )
+        for s in self.strategies:
+            s.check_run([other for other in self.strategies if other is not s], self.args, sharding(self.args))
         self._penalty: torch.Tensor | None = None
         self._answers: dict[str, Any] = {}  # of the micro-batch: what the strategies get beside the model's inputs
         self._items: Any = None
@@ -143,6 +145,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         for _, layer in named_layers(self.model):
             layer.allora_eta = None  # gradients of what the task has learned are plain ones
         self._tell("on_task_end")
+        end_autocast(self.accelerator, self.model)
         finish_adapter(self.model, self.adapter, name)
 
     def examples(self, count: int, rows: Any = None, batch: int = 1) -> Iterator[dict[str, Any]]:
@@ -158,7 +161,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         total = len(data) if not self.own_rows or rows is not None else min(self.own_rows, len(data))
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.args.seed))[:count]
         if len(data) and isinstance(data[0], str):
-            if not can_continue(self.model):
+            if not is_causal(self.model):
                 raise ValueError("texts serve causal models only: give rows as the trainer takes them, with labels")
             length = argument(self.args, "max_length") or 512
             encoded = self.processing_class([data[i] for i in order.tolist()], truncation=True, max_length=length)

@@ -8,7 +8,7 @@ from .config import JumpLoraConfig
 from .finish import finish_adapter, fold_finished
 from .gate import JumpGate
 from .layer import JumpLoraLayer
-from .lookup import can_continue, gate_groups, named_layers, without_adapter
+from .lookup import gate_groups, is_causal, named_layers, without_adapter
 from .model import JumpLoraModel
 from .register import register
 from .schedule import density, ramp, ramp_steps, set_mix, set_threshold
@@ -19,11 +19,11 @@ __all__ = [
     "JumpLoraConfig",
     "JumpLoraLayer",
     "JumpLoraModel",
-    "can_continue",
     "density",
     "finish_adapter",
     "fold_finished",
     "gate_groups",
+    "is_causal",
     "named_layers",
     "ramp",
     "ramp_steps",

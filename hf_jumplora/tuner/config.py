@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from ..ops.dispatch import BACKENDS
 from ..schema import check_adapter_config, read_json
@@ -24,6 +25,12 @@ _CHOICES = {
     "density_schedule": ("constant", "linear", "cubic"),
     "backend": (None, *BACKENDS),
 }
+
+
+def of_layer(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """What a pattern (`rank_pattern`, ...) has for a layer: under the layer's full name, else under the first key that
+    matches it, as PEFT does; `default` if none does."""
+    return pattern.get(name if name in pattern else get_pattern_key(list(pattern), name), default)
 
 
 @dataclass

@@ -10,11 +10,10 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..ops.sparse import unpack_bits
-from .config import JumpLoraConfig
+from .config import JumpLoraConfig, of_layer
 from .gate import JumpGate
 from .layer import JumpLoraLayer
 from .lookup import gate_groups
@@ -26,10 +25,17 @@ AT_LEAST = 1 << 14  # of each gate
 FLOATS = 1 << 25  # entries times rank: what is gathered of A and B
 
 
-def share_to_keep(config: JumpLoraConfig, layers: list[JumpLoraLayer], density: float | None) -> float | None:
-    """The fraction that a gate over `layers` keeps: its own in `density_pattern` (one layer a gate), or `density`."""
-    pattern = config.density_pattern
-    return pattern.get(get_pattern_key(list(pattern), layers[0].layer_name), density)
+def share_to_keep(config: JumpLoraConfig, layers: list[JumpLoraLayer], adapter: str, density: float | None) -> float:
+    """The fraction that a gate over `layers` keeps: its own in `density_pattern` (one gate per layer), or `density`.
+
+    None keeps as many entries as A and B have parameters, which is the published start (for the global scope the
+    published code takes the next larger entry, keeping one fewer).
+    """
+    share = of_layer(config.density_pattern, layers[0].layer_name, density)
+    if share is not None:
+        return share
+    parameters = sum(math.prod(full_shape(factor)) for layer in layers for factor in layer.factors(adapter)[:2])
+    return (parameters - (config.threshold_scope == "global")) / entries(layers)
 
 
 class _Part(NamedTuple):
@@ -95,22 +101,26 @@ class DensitySample:
         return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
 
     @torch.no_grad()
-    def hold(self, config: JumpLoraConfig, density: float) -> None:
-        """Set tau of every gate so that `density` of the sampled entries (or its own share) are kept."""
-        taus = []
+    def hold(self, config: JumpLoraConfig, density: float | None) -> None:
+        """Set tau of every gate so that [`share_to_keep`] of the sampled entries are kept."""
+        around = []  # the largest that goes and the smallest that stays, of each gate
         for (_, layers), magnitudes in zip(self.gates, self._magnitudes(), strict=True):
             count = len(magnitudes)
-            k = min(max(1, count - round((share_to_keep(config, layers, density) or 0.0) * count)), count)
-            # On a GPU one block of threads selects, and all of them sort.
-            on_gpu = magnitudes.is_cuda
-            taus.append(magnitudes.sort().values[k - 1] if on_gpu else magnitudes.kthvalue(k).values)
-        tau = torch.stack([t.to(taus[0].device) for t in taus])
+            k = min(max(1, count - round(share_to_keep(config, layers, self.adapter, density) * count)), count)
+            above = min(k + 1, count)
+            if magnitudes.is_cuda:  # there one block of threads selects, and all of them sort
+                ordered = magnitudes.sort().values
+                around.append(torch.stack([ordered[k - 1], ordered[above - 1]]))
+            else:
+                around.append(torch.stack([magnitudes.kthvalue(n).values for n in (k, above)]))
+        bounds = torch.stack([pair.to(around[0].device) for pair in around])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(tau, 0)  # GPUs of another kind may round in another way
-        log_tau = tau.log()
-        for _ in range(2):  # where the logarithm was rounded down, the k-th entry would be kept after all
+            torch.distributed.broadcast(bounds, 0)  # GPUs of another kind may round in another way
+        # Between the two: at an entry itself, the rounding of its product would decide whether it is kept.
+        log_tau, gone = bounds.mean(1).log(), bounds[:, 0]
+        for _ in range(2):  # they may be equal, and the logarithm rounded down
             log_tau = torch.where(
-                log_tau.exp() < tau, torch.nextafter(log_tau, torch.full_like(tau, torch.inf)), log_tau
+                log_tau.exp() < gone, torch.nextafter(log_tau, torch.full_like(gone, torch.inf)), log_tau
             )
         for (gate, _), value in zip(self.gates, log_tau.unbind(), strict=True):
             assign(gate.log_tau, value.to(gate.log_tau.device))

@@ -20,7 +20,7 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     """End of a task: record the support, freeze the adapter and give it its final name.
 
     From here on its update is D on the recorded support, on every device; the threshold is not evaluated again.
-    An adapter without a gate is only renamed. Ranks that a strategy has gated lose the closed ones.
+    An adapter without a gate has no support to record. Ranks that a strategy has gated lose the closed ones.
 
     Raises:
         FloatingPointError: a weight or a threshold is not finite.
@@ -52,6 +52,15 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     check_thresholds(model, adapter)
     if config.gate:
         config.support = {layer_name: layer.finish(adapter) for layer_name, layer in layers.items()}
+    if config.rank_pattern or config.alpha_pattern:  # files sort their keys, and the first that matches counts
+        ranks = {layer_name: len(layer.jumplora_A[adapter]) for layer_name, layer in layers.items()}
+        config.rank_pattern, config.alpha_pattern = (
+            ranks,
+            {
+                layer_name: layers[layer_name].scaling[adapter] * (r**0.5 if config.use_rslora else r)
+                for layer_name, r in ranks.items()
+            },
+        )
     config.inference_mode = True
     if name is not None and name != adapter:
         _rename(model, adapter, name)

@@ -59,7 +59,7 @@ def without_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
             set_active(layer, names)
 
 
-def can_continue(model: Any) -> bool:
+def is_causal(model: Any) -> bool:
     """Whether the model is causal: the logits of a position are those of the next token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     generates = hasattr(base, "can_generate") and base.can_generate()

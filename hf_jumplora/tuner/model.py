@@ -11,11 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .config import JumpLoraConfig
+from .config import JumpLoraConfig, of_layer
 from .gate import JumpGate
 from .layer import JumpLoraLayer, Linear
 from .lookup import named_layers
@@ -44,7 +43,8 @@ def check_adapter_name(model: nn.Module, *adapters: str) -> None:
 
 
 def gate_key(layer_name: str, scope: str) -> str:
-    """Layers of one key share a gate: all ("global"), those up to the first number in the name ("block"), or none."""
+    """Layers of one key share a gate: all ("global"), or those of one block, by the first number in the name; with
+    "layer" each has its own."""
     if scope == "global":
         return ""
     block = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", layer_name)
@@ -299,8 +299,7 @@ def _tell_of_experts(model: nn.Module) -> None:
 
 def rank_and_alpha(config: JumpLoraConfig, name: str) -> tuple[int, float]:
     """r and lora_alpha of a layer."""
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    return r, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    return of_layer(config.rank_pattern, name, config.r), of_layer(config.alpha_pattern, name, config.lora_alpha)
 
 
 def _near_names(model: nn.Module, targets) -> str:

@@ -64,9 +64,8 @@ def _add_over_processes(counts: torch.Tensor) -> None:
 def set_threshold(model: nn.Module, adapter: str, density: float | None, together: bool = False) -> None:
     """Set tau of every gate to the exact quantile of |D| over its layers.
 
-    `density` is the fraction of entries kept (a layer that `density_pattern` names has its own). None keeps as many as
-    A and B have parameters, which is the published start (for the global scope the published code takes the next larger
-    entry, keeping one less). Entries closed by hard isolation are not kept, and count as entries.
+    `density` is the fraction of entries kept; see [`share_to_keep`]. Entries closed by hard isolation are not kept, and
+    count as entries.
 
     together: every process of a run calls this with the same adapter. They share the work, each taking some of the
     layers, and all set the same tau.
@@ -77,12 +76,7 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
         for gate, layers in gate_groups(model, adapter):
             total = entries(layers)
             factors = [layer.factors(adapter) for layer in layers]
-            share = share_to_keep(config, layers, density)
-            if share is None:
-                kept = sum(A.numel() + B.numel() for A, B, _ in factors) - (config.threshold_scope == "global")
-            else:
-                kept = round(share * total)
-            k = min(max(1, total - kept), total)
+            k = min(max(1, total - round(share_to_keep(config, layers, adapter, density) * total)), total)
             near = gate.log_tau.detach().exp().item()  # in the steps after the start, a good guess
             if state is not None and state.num_processes > 1:
                 mine = factors[state.process_index :: state.num_processes]

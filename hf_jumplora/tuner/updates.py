@@ -132,7 +132,8 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         D = self.product(adapter)
         if adapter not in self.jumplora_gate:
             return torch.ones_like(D, dtype=torch.bool)
-        return self.mask_free(adapter, D.abs() > self.gate(adapter).log_tau.detach().exp())
+        kept, free = D.abs() > self.gate(adapter).log_tau.detach().exp(), self.free_mask(adapter)
+        return kept if free is None else kept & free
 
     def _saved_index(self, adapter: str) -> torch.Tensor:
         """Flat indices of the entries that a finished adapter keeps, int64 [kept]; errors as [`support`]."""
@@ -146,11 +147,11 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
             )
         return support_index(code, (self.out_features, self.in_features))
 
-    def mask_free(self, adapter: str, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` [out, in] without the entries that hard isolation closes to this adapter."""
-        if adapter not in self.jumplora_free:
-            return mask
-        return mask & unpack_bits(self.jumplora_free[adapter], 0, mask.numel()).view_as(mask)
+    def free_mask(self, adapter: str) -> torch.Tensor | None:
+        """Entries that hard isolation leaves to this adapter: bool [out, in]; None for all."""
+        if (bits := self.free(adapter)) is None:
+            return None
+        return unpack_bits(bits, 0, self.out_features * self.in_features).view(self.out_features, self.in_features)
 
     def occupied(self, adapters) -> torch.Tensor:
         """Union of the supports of finished adapters and their ancestors: bool [out, in], on the CPU."""
@@ -181,8 +182,8 @@ class AdapterUpdates(nn.Module, BaseTunerLayer):
         if adapter in self.jumplora_gate:
             kept = E * (E.abs() > self.gate(adapter).log_tau.exp())
             E = torch.lerp(E, kept, self.gate(adapter).mix)
-            if adapter in self.jumplora_free:
-                E = E * self.mask_free(adapter, torch.ones_like(E, dtype=torch.bool))
+            if (free := self.free_mask(adapter)) is not None:
+                E = E * free
         return E.mul_(self.scaling[adapter])
 
     def add_updates(self, total: torch.Tensor, adapters: list[str]) -> None:

@@ -184,7 +184,7 @@ def test_what_kfac_remembers(method, toy_base, tmp_path):
     run.train()
     (kfac,) = run.plan.strategies
     kept = sum(t.nbytes for part in (kfac.G, kfac.C) for t in part.values())
-    kept += sum(stack.G.nbytes + stack.C.nbytes for stack in kfac.stacks)
+    kept += sum(group.G.nbytes + group.C.nbytes for group in kfac.groups)
     layers = [layer for _, layer in named_layers(run.model)]
     assert kfac.memory_bytes(layers, 2) == kept
     pasts = []

@@ -22,9 +22,9 @@ def load(tmp_path_factory):
 
 def test_exact_match(load):
     result = load("exact_match").compute(
-        predictions=["Very  Positive", "bad", "Good"], references=["very positive", "Bad ", "Bad"]
+        predictions=["Very  Positive", "bad", "Good", "Cafe\u0301"], references=["very positive", "Bad ", "Bad", "café"]
     )
-    assert result == {"exact_match": pytest.approx(2 / 3)}
+    assert result == {"exact_match": pytest.approx(3 / 4)}
 
 
 def test_continual(load):

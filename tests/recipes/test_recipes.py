@@ -382,7 +382,7 @@ def test_llama2_cl_with_smollm2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["llama2_cl.py", *line])
     monkeypatch.setattr(llama2_cl, "smollm2", lambda: Path(base))
     llama2_cl.main()
-    assert "trained on   animals  places  moods  foods" in capsys.readouterr().out
+    assert "trained on       animals  places  moods  foods" in capsys.readouterr().out
     assert (tmp_path / "out" / "jumplora-best" / "task_003").is_dir()
     assert json.loads((tmp_path / "out" / "inclora" / "run.json").read_text())["base_model"] == base
 
@@ -415,10 +415,12 @@ def test_llama2_cl_in_4_bits(toy_base, tmp_path, monkeypatch):
         (["--load_in_4bit", "--load_in_8bit"], "load_in_4bit and load_in_8bit exclude each other"),
         (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no meaning without load_in_4bit"),
         (["--from_stack", "x", "--load_in_4bit"], "--load_in_4bit has no meaning with --from_stack"),
+        (["--from-stack", "x", "--lora-alpha", "64"], "--lora_alpha has no meaning with --from_stack"),
+        (["--from_stack", "x", "--lora_al", "64"], "not understood: --lora_al 64; did you mean --lora_alpha?"),
         (["--model", "gpt2"], "model is 'smollm2' (any other model: model_name_or_path), got 'gpt2'"),
         (["--model", "smollm2"], "model, model_name_or_path and tiny_from_text exclude one another"),
     ],
-    ids=["both", "no-4bit", "from-stack", "unknown-model", "smollm2-and-a-model"],
+    ids=["both", "no-4bit", "from-stack", "dashes", "abbreviation", "unknown-model", "smollm2-and-a-model"],
 )
 def test_llama2_cl_model_options_that_do_not_fit(line, message, toy_base, tmp_path, monkeypatch, capsys):
     llama2_cl = recipe("llama2_cl")

@@ -51,6 +51,19 @@ def test_learned_nothing(tmp_path, capsys):
     assert says == "no better after its training (20.0) than before (20.0)"
 
 
+def test_joint_training_without_an_average(tmp_path, capsys):
+    """A task has no score: the one stage is finished all the same."""
+    run = write_run(tmp_path / "run", NAMES, matrix=[[0.2, 0.2, None], [0.9, 0.8, None]], method="mtl")
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name in ("learning_accuracy", "backward_transfer", "forgetting"):
+        metrics.pop(name, None)
+    metrics["trained"][0]["name"] = "joint"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    code, result = check(capsys, run)
+    assert (code, failed(result)) == (0, [])
+    assert result["checks"][0]["says"] == "1 of 1 tasks are trained"
+
+
 def test_nothing_was_measured(tmp_path, capsys):
     nothing = [[None] * 3] * 4
     code, result = check(capsys, write_run(tmp_path / "run", NAMES, matrix=nothing))

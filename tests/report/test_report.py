@@ -34,7 +34,7 @@ def test_table(result):
     """Percent, aligned, a dash for what was not evaluated, every number with its formula."""
     lines = table(result, "jumplora").splitlines()
     assert lines[2].split() == ["trained", "on", "first", "second", "third", "density"]
-    assert lines[4].split() == ["nothing", "yet", "10.0", "20.0", "-"]
+    assert lines[4].split() == ["before", "training", "10.0", "20.0", "-"]
     assert lines[6].split() == ["2.", "second", "60.0", "80.0", "-", "12.3", "%"]
     assert len({len(line) for line in lines[2:7]}) == 1
     text = "\n".join(lines)
@@ -84,7 +84,7 @@ def test_general_ability_and_data(result, tmp_path):
     result["general"] = [{"wiki cross_entropy": 3.25}, {}, {"wiki cross_entropy": 3.5, "imdb accuracy": 0.75}]
     write_report(tmp_path, result, draw=False)
     text = (tmp_path / "report.md").read_text()
-    assert "| nothing yet | 3.2500 | - |" in text
+    assert "| before training | 3.2500 | - |" in text
     assert "| 2. second | 3.5000 | 75.0 |" in text
     assert "| change | +0.2500 | - |" in text
     assert text.splitlines()[2].startswith("**Warning: the prompt names the data set** (second)")
@@ -97,7 +97,7 @@ def test_report_before_training(tmp_path):
     """The zero-shot row alone: no picture, no metric."""
     result = {**derive([[0.1, 0.2]], ["a", "b"], True), "method": "ella", "trained": []}
     write_report(tmp_path, result)
-    assert "| nothing yet | 10.0 | 20.0 |" in (tmp_path / "report.md").read_text()
+    assert "| before training | 10.0 | 20.0 |" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "matrix.png").exists()
 
 

@@ -313,6 +313,8 @@ def test_lora_by_energy(stack, toy_base, tmp_path):
 def test_lora_that_loses_too_much_is_refused(stack, tmp_path):
     with pytest.raises(ValueError, match=r"rank 1 keeps .* less than min_energy=90%"):
         export_lora(stack, tmp_path / "out", rank=1)
+    with pytest.raises(ValueError, match=r"^energy=0.5 keeps .* less than min_energy=90%"):
+        export_lora(stack, tmp_path / "out", energy=0.5)
     assert not (tmp_path / "out").exists()
     export_lora(stack, tmp_path / "out", rank=1, force=True)
 

@@ -63,6 +63,20 @@ def test_golden():
     assert (found["B"] @ found["A"]).tolist() == [[1, -1], [0, 0], [2, -2]]
 
 
+def test_router_of_ranks():
+    """It reads the layer's inputs, as A does: zeros at those that the pruned base had not."""
+
+    class Task:
+        config = type("Config", (), {"gate": False})
+        tensors = staticmethod(lambda: {"router": torch.tensor([[3.0, 4.0]])})
+        factors = staticmethod(lambda layer: (torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0], [2.0]])))
+        key = staticmethod(lambda layer, name: name)
+
+    found = _widened(Task(), {"layer": (torch.arange(2), torch.tensor([0, 2]), 2, 3)}, {})
+    assert found["router"].tolist() == [[3, 0, 4]]
+    assert found["A"].tolist() == [[1, 0, -1]]
+
+
 def test_kept_entries_are_what_they_were(trained, toy_base, tmp_path, capsys):
     folder, keep = trained
     argv = ["recover", str(folder / "stack"), "--base_model", toy_base, "--keep", str(folder / "keep.safetensors")]

@@ -7,9 +7,12 @@ import torch
 import toy
 
 from hf_jumplora import Task, load_stack
+from hf_jumplora.data import Encoder
 from hf_jumplora.stack import read_manifest, switch_tasks, verify_stack
 from hf_jumplora.stack.router import Router, read_router, write_router
+from hf_jumplora.trainer import scoring
 from hf_jumplora.trainer.router import helpful_tasks, router_loss, row_losses, targets, train_router
+from hf_jumplora.trainer.scoring import score_labels
 from hf_jumplora.tuner import named_layers
 
 
@@ -64,6 +67,32 @@ def test_loss_of_a_row():
     assert row_losses({"logits": scores[0]}, torch.tensor([0, 1, 2, 3]), False)[2] == -log_p[0, 2, 2]
     with pytest.raises(ValueError, match="no classes or tokens"):
         row_losses({"logits": scores[0]}, torch.tensor([0.5, 1.0, 2.0, 3.0]), False)
+
+
+def test_a_model_of_the_caller_is_left_as_it_was(plain, toy_base, tmp_path):
+    """After training a router on it, and after unloading it; a held-out task of the stream is no task of the stack."""
+    folder, base = shutil.copytree(plain, tmp_path / "stack"), toy.load_base(toy_base)
+    before = logits(base)
+    held = toy.tasks(3, 4)[2]
+    held.held_out = True
+    train_router(folder, [*toy.tasks(2, 8), held], base, toy.tokenizer(), examples=4)
+    assert torch.equal(logits(base), before)
+    routed = load_stack(folder, base, route=always(1.0, 0.5))
+    assert not torch.equal(logits(routed), before)
+    assert torch.equal(logits(routed.unload()), before)
+    routed = load_stack(folder, base, route="learned")
+    assert logits(routed).shape == before.shape
+
+
+def test_a_router_never_reads_the_answers(plain, toy_base, monkeypatch):
+    """Without a cache a label is scored with its prompt, and the router would see both."""
+    model = load_stack(plain, toy.load_base(toy_base), route=always(1.0, 0.5))
+    encoder, task = Encoder(toy.tokenizer(), 32, seq2seq=False), toy.tasks(1)[0]
+    prompts = [encoder.prompt_ids(task, row["sentence"]) for row in task.eval_dataset]
+    assert len(score_labels(model, encoder, task, prompts)) == 8
+    monkeypatch.setattr(scoring, "_score_on_cache", lambda *given: None)
+    with pytest.raises(ValueError, match="eval_mode='generate', or without route="):
+        score_labels(model, encoder, task, prompts)
 
 
 @pytest.mark.parametrize("kind", ["gated", "plain"])

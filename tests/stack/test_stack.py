@@ -472,3 +472,24 @@ def test_a_base_of_the_same_shape(other):
     torch.nn.init.normal_(base[0].weight)
     with pytest.raises(ValueError, match="this base has other weights"):
         check_base(manifest, base, "here")
+
+
+@pytest.mark.parametrize(
+    ("method", "patterns"),
+    [
+        ("jumplora", {"alpha_pattern": {"layers.1.self_attn.k_proj": 64, "k_proj": 4}}),
+        ("inclora", {"rank_pattern": {"layers.1.self_attn.k_proj": 4, "k_proj": 1}}),
+        ("lora-ga", {"rank_pattern": {"k_proj": 1}, "alpha_pattern": {"k_proj": 16}}),
+        ("boost", {"alpha_pattern": {"k_proj": 16}}),
+    ],
+    ids=["alphas", "ranks", "replaced", "rounds"],
+)
+def test_patterns_are_those_of_training(method, patterns, toy_base, tmp_path):
+    """A file sorts the keys of a pattern, and the first that matches a layer counts."""
+    adapter = {"target_modules": ["q_proj", "k_proj"], **patterns}
+    run = toy.make_run(toy_base, tmp_path, method, toy.tasks(1, 20, 2), adapter)
+    run.train()
+    ids = torch.tensor([[3, 12, 13, 8]])
+    with torch.no_grad():
+        loaded = load_stack(tmp_path, toy.load_base(toy_base)).eval()(ids).logits
+        torch.testing.assert_close(run.model.eval()(ids).logits, loaded, rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import toy
 
-from hf_jumplora import finish_adapter
+from hf_jumplora import ContinualTrainer, finish_adapter
 from hf_jumplora.strategies import L2, LoraSB, Replay
 from hf_jumplora.strategies.lorasb import start_factors
 from hf_jumplora.tuner import named_layers
@@ -49,6 +49,15 @@ def test_trains_what_is_between(gated, ids, relative_error):
     for layer, update in zip(layers, updates, strict=True):
         assert not layer.jumplora_g
         torch.testing.assert_close(layer.update("task_000"), update, rtol=1e-5, atol=1e-8)
+
+
+def test_a_trainer_by_itself_is_checked_too(gated, tmp_path):
+    """The start is a step of its learning rate, and what cannot go together is refused."""
+    model, strategy = gated(gate=False, init_weights=True), LoraSB()
+    ContinualTrainer(model=model, args=toy.arguments(tmp_path, learning_rate=0.25), strategies=[strategy])
+    assert strategy.rate == 0.25
+    with pytest.raises(ValueError, match="only Replay goes with LoRA-SB"):
+        ContinualTrainer(model=model, args=toy.arguments(tmp_path), strategies=[strategy, L2()])
 
 
 def test_refused(toy_base, tmp_path):

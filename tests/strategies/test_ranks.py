@@ -117,7 +117,7 @@ def test_dylora(frozen, gated, ids):
     x[0, :2] = 1
     seen = set()
     for strategy.step in range(12):
-        strategy.on_optimizer(None)
+        strategy.on_step_begin(model, "default")
         b = strategy.drawn(strategy.step, 2)
         change = layer(x) - layer.base_layer(x)
         torch.testing.assert_close(change[0, :2], torch.tensor([[2.0, 6.0], [3.0, 7.0]])[b - 1])
@@ -127,6 +127,8 @@ def test_dylora(frozen, gated, ids):
         moved = [bool(A.grad[rank].any()) and bool(B.grad[:, rank].any()) for rank in range(2)]
         assert moved == [[True, False], [not frozen, True]][b - 1]
         seen.add(b)
+        strategy.on_step_end(model, "default")
+        assert layer.jumplora_g["default"].tolist() == [1, 1]  # as an evaluation between the steps sees it
     assert seen == {1, 2}
     strategy.on_task_end(model, "default", None)
     finish_adapter(model, "default", "task_000")

@@ -19,7 +19,7 @@ def factors(model, adapter="default"):
 def started(strategy, model, steps):
     """The strategy at the first step of a task, and the optimizer that it knows."""
     strategy.steps = steps
-    strategy.on_task_start(model, "default", None)
+    strategy.on_task_start(model, "default", lambda *given: iter([{}]))
     torch.manual_seed(2)
     for _, B in factors(model):
         B.data.normal_()
@@ -60,6 +60,31 @@ def test_ranks_fall(gated, ids):
     assert [layer.scaling["default"] for _, layer in named_layers(model)] == scalings
     for (_, layer), update in zip(named_layers(model), updates, strict=True):
         torch.testing.assert_close(layer.update("default"), update, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_has_learned_nothing_yet_goes_on(gated):
+    """With both factors at 0 it would get no gradient any more."""
+    model, strategy = gated(gate=False, init_weights=True, r=2), Squeeze(rounds=2)
+    optimizer = started(strategy, model, steps=4)
+    for _, B in factors(model):
+        B.data.zero_()
+    strategy.on_optimizer(optimizer)
+    for strategy.step in range(2):
+        strategy.on_step_end(model, "default")
+    for A, B in factors(model):
+        assert [bool(row.any()) for row in A] == [True, True, False, False]
+        assert not B.any()
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.5, 4), (2.0, 2)])
+def test_a_round_that_early_stopping_cuts_short_is_measured(after, kept, gated, monkeypatch):
+    model, strategy = gated(gate=False, init_weights=True, r=2), Boost(rounds=2)
+    strategy.rows = [None] * 2
+    started(strategy, model, steps=4)
+    strategy.losses, strategy.step = [1.0], 2
+    monkeypatch.setattr(Boost, "held_out_loss", lambda self, model: after)
+    strategy.on_task_end(model, "default", None)
+    assert [len(A) for A, _ in factors(model)] == [kept] * 4
 
 
 @pytest.mark.parametrize("gain", [-1e9, 1e9])
@@ -146,6 +171,18 @@ def test_finished_adapters_are_ordinary(toy_base, tmp_path):
             assert torch.equal(run.model.eval()(ids).logits, load_stack(tmp_path / method)(ids).logits)
 
 
+def test_strategies_of_different_tasks_do_not_meet(toy_base, tmp_path):
+    """Each is checked beside those it acts with, and against the arguments of its own task."""
+    from hf_jumplora.trainer.checks import check
+
+    first, second = toy.tasks(2)
+    first.strategies, second.strategies = [Boost()], [Boost()]
+    run = toy.make_run(toy_base, tmp_path, "inclora", stream=[first, second])
+    second.strategies = [Boost(), Squeeze()]
+    with pytest.raises(ValueError, match="only Replay goes with Boost"):
+        check(run.plan)
+
+
 def test_refused(toy_base, tmp_path):
     for strategy in (Boost(), Squeeze(), Dps()):
         with pytest.raises(ValueError, match=f"only Replay goes with {type(strategy).__name__}"):
@@ -167,6 +204,10 @@ def test_refused(toy_base, tmp_path):
         Boost().check_run([], toy.arguments(tmp_path, weight_decay=0.1), "none")
     with pytest.raises(ValueError, match="train it by a ContinualRun"):
         Boost().on_task_start(None, "default", None)
+    with pytest.raises(ValueError, match="holds 1 of a task's 1 rows out"):
+        Boost().training_data([1], 0, [])
+    with pytest.raises(ValueError, match=r"task 'light': a task of 1 steps has no 2 rounds"):  # before the first one
+        toy.make_run(toy_base, tmp_path, "boost", stream=[toy.tasks(1)[0], toy.tasks(2, 4)[1]])
     with pytest.raises(ValueError, match="this task is a stream"):
         Boost().training_data(iter([]), 0, [])
     for options in ({"rounds": 0}, {"held_out": 1.0}):

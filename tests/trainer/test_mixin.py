@@ -13,7 +13,9 @@ from hf_jumplora import (
     ContinualTrainingArguments,
     GateCallback,
     JumpLoraConfig,
+    Task,
     finish_adapter,
+    load_stack,
     make_continual,
 )
 from hf_jumplora._compat import SMOOTHS_BY_TOKENS
@@ -471,3 +473,26 @@ def test_named_classes():
     assert issubclass(ContinualTrainer, Trainer)
     with pytest.raises(ValueError, match="eval_mode"):
         ContinualTrainingArguments("out", eval_mode="x", use_cpu=True)
+
+
+@pytest.mark.parametrize("kind", ["text", "plain"])
+def test_autocast_is_of_training_alone(kind, toy_base, tmp_path):
+    """bf16=True over a float32 base: every task is trained in bf16, and the model that is left is what loads."""
+    seen, stream = [], toy.tasks(2, 8, 2)
+    if kind == "plain":
+        rows = Dataset.from_list([{"input_ids": [3, 12, 13, 8], "labels": [3, 12, 13, 8]}] * 8)
+        stream = [Task(task.name, rows, rows, metric="loss") for task in stream]
+    model = toy.load_base(toy_base)
+    layer = model.model.layers[0].mlp
+    layer.register_forward_hook(lambda module, args, output: seen.append((module.training, output.dtype)))
+    run = toy.make_run(model, tmp_path, "inclora", stream, bf16=True, max_steps=2)
+    run.train()
+    steps = [dtype for training, dtype in seen if training]
+    assert len(steps) == 4
+    assert set(steps) == {torch.bfloat16}
+    ids = torch.tensor([[3, 12, 13, 8]])
+    with torch.no_grad():
+        loaded = load_stack(tmp_path, toy.load_base(toy_base)).eval()(ids).logits
+        torch.testing.assert_close(run.model.eval()(ids).logits, loaded, rtol=1e-5, atol=1e-5)
+    if kind == "text":
+        assert {dtype for training, dtype in seen if not training} == {torch.float32}

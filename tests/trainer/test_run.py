@@ -390,7 +390,7 @@ def test_folders_of_the_user_stay(toy_run, toy_base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "jumplra"}, r"unknown method 'jumplra'; known: seqlora"),
+        ({"method": "jumplra"}, r"unknown method 'jumplra' \(did you mean 'jumplora'\?\); known: seqlora"),
         ({"stream": []}, "at least one task"),
         ({"stream": ["size"]}, "got 'size'; load_tasks"),
         ({"stream": [*toy.tasks(2), toy.tasks(1)[0]]}, "two tasks are called 'size'"),

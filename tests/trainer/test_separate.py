@@ -4,9 +4,11 @@ import pytest
 import torch
 import toy
 
-from hf_jumplora import load_stack
+from hf_jumplora import export_lora, load_stack, merge_stack
 from hf_jumplora.commands.inspect import describe, text
+from hf_jumplora.schema import read_json
 from hf_jumplora.stack import read_manifest
+from hf_jumplora.stack.export import export_sparse
 from hf_jumplora.stack.operations import subset
 from hf_jumplora.tuner import named_layers
 
@@ -53,6 +55,13 @@ def test_one_task_is_loaded(oracle, toy_base):
             load_stack(oracle.output_dir, toy.load_base(toy_base), tasks=tasks)
 
 
+def test_models_that_exclude_each_other_are_not_added_up(oracle, tmp_path):
+    for write in (merge_stack, export_lora, export_sparse):
+        with pytest.raises(ValueError, match=r"each task has a model of its own.*it has size, light, mood"):
+            write(oracle.output_dir, out=tmp_path / "out", **({"rank": 1} if write is export_lora else {}))
+    export_lora(oracle.output_dir, tmp_path / "one", rank=2, tasks=["light"])
+
+
 def test_the_card_says_so(oracle):
     card = (oracle.output_dir / "README.md").read_text()
     assert "the task must be known at inference" in card
@@ -68,3 +77,5 @@ def test_the_whole_stack_can_be_inspected_and_divided(oracle, toy_base, tmp_path
     subset(oracle.output_dir, ["light", "mood"], tmp_path / "part")
     assert read_manifest(tmp_path / "part").separate
     load_stack(tmp_path / "part", toy.load_base(toy_base), tasks=["mood"])
+    for name in ("task_000", "task_001"):
+        assert read_json(tmp_path / "part" / name / "adapter_config.json")["parent_adapters"] == []

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_jumplora import LanguageModelTask, Task, TextTask, load_tasks
 from hf_jumplora.data import Encoder, collate, pad_rows
-from hf_jumplora.data.encoder import with_labels
+from hf_jumplora.data.encoder import drop_unlabelled_rows
 from hf_jumplora.data.readers import read_rows
 from hf_jumplora.data.tasks import PROMPT
 
@@ -227,7 +227,7 @@ def test_names_of_prompt_styles():
 
 def test_batches():
     """Padded on the right with the pad token, which the mask hides and no loss counts."""
-    batch = collate(toy.tokenizer(), False)(
+    batch = collate(toy.tokenizer())(
         [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
@@ -240,26 +240,26 @@ def test_batches_of_plain_tasks():
     """What else a row holds for the model stays; where only some of a batch have it, that is an error."""
     first = {"input_ids": [5, 6], "labels": [5, 6], "position_ids": [3, 4], "label": 1, "text": "x", "weight": 0.5}
     rows = [first, {**first, "input_ids": [7], "labels": [7], "position_ids": [9], "attention_mask": [0]}]
-    batch = collate(toy.tokenizer(), False)(rows)
+    batch = collate(toy.tokenizer())(rows)
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6], [7, 0]], "attention_mask": [[1, 1], [0, 0]], "labels": [[5, 6], [7, -100]],
         "position_ids": [[3, 4], [9, 0]], "weight": [0.5, 0.5],
     }  # fmt: skip
     with pytest.raises(ValueError, match="some rows have 'position_ids' and others of the same batch do not"):
-        collate(toy.tokenizer(), False)([first, {**first, "position_ids": None}])
+        collate(toy.tokenizer())([first, {**first, "position_ids": None}])
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list])
 def test_rows_without_a_label(kind, caplog):
     rows = kind([{"labels": [-100, -100]}, {"labels": [-100, 5]}, {"labels": []}, {"labels": [6, 7]}])
-    assert [row["labels"] for row in with_labels(rows, "a")] == [[-100, 5], [6, 7]]
+    assert [row["labels"] for row in drop_unlabelled_rows(rows, "a")] == [[-100, 5], [6, 7]]
     assert (
         "task 'a': 2 of 4 training rows have no label to learn from (all are -100), the first is row 0" in caplog.text
     )
     with pytest.raises(ValueError, match=r"task 'a': 1 of 1 training rows .* raise max_length"):
-        with_labels(kind([{"labels": [-100]}]), "a")
+        drop_unlabelled_rows(kind([{"labels": [-100]}]), "a")
     for whole in (kind([{"labels": [1]}]), kind([{"labels": 1}]), kind([{"text": "x"}]), None):
-        assert with_labels(whole, "a") is whole
+        assert drop_unlabelled_rows(whole, "a") is whole
 
 
 # ---- tasks that cannot be ----------------------------------------------------------------------------------------

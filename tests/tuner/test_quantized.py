@@ -30,9 +30,7 @@ from hf_jumplora.stack.source import differences
 from hf_jumplora.tuner import finish_adapter, fold_finished, named_layers, set_mix, set_threshold
 
 
-bnb = pytest.importorskip(
-    "bitsandbytes", reason="bitsandbytes is not installed: pip install 'hf-jumplora[bitsandbytes]'"
-)
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 NESTED = BitsAndBytesConfig(
@@ -147,12 +145,19 @@ def test_layer(kind, tolerance, past, relative_error):
         (total,) = tuned.finished.past.values()  # one sum, whatever the number of tasks
         assert len(total) == (3 if past == "sparse" else 1)
 
-    free = tuned.mask_free("default", torch.ones(40, 192, dtype=torch.bool))
-    assert bool(free.all()) is not bool(parents)
+    free = tuned.free_mask("default")
+    assert (free is not None and not free.all()) is bool(parents)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     bias = layer.bias.detach().double()
     y = gated_linear_naive(
-        wide[0], weight, bias, *wide[1:], scaling=scaling, mix=0.4, bandwidth=0.05, free=free.double()
+        wide[0],
+        weight,
+        bias,
+        *wide[1:],
+        scaling=scaling,
+        mix=0.4,
+        bandwidth=0.05,
+        free=None if free is None else free.double(),
     )
     y = y + wide[0] @ before.T
     expected = [y, *torch.autograd.grad(y, wide, grad_y.double())]

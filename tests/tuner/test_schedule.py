@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerState
 
+from hf_jumplora.trainer.callbacks import GateCallback
 from hf_jumplora.tuner import (
     JumpLoraConfig,
     density,
@@ -238,6 +240,25 @@ def test_density_is_held_in_every_scope(gated, scope):
         for _, layers in gate_groups(model, "default"):
             total = sum(layer.out_features * layer.in_features for layer in layers)
             assert kept(layers)[0] == round(0.05 * total)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold_scope": "layer"}, {"threshold_scope": "layer", "pattern": 0.4}], ids=str
+)
+def test_a_density_without_a_number_is_held_too(gated, options):
+    """As many entries as A and B have parameters, at every step between the start and the end."""
+    named = {"density_pattern": {"v_proj": options["pattern"]}} if "pattern" in options else {}
+    scope = {key: value for key, value in options.items() if key != "pattern"}
+    model = gated(threshold_update="density", density=None, **scope, **named)
+    hold = GateCallback("default").on_step_end
+    before = [kept(layers)[0] for _, layers in gate_groups(model, "default")]
+    for step in range(9, 41):
+        with torch.no_grad():
+            for _, layer in named_layers(model):
+                layer.jumplora_B["default"].mul_(1.1)
+        hold(None, TrainerState(global_step=step, max_steps=40), None, model=model)
+        now = [kept(layers)[0] for _, layers in gate_groups(model, "default")]
+        assert now == pytest.approx(before, abs=1)  # the sample's products are rounded in another way
 
 
 def test_layers_with_budgets_of_their_own(gated):

@@ -3,8 +3,10 @@
 import datasets
 import evaluate
 
+from hf_jumplora.metrics.text import exact_match
 
-_DESCRIPTION = "Share of predictions that equal their reference after lower-casing and folding of white space."
+
+_DESCRIPTION = "Share of predictions that equal their reference but for case, white space and forms of accents."
 
 
 class ExactMatch(evaluate.Metric):
@@ -20,9 +22,5 @@ class ExactMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        hits = [_fold(a) == _fold(b) for a, b in zip(predictions, references, strict=True)]
+        hits = [exact_match(a, b) for a, b in zip(predictions, references, strict=True)]
         return {"exact_match": sum(hits) / len(hits)}
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.lower().split())
