@@ -177,7 +177,7 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
+def name_write_errors(target: Path) -> Iterator[None]:
     """Errors of writing below `target` become an OSError that names it; safetensors has one of its own."""
     try:
         yield

@@ -249,8 +249,8 @@ def live_sum(entries: int, share: float) -> int:
 def trained(under: str, factors: int, processes: int) -> dict[str, int]:
     """Bytes of A, B and the thresholds, of their gradients and of AdamW's state, all in float32; `buckets` for sending.
 
-    FSDP2 cuts the base alone, and what is trained is DDP's, whose buckets are a second copy of the gradients. DeepSpeed
-    keeps a master copy beside the two moments, and buckets of a fixed size. ZeRO-1 cuts the optimizer's state, ZeRO-2
+    FSDP2 shards the base alone; what is trained is DDP's, whose buckets are a second copy of the gradients. DeepSpeed
+    keeps a master copy beside the two moments, and buckets of a fixed size. ZeRO-1 shards the optimizer's state, ZeRO-2
     the gradients too, ZeRO-3 also the factors.
     """
     f, n = 4 * factors, processes

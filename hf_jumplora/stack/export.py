@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from ..schema import read_json
 from ..tuner.rank_routing import refuse_competing
-from .files import TaskFile, only_updates, total_update
+from .files import TaskFile, refuse_full_weights, total_update
 from .load import check_one_model
-from .operations import free_folder, new_folder, open_tasks
-from .verify import not_a_task
+from .operations import check_empty_folder, new_folder, open_tasks
+from .verify import name_in_errors
 
 
 _EXACT = 512  # up to this size a full SVD is quick
@@ -115,10 +115,10 @@ def export_lora(
         ValueError: neither or both of `rank` and `energy`; too little energy is retained; or as `load_stack`.
     """
     check_rank_or_energy(rank, energy, min_energy)
-    free_folder(out)
+    check_empty_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     check_one_model(manifest, chosen, path)
-    only_updates(chosen, "a LoRA export")
+    refuse_full_weights(chosen, "a LoRA export")
     for task in chosen:
         refuse_competing(task.config.rank_routing, "a LoRA export")
     weights: dict[str, torch.Tensor] = {}
@@ -135,7 +135,7 @@ def export_lora(
         asked = f"energy={energy:g}" if rank is None else f"rank {rank}"
         raise ValueError(
             f"{asked} keeps {retained:.1%} of the updates' energy, less than min_energy={min_energy:.0%}: take a "
-            "higher rank, energy=, or force it; nothing was written"
+            "higher rank or energy, or force it; nothing was written"
         )
     with new_folder(out) as temporary:
         _lora_config(chosen, rows, manifest.base_model).save_pretrained(str(temporary))
@@ -191,10 +191,10 @@ def export_sparse(
     Raises:
         ValueError: as `load_stack`, or a task holds modules trained in full.
     """
-    free_folder(out)
+    check_empty_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     check_one_model(manifest, chosen, path)
-    only_updates(chosen, "a sparse export")
+    refuse_full_weights(chosen, "a sparse export")
     tensors: dict[str, torch.Tensor] = {}
     shapes = {layer: shape for task in chosen for layer, shape in task.shapes.items()}
     kept = 0
@@ -225,7 +225,7 @@ def read_sparse(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         ValueError: the file's tensors do not fit together.
     """
     name, updates = Path(path) / "sparse.safetensors", {}
-    with not_a_task(name), safe_open(name, "pt") as file:
+    with name_in_errors(name), safe_open(name, "pt") as file:
         shapes = read_json(name, (file.metadata() or {}).get("shapes", "{}").encode())
         for layer, (out_features, in_features) in shapes.items():
             values, columns, counts = (file.get_tensor(f"{layer}.{n}") for n in ("values", "columns", "row_counts"))

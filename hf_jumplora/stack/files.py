@@ -11,7 +11,7 @@ from ..ops.sparse import add_at, decode_index, decode_support, support_sha256
 from ..tuner.model import rank_and_alpha
 from ..tuner.rank_routing import refuse_competing
 from .manifest import Manifest
-from .verify import check_task, not_a_task
+from .verify import check_task, name_in_errors
 
 
 _PREFIX = "base_model.model."
@@ -28,7 +28,7 @@ class TaskFile:
         self.name, self.folder = entry["name"], entry["folder"]
         self.path = folder / self.folder / "adapter_model.safetensors"
         self.config = check_task(folder, entry, manifest)
-        with not_a_task(self.path):
+        with name_in_errors(self.path):
             self._file = safe_open(self.path, "pt")
         self.shapes = {name: (rows, columns) for name, (rows, columns) in manifest.base_model["layers"].items()}
         # Modules trained in full (`modules_to_save`) and trained token embeddings: no sum of low-rank updates.
@@ -119,7 +119,7 @@ def total_update(tasks: list[TaskFile], layer: str) -> torch.Tensor:
     return total
 
 
-def only_updates(tasks: list[TaskFile], what: str) -> None:
+def refuse_full_weights(tasks: list[TaskFile], what: str) -> None:
     """Raise ValueError when a task holds more than low-rank updates, which `what` cannot carry."""
     for task in tasks:
         if task.others:

@@ -34,7 +34,7 @@ from .base import MERGED, check_base, merged_before
 from .manifest import ROUTER, Manifest, is_folder, read_manifest
 from .router import check_routed, read_router, route_prompts
 from .save import STRATEGIES
-from .verify import check_task, not_a_task, task_config, verify
+from .verify import check_task, name_in_errors, task_config, verify
 
 
 _REASONS = {
@@ -231,7 +231,7 @@ def find_manifest(
             raise ValueError(f"revision={revision!r} is for a repository on the Hub; {path} is a folder")
         folder = Path(path)
     else:
-        with looked_up(path, revision):
+        with hub_errors_as_missing(path, revision):
             folder = Path(hf_hub_download(str(path), MANIFEST, revision=revision, token=token)).parent
     return folder, read_manifest(folder)
 
@@ -250,16 +250,16 @@ def download(path: str | os.PathLike, folder: Path, names: list[str], token: str
 
 
 @contextmanager
-def looked_up(path: str | os.PathLike, revision: str | None) -> Iterator[None]:
+def hub_errors_as_missing(path: str | os.PathLike, revision: str | None) -> Iterator[None]:
     """What the client says of a name that is no folder becomes a FileNotFoundError of one line."""
     try:
         yield
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({why_not(error)})") from error
+        raise FileNotFoundError(f"{path} is no folder, and no stack on the Hub{at} ({hub_reason(error)})") from error
 
 
-def why_not(error: Exception) -> str:
+def hub_reason(error: Exception) -> str:
     """Why the Hub did not give something, in words that say what to do."""
     return next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
 
@@ -282,7 +282,7 @@ def attach(
         config = task_config(folder, task)
         config.inference_mode, config.parent_adapters = True, [] if separate else list(before)
         before.append(task["folder"])
-        with not_a_task(folder / task["folder"] / "adapter_model.safetensors"):
+        with name_in_errors(folder / task["folder"] / "adapter_model.safetensors"):
             weights = load((folder / task["folder"] / "adapter_model.safetensors").read_bytes())
             if isinstance(model, PeftModel) and model.base_model.add_finished(task["folder"], config, weights):  # type: ignore[operator]
                 continue

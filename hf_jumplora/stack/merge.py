@@ -23,10 +23,10 @@ from .base import (
     merged_before,
     refuse_weights,
 )
-from .files import only_updates, total_update
-from .load import architecture_class, check_one_model, named_base, why_not
+from .files import refuse_full_weights, total_update
+from .load import architecture_class, check_one_model, hub_reason, named_base
 from .manifest import Manifest
-from .operations import free_folder, new_folder, open_tasks
+from .operations import check_empty_folder, new_folder, open_tasks
 from .weights import identity, probe_differs, probe_values, untouched_weight
 
 
@@ -96,10 +96,10 @@ def merge_stack(
         FileNotFoundError: no stack there. ValueError: as `load_stack`; the base has no safetensors files; a weight is
             not found under its name; or a task holds modules trained in full.
     """
-    free_folder(out)
+    check_empty_folder(out)
     _, manifest, chosen = open_tasks(path, tasks, revision)
     check_one_model(manifest, chosen, path)
-    only_updates(chosen, "a merge on disk")
+    refuse_full_weights(chosen, "a merge on disk")
     source = _base_folder(manifest, base_model, str(path))
     skeleton = _skeleton(manifest, source, str(path))
     shards = [Shard(file) for file in weight_files(source)]
@@ -158,7 +158,7 @@ def _base_folder(manifest: Manifest, base_model: str | os.PathLike | None, where
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_OTHER_WEIGHTS)))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        reason = why_not(error)
+        reason = hub_reason(error)
         raise ValueError(f"{where}: its base model {name} cannot be loaded; pass base_model= ({reason})") from error
 
 

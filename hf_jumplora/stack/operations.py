@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..disk import copy_atomic, explained, file_sha256, sync_folder, write_atomic, write_json
+from ..disk import copy_atomic, file_sha256, name_write_errors, sync_folder, write_atomic, write_json
 from ..ops.sparse import pack_bits, unpack_bits
 from ..schema import read_json
 from .files import TaskFile
@@ -38,7 +38,7 @@ def open_tasks(
     return folder, manifest, [TaskFile(folder, entry, manifest) for entry in chosen]
 
 
-def free_folder(out: str | os.PathLike) -> Path:
+def check_empty_folder(out: str | os.PathLike) -> Path:
     """`out`, absolute. Raises ValueError if it exists and is not an empty folder: asked before any work is done."""
     target = Path(out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -53,14 +53,14 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists and is not an empty folder. OSError: it cannot be made.
     """
-    target = free_folder(out)
+    target = check_empty_folder(out)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise OSError(f"{target} cannot be made; nothing was written ({error})") from error
     try:
-        with explained(target):
+        with name_write_errors(target):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             for folder in [*(path for path in temporary.iterdir() if path.is_dir()), temporary]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ..ops.sparse import encode_support, support_sha256
 from ..tuner.peft_compat import in_out_features
 from .base import describe_base
-from .files import TaskFile, only_updates
+from .files import TaskFile, refuse_full_weights
 from .load import architecture_class
 from .manifest import Manifest
 from .operations import open_tasks, write_stack
@@ -42,7 +42,7 @@ def recover(
         more than low-rank updates.
     """
     source, manifest, tasks = open_tasks(path, None, revision)
-    only_updates(tasks, "another base")
+    refuse_full_weights(tasks, "another base")
     base = base_model if isinstance(base_model, nn.Module) else _load(base_model, manifest)
     if not isinstance(keep, dict):
         try:

@@ -90,7 +90,7 @@ def read_router(folder: Path, manifest: Manifest) -> Router:
     """
     if ROUTER not in manifest.files:
         raise ValueError(
-            f"{folder} has no router: train one with `hf-jumplora router`, or load the stack without route="
+            f"{folder} has no router: train one with `hf-jumplora router`, or load the stack without route= (--route)"
         )
     path = sealed_path(folder, ROUTER)
     try:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..disk import explained, sync_folder
+from ..disk import name_write_errors, sync_folder
 from ..tuner.model import gate_key
 from .base import base_name, config_differences, first, result_config
 from .merge import weight_files
@@ -268,15 +268,15 @@ def keep_base(base: Any, differ: list[str], run: Path, tokenizer: Any) -> None:
         ValueError: it is quantised or spread over processes, or does not load again as it is. OSError: no room.
     """
     target, why = run / KEPT, f"the base in memory is not {base_name(base)}, which it calls itself: {first(differ)}"
-    if getattr(base, "is_quantized", False) or any(map(_cut, base.parameters())):
-        raise ValueError(f"{why}. It is quantised or cut into pieces and is not copied: {_SAVE}")
+    if getattr(base, "is_quantized", False) or any(map(_is_sharded, base.parameters())):
+        raise ValueError(f"{why}. It is quantised or sharded and is not copied: {_SAVE}")
     if target.is_dir() and not differences(base, target):
         return
     warnings.warn(f"{why}. A copy in {target} is the base of this stack", stacklevel=2)
     temporary = run / f".{KEPT}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with explained(target):
+        with name_write_errors(target):
             for part in (base, tokenizer):
                 if part is not None:
                     part.save_pretrained(str(temporary))
@@ -290,5 +290,5 @@ def keep_base(base: Any, differ: list[str], run: Path, tokenizer: Any) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cut(weight: Any) -> bool:
+def _is_sharded(weight: Any) -> bool:
     return isinstance(weight, DTensor) or hasattr(weight, "ds_id")

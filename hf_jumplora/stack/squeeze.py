@@ -54,7 +54,7 @@ def squeeze(
         if retained < min_energy and not force:
             raise ValueError(
                 f"task {task.name!r} would retain {retained:.1%} of its update's energy, less than "
-                f"min_energy={min_energy:.0%}: take a higher rank, energy=, or force it; nothing was written"
+                f"min_energy={min_energy:.0%}: take a higher rank or energy, or force it; nothing was written"
             )
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         ranks = sorted({k for k, _ in row.values()})

@@ -18,7 +18,7 @@ from .save import STRATEGIES
 
 
 @contextmanager
-def not_a_task(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Errors about what a task's file holds become a ValueError that names it: hashes may be right, tensors missing."""
     try:
         yield
@@ -32,7 +32,7 @@ def task_config(folder: Path, task: dict[str, Any]) -> JumpLoraConfig:
     """The adapter config of a verified task, its scaling times the `weight` of a blend's entry. Raises ValueError that
     names the file if it is not the stack's, or holds weights trained in full, which cannot be weighted."""
     path = folder / task["folder"] / "adapter_config.json"
-    with not_a_task(path):
+    with name_in_errors(path):
         config = JumpLoraConfig.from_pretrained(str(path.parent))
     if stack_support_sha256(config.support) != task["support_sha256"]:
         raise ValueError(f"{path}: its supports are not those of stack.json")
@@ -54,9 +54,9 @@ def check_task(folder: Path, task: dict[str, Any], manifest: Manifest) -> JumpLo
         ValueError: the config is not the stack's; a tensor is missing, too many, or of another dtype or shape.
     """
     config, path = task_config(folder, task), folder / task["folder"] / "adapter_model.safetensors"
-    with not_a_task(path):
+    with name_in_errors(path):
         expected = expected_tensors(config, manifest.base_model["layers"])
-    with not_a_task(path), safe_open(path, "pt") as file:
+    with name_in_errors(path), safe_open(path, "pt") as file:
         found = {key: (file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     extra = [key for key in found if key not in expected and not _trained_in_full(key, config)]
     missing = [key for key in expected if key not in found]

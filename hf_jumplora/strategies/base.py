@@ -210,7 +210,7 @@ def check_alone(name: str, others: list[Strategy], sharding: str, acts: str, bec
     if acting := [strategy for strategy in others if strategy.hooks - {"training_data"}]:
         raise ValueError(f"only Replay goes with {name}, not {acting}: {because}")
     if sharding not in ("none", "ddp"):
-        raise ValueError(f"{name} {acts}, which DeepSpeed and FSDP cut: train it with DDP")
+        raise ValueError(f"{name} {acts}, which DeepSpeed and FSDP shard: train it with DDP")
 
 
 def refuse_options(args: Any, names: tuple[str, ...], because: str) -> None:

@@ -70,7 +70,7 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         check_compiler(self)
-        self.cut_base = take_fsdp(self)
+        self.shards_base = take_fsdp(self)
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and self.world_size == 1:  # transformers and accelerate then train `started` models, silently
@@ -81,7 +81,7 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
-        if self.cut_base and self.world_size == 1:
+        if self.shards_base and self.world_size == 1:
             raise ValueError("FSDP needs several processes: leave it out, or give --num_processes to accelerate launch")
         if self.max_length < 8:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt")
@@ -91,7 +91,7 @@ class ContinualTrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def place_model_on_device(self) -> bool | None:
-        return False if self.cut_base else super().place_model_on_device
+        return False if self.shards_base else super().place_model_on_device
 
 
 # Stored at their defaults too, which change from version to version; the card shows them.

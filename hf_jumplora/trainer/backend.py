@@ -25,7 +25,7 @@ def sharding(args: Any) -> str:
     """How the model and its training are spread: "none" (one process), "ddp", "zero1" to "zero3" or "fsdp2"."""
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
-    if getattr(args, "cut_base", False):
+    if getattr(args, "shards_base", False):
         return "fsdp2"
     return "ddp" if args.world_size > 1 else "none"
 
@@ -75,8 +75,8 @@ _FSDP_OPTIONS = {
 
 
 def take_fsdp(args: Any) -> bool:
-    """Whether `accelerate launch` asks for FSDP2. From here on the run cuts the frozen base itself, and transformers
-    and accelerate train the adapters with DDP: their own way would cut the adapters too, once and for the first task
+    """Whether `accelerate launch` asks for FSDP2. From here on the run shards the frozen base itself, and transformers
+    and accelerate train the adapters with DDP: their own way would shard the adapters too, once and for the first task
     alone.
 
     Raises:
@@ -107,7 +107,7 @@ def fresh_accelerator() -> None:
 
 def release(trainer: Any) -> None:
     """End DeepSpeed's engine of a finished training. Adapters are whole float32 tensors again, the trained one from the
-    master copies; weights of the base that ZeRO-3 has cut stay so. Does nothing without an engine."""
+    master copies; weights of the base that ZeRO-3 has sharded stay so. Does nothing without an engine."""
     if not trainer.is_deepspeed_enabled or trainer.deepspeed is None:
         return
     model, places = trainer.model, _adapter_places(trainer.model)
@@ -170,7 +170,7 @@ def _forget_engine(model: nn.Module, places: list[tuple[nn.Module, str]], values
         module._parameters[key] = nn.Parameter(value, module._parameters[key].requires_grad)
 
 
-def cut_base(model: nn.Module, args: Any) -> None:
+def shard_base(model: nn.Module, args: Any) -> None:
     """Under ZeRO-3 and FSDP2 each process keeps a piece of each weight of the frozen base, from here on: what merging
     remembers of a weight must not be whole once and a piece later.
 
@@ -184,7 +184,7 @@ def cut_base(model: nn.Module, args: Any) -> None:
         args.deepspeed_plugin.deepspeed_config["bf16"] = {"enabled": False}
         args.deepspeed_plugin.hf_ds_config.config["bf16"] = {"enabled": False}
     if sharding(args) == "zero3":
-        with runnable(model, args):  # its engine cuts what `from_pretrained` has not
+        with runnable(model, args):  # its engine shards what `from_pretrained` has not
             return
     if sharding(args) != "fsdp2":
         return
@@ -192,7 +192,7 @@ def cut_base(model: nn.Module, args: Any) -> None:
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         raise ValueError(
-            f"FSDP cuts a model by its blocks, and {type(model).__name__} names none (_no_split_modules): use "
+            f"FSDP shards a model by its blocks, and {type(model).__name__} names none (_no_split_modules): use "
             "recipes/accelerate/zero3.yaml"
         )
     model.requires_grad_(False)
@@ -206,16 +206,16 @@ def cut_base(model: nn.Module, args: Any) -> None:
     model._is_fsdp_managed_module = True  # type: ignore[assignment]  # `generate` then runs equally often everywhere
 
 
-def ignore_cut_weights(model: nn.Module) -> None:
-    """DDP leaves alone what FSDP2 has cut."""
-    cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)
+def ignore_sharded_weights(model: nn.Module) -> None:
+    """DDP leaves alone what FSDP2 has sharded."""
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
 
 
 @contextmanager
 def runnable(model: Any, args: Any) -> Iterator[None]:
-    """Inside, a model whose weights ZeRO-3 has cut, or would cut, can run: an engine without optimizer gathers them.
-    Of a model that FSDP2 has cut, parts of it can be called too."""
+    """Inside, a model whose weights ZeRO-3 has sharded, or would shard, can run: an engine without optimizer gathers
+    them. Of a model that FSDP2 has sharded, parts can be called too."""
     kind, base = sharding(args), model.get_base_model() if hasattr(model, "get_base_model") else model
     if kind == "fsdp2" and isinstance(base, FSDPModule):
         base.set_reshard_after_forward(False, recurse=False)

@@ -323,11 +323,11 @@ def check_backend(plan: RunPlan) -> None:
         for strategy in plan.all_strategies:
             if "whole_model" in strategy.requires:
                 raise ValueError(
-                    f"strategy {strategy!r} needs the whole model in each process, which {kind} cuts into pieces: use "
+                    f"strategy {strategy!r} needs the whole model in each process, which {kind} shards: use "
                     "zero1, zero2 or DDP"
                 )
         if getattr(plan.model, "is_quantized", False):
-            raise ValueError(f"a quantised base cannot be cut into pieces by {kind}: use DDP, zero1 or zero2")
+            raise ValueError(f"a quantised base cannot be sharded by {kind}: use DDP, zero1 or zero2")
     if kind.startswith("zero"):
         _check_deepspeed(plan, kind)
 

@@ -30,7 +30,7 @@ def arrange_optimizer(optimizer: Optimizer, model: nn.Module, adapter: str, args
     kind = argument(args, "factor_optimizer")
     if kind != "default" and sharded:
         raise ValueError(
-            f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed cuts into pieces: leave it out, "
+            f"factor_optimizer={kind!r} works on whole matrices, which DeepSpeed shards: leave it out, "
             "or train with DDP or FSDP2"
         )
     layers = [layer for _, layer in named_layers(model, adapter)]

@@ -280,12 +280,13 @@ def check_settings(folder: Path, settings: dict[str, Any], former: dict[str, Any
             ignored.add(key)
     differ = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now"
-        for key in sorted({*before, *settings} - ignored)
+        for key in sorted({*before, *settings} - ignored, key=lambda key: (not key.startswith("task "), key))
         if before.get(key) != settings.get(key)
     ]
     if differ:
+        shown = "; ".join([*differ[:5], *([f"and {len(differ) - 5} more"] if len(differ) > 5 else [])])
         raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(differ)}). Use another output_dir, or the settings "
+            f"{folder} holds a run with other settings ({shown}). Use another output_dir, or the settings "
             "of that run to continue it; tasks can be added at the end of the list only"
         )
     if any(key.startswith("task ") for key in added) and get_method(settings["method"]).mode == "joint":

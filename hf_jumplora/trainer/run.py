@@ -27,7 +27,7 @@ from ..strategies import Strategy
 from ..strategies.base import state_of
 from ..tuner import JumpLoraConfig
 from .arguments import ContinualTrainingArguments
-from .backend import cut_base, place_model
+from .backend import place_model, shard_base
 from .callbacks import ReportCallback, Sigterm
 from .checks import check, check_steps
 from .evaluator import Evaluator
@@ -219,7 +219,7 @@ class ContinualRun:
     def _train(self) -> dict[str, Any]:
         plan, record, stages = self.plan, self.record, self.plan.stages()
         train_sets = self._encode()
-        cut_base(self.model, self.args)
+        shard_base(self.model, self.args)
         done = self._restore()
         progress = tqdm(stages[done:], initial=done, total=len(stages), desc="tasks", disable=quiet(self.args))
         for index, (name, _) in enumerate(progress, start=done):

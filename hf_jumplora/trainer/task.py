@@ -177,7 +177,7 @@ def task_trainer(
         callbacks.append(EndUnsaved(stopping))
     args.enable_jit_checkpoint = False  # the run's own callback (`Sigterm`) does that
     if args.deepspeed_plugin is not None:
-        args.bf16, args.mixed_precision = False, "no"  # see `cut_base`
+        args.bf16, args.mixed_precision = False, "no"  # see `shard_base`
         fresh_accelerator()
     if trainer_cls is plan.trainer_cls:  # another class has a collator of its own
         options["data_collator"] = plan.batches

@@ -25,7 +25,7 @@ from ..tuner import finish_adapter, gate_groups, named_layers
 from ..tuner.lookup import adapter_parameters, is_causal
 from ..tuner.sharded_parameters import assign, gathered, whole
 from .arguments import argument
-from .backend import end_autocast, ignore_cut_weights, release, runnable, sharding
+from .backend import end_autocast, ignore_sharded_weights, release, runnable, sharding
 from .callbacks import GateCallback, StrategyCallback
 from .optimizers import arrange_optimizer
 
@@ -68,7 +68,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         for s in self.strategies:
             s.check_run([other for other in self.strategies if other is not s], self.args, sharding(self.args))
         self._penalty: torch.Tensor | None = None
-        self._answers: dict[str, Any] = {}  # of the micro-batch: what the strategies get beside the model's inputs
+        self._labels: dict[str, Any] = {}  # of the micro-batch: what label smoothing takes out of the inputs
         self._items: Any = None
         self._penalty_sum, self._penalty_count = 0.0, 0
         # TRL casts every trainable parameter of a quantised model to bf16, in which a threshold cannot be trained.
@@ -91,7 +91,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         # Without gradient TRL's trainers compute the outputs a second time, for `return_outputs=True`.
         if not (model.training and torch.is_grad_enabled()):
             return
-        inputs = {**self._answers, **kwargs, "num_items_in_batch": self._items}
+        inputs = {**self._labels, **kwargs, "num_items_in_batch": self._items}
         terms = [s.penalty(model, inputs, self.adapter, output) for s in self.strategies]
         terms = [t for t in terms if t is not None]
         if terms:
@@ -112,7 +112,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
                 "does: use it, or mix them yourself and leave the strategy out"
             )
         if sharding(self.args) == "fsdp2":
-            ignore_cut_weights(self.model)
+            ignore_sharded_weights(self.model)
         self._tell("on_task_start")
         begun = args[0] if args else kwargs.get("resume_from_checkpoint")
         if not begun and any(strategy.reused is not None for strategy in self.strategies):
@@ -177,7 +177,7 @@ class ContinualMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         self._penalty = None  # not in the model's output: DDP rebuilds that from its class's fields
-        self._answers = {"labels": inputs["labels"]} if "labels" in inputs else {}  # label smoothing takes them out
+        self._labels = {"labels": inputs["labels"]} if "labels" in inputs else {}
         self._items = self._tokens_each(num_items_in_batch)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._penalty is None:

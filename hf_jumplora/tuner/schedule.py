@@ -86,9 +86,9 @@ def set_threshold(model: nn.Module, adapter: str, density: float | None, togethe
             if tau == 0:
                 raise ValueError(
                     f"the threshold of adapter {adapter!r} cannot start: at least {k} of {total} entries of its "
-                    "updates are exactly zero or closed. Either it has not been trained (learning rate 0?), or "
-                    "isolation='hard' leaves fewer entries free than it shall keep: lower initial_density or "
-                    "target_density"
+                    "updates are exactly zero or closed. Either it has not been trained (learning rate 0, or still in "
+                    "the warm-up at gate_start?), or isolation='hard' leaves fewer entries free than it shall keep: "
+                    "lower initial_density or target_density"
                 )
             log_tau = torch.full_like(gate.log_tau, tau).log()
             while log_tau.exp() < tau:  # the logarithm was rounded down: the k-th entry would be kept after all

@@ -23,13 +23,13 @@ def full_shape(parameter: Any) -> torch.Size:
 
 
 def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager:
-    """Inside, parameters that ZeRO-3 has cut into pieces are whole, to be read. Every process must enter it."""
-    cut = [p for p in parameters if _zero3(p)]
-    if not cut:
+    """Inside, parameters that ZeRO-3 has sharded are whole, to be read. Every process must enter it."""
+    sharded = [p for p in parameters if _zero3(p)]
+    if not sharded:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(cut)
+    return deepspeed.zero.GatheredParameters(sharded)
 
 
 def keep_whole_in_forward(model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:

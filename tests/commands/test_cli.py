@@ -113,10 +113,13 @@ def test_wrong_usage(argv, said, capsys):
 def test_methods(capsys):
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(METHODS)
-    assert "jumplora         gated  incremental  JumpLoRA (arXiv 2604.16171)" in lines
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(METHODS)
+    assert "jumplora           gated  incremental  JumpLoRA (arXiv 2604.16171)" in lines
+    assert "                   --strategy loraga.gamma, loraga.examples" in lines
     assert main(["methods", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["name"] == next(iter(METHODS))
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["name"] == next(iter(METHODS))
+    assert {row["name"]: row["options"] for row in rows}["nlora"] == ["nlora.weight", "nlora.l1"]
 
 
 def test_doctor(capsys, monkeypatch):

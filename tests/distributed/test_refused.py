@@ -83,7 +83,7 @@ def test_other_options(toy_base, tmp_path):
         check_backend(plan)
     plan.args.bf16, plan.model.is_quantized = False, True
     check_backend(plan)
-    with pytest.raises(ValueError, match="a quantised base cannot be cut into pieces by zero3: use DDP"):
+    with pytest.raises(ValueError, match="a quantised base cannot be sharded by zero3: use DDP"):
         check_backend(fake(plan))
 
 

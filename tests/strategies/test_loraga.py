@@ -74,7 +74,7 @@ def test_refused(gated, ids, toy_base, tmp_path):
     with pytest.raises(ValueError, match="only Replay goes with LoRA-GA"):
         LoraGA().check_run([L2()], None, "none")
     LoraGA().check_run([Replay()], None, "ddp")
-    with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="which DeepSpeed and FSDP shard"):
         LoraGA().check_run([], None, "fsdp2")
     for method in ("jumplora", "seqlora"):
         with pytest.raises(ValueError, match="method='lora-ga'"):

@@ -66,7 +66,7 @@ def test_refused(toy_base, tmp_path):
     strategy = LoraSB()
     strategy.check_run([Replay()], toy.arguments(tmp_path, learning_rate=0.5), "ddp")
     assert strategy.rate == 0.5
-    with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="which DeepSpeed and FSDP shard"):
         strategy.check_run([], None, "fsdp2")
     for option in ({"factor_optimizer": "muon"}, {"loraplus_lr_ratio": 2.0}, {"allora_eta": 1.0}):
         with pytest.raises(ValueError, match="LoRA-SB trains neither"):

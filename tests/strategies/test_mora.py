@@ -197,7 +197,7 @@ def test_refused(kind, toy_base, tmp_path):
         with pytest.raises(ValueError, match=f"only Replay goes with {kind.__name__}"):
             kind().check_run([other], None, "none")
     kind().check_run([Replay()], toy.arguments(tmp_path), "ddp")
-    with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="which DeepSpeed and FSDP shard"):
         kind().check_run([], None, "zero1")
     for option in ({"factor_optimizer": "muon"}, {"allora_eta": 1.0}):
         with pytest.raises(ValueError, match=f"which {kind.__name__} has not"):

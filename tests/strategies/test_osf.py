@@ -151,11 +151,11 @@ def test_what_acts_on_the_adapter_is_refused(strategies, options, words, toy_bas
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("sharding", [{"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, {"cut_base": True}])
+@pytest.mark.parametrize("sharding", [{"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, {"shards_base": True}])
 def test_sharded_weights_are_refused(sharding, toy_base, tmp_path):
     run = toy.make_run(toy_base, tmp_path, "osf", stream=toy.tasks(1))
     vars(run.args).update(sharding)
-    with pytest.raises(ValueError, match="OSF reads whole weights and factors, which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="OSF reads whole weights and factors, which DeepSpeed and FSDP shard"):
         check(run.plan)
 
 

@@ -149,7 +149,7 @@ def test_dylora_is_cut_by_its_first_ranks(toy_base, tmp_path):
     assert main(["squeeze", str(tmp_path / "whole"), "--energy", "0.5", "--prefix", "--out", str(tmp_path / "no")]) == 2
     with pytest.raises(ValueError, match="only Replay goes with DyLora"):
         DyLora().check_run([L2()], None, "none")
-    with pytest.raises(ValueError, match="which ranks of whole factors act, which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="which ranks of whole factors act, which DeepSpeed and FSDP shard"):
         DyLora().check_run([], None, "zero1")
     with pytest.raises(ValueError, match="takes all ranks of a factor at once"):
         DyLora().check_run([Replay()], toy.arguments(tmp_path, factor_optimizer="muon"), "none")

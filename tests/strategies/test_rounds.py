@@ -188,7 +188,7 @@ def test_refused(toy_base, tmp_path):
         with pytest.raises(ValueError, match=f"only Replay goes with {type(strategy).__name__}"):
             strategy.check_run([L2()], None, "none")
         strategy.check_run([Replay()], toy.arguments(tmp_path), "ddp")
-        with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+        with pytest.raises(ValueError, match="which DeepSpeed and FSDP shard"):
             strategy.check_run([], None, "zero1")
         with pytest.raises(ValueError, match="factor_optimizer='muon' remembers factors"):
             strategy.check_run([], toy.arguments(tmp_path, factor_optimizer="muon"), "none")

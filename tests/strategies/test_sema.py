@@ -122,7 +122,7 @@ def test_refused(toy_base, toy_run, tmp_path):
     with pytest.raises(ValueError, match="only Replay goes with Sema"):
         Sema().check_run([L2()], None, "none")
     Sema().check_run([Replay()], None, "ddp")
-    with pytest.raises(ValueError, match="which DeepSpeed and FSDP cut"):
+    with pytest.raises(ValueError, match="which DeepSpeed and FSDP shard"):
         Sema().check_run([], None, "zero1")
     for method in ("jumplora", "seqlora"):
         with pytest.raises(ValueError, match="use an incremental method such as inclora"):
