@@ -219,7 +219,7 @@ def parse_recipe(
         known, values = {action.dest for action in parser._actions} - {"config", "help"}, _renamed(values)
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
+                close = difflib.get_close_matches(str(key), known, 1, 0.7)
                 parser.error(f"{path}: unknown key {key!r}" + "".join(f"; did you mean {name}?" for name in close))
         argv = [*_as_options(values), *argv]
     try:
@@ -227,7 +227,7 @@ def parse_recipe(
     except ValueError as error:
         parser.error(str(error))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1, 0.7)
         parser.error(f"not understood: {' '.join(unknown)}" + "".join(f"; did you mean {name}?" for name in close))
     return tuple(parsed)
 

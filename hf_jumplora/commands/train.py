@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
         option_classes(), argv, prog="hf-jumplora train", description=__doc__.split("\n\n")[0]
     )
     name = model.model_name_or_path
-    for option, value in {"model_name_or_path": name, "stream": stream.stream}.items():
+    output_dir = None if training.output_dir == "trainer_output" else training.output_dir  # the Trainer's, ungiven
+    for option, value in {"model_name_or_path": name, "stream": stream.stream, "output_dir": output_dir}.items():
         if value is None:
             raise ValueError(f"{args.config} has no {option}: give it there or as --{option}")
     config, strategies, tasks = method.adapter_config(), method.strategies(), stream.load()
