@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the table."""
     from ..methods import METHODS, strategy_name
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name, "gate": method.adapter.get("gate") is True, "mode": method.mode, "paper": method.paper,
             "options": [f"{strategy_name(make)}.{option}" for make in method.strategies for option in _options(make)],
