@@ -54,10 +54,8 @@ def build_tiny_llama(
     settings = dict(locals())
     del settings["texts"], settings["cache_dir"]
     cache_dir = Path(cache_dir).expanduser()
-    # max_seconds: an option that there was, so that folders keep their names.
-    key = hashlib.sha256(json.dumps([texts, {**settings, "max_seconds": None}], sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    told = json.dumps([texts, {**settings, "max_seconds": None}], sort_keys=True)  # an option that there once was
+    key = hashlib.sha256(told.encode()).hexdigest()[:16]
     path = cache_dir / f"tiny-llama-{key}"
     if path.is_dir():
         report = json.loads((path / REPORT).read_text())

@@ -82,7 +82,7 @@ def merged_and_encoder(
     _, manifest, _ = open_stack(stack, tasks, revision)
     merge = route is None and not manifest.competing
     model: Any = load_stack(stack, base_model, tasks, revision, merge=merge, route=route)
-    if not getattr(model, "can_generate", bool)():
+    if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(
             f"{stack} stands on a {type(model).__name__}, and text tasks are scored with language models: evaluate it "
             "with a Trainer of your own"

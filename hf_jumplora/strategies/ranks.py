@@ -130,7 +130,6 @@ class DyLora(Strategy):
     """
 
     frozen: bool = False
-    layers: list[tuple[JumpLoraLayer, str]] = field(default_factory=list, init=False, repr=False)
 
     def check(self, mode, config):
         if config.gate or mode == "sequential":
@@ -145,8 +144,7 @@ class DyLora(Strategy):
         refuse_options(args, ("factor_optimizer",), "takes all ranks of a factor at once, and DyLora trains some")
 
     def on_task_start(self, model, adapter, examples):
-        self.layers = [(layer, adapter) for _, layer in named_layers(model, adapter)]
-        for layer, _ in self.layers:
+        for _, layer in named_layers(model, adapter):
             layer.gate_ranks(adapter, torch.ones(len(layer.jumplora_A[adapter])))
             layer.jumplora_g[adapter].requires_grad_(False)
 
@@ -156,26 +154,23 @@ class DyLora(Strategy):
 
     @torch.no_grad()
     def on_step_begin(self, model, adapter):
-        for layer, _ in self.layers:
+        for _, layer in named_layers(model, adapter):
             g = layer.jumplora_g[adapter]
             b = self.drawn(self.step, len(g))
             g.zero_()[:b] = len(g) / b
 
     @torch.no_grad()
     def on_step_end(self, model, adapter):  # an evaluation between the steps is of all ranks
-        for layer, _ in self.layers:
+        for _, layer in named_layers(model, adapter):
             layer.jumplora_g[adapter].fill_(1.0)
 
     def on_gradients(self, model, adapter):
-        for layer, _ in self.layers if self.frozen else ():
+        for _, layer in named_layers(model, adapter) if self.frozen else ():
             A, B = layer.jumplora_A[adapter], layer.jumplora_B[adapter]
             b = self.drawn(self.step, len(A))
             for grads in (A.grad, B.grad.T if B.grad is not None else None):
                 if grads is not None:
                     grads[: b - 1] = 0
-
-    def on_task_end(self, model, adapter, examples):
-        self.layers = []
 
     def memory_bytes(self, layers, tasks):
         return sum(4 * layer.r for layer in layers)

@@ -62,8 +62,6 @@ class Rounds(Strategy):
         because = "they read or change factors that it replaces"
         check_alone(name, others, sharding, "replaces whole factors", because)
         refuse_options(args, ("factor_optimizer",), f"remembers factors that {name} replaces")
-        if args.max_steps > 0:
-            self.check_steps(args.max_steps)
 
     @torch.no_grad()
     def on_task_start(self, model, adapter, examples):

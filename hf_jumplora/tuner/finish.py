@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from .config import JumpLoraConfig
 from .layer import JumpLoraLayer
 from .lookup import adapter_config, gate_groups, named_layers
-from .model import check_adapter_name
+from .model import check_adapter_name, rank_and_alpha
 from .peft_compat import rename_active, rename_adapter
 from .schedule import check_thresholds
 
@@ -53,14 +53,9 @@ def finish_adapter(model: Any, adapter: str = "default", name: str | None = None
     if config.gate:
         config.support = {layer_name: layer.finish(adapter) for layer_name, layer in layers.items()}
     if config.rank_pattern or config.alpha_pattern:  # files sort their keys, and the first that matches counts
-        ranks = {layer_name: len(layer.jumplora_A[adapter]) for layer_name, layer in layers.items()}
-        config.rank_pattern, config.alpha_pattern = (
-            ranks,
-            {
-                layer_name: layers[layer_name].scaling[adapter] * (r**0.5 if config.use_rslora else r)
-                for layer_name, r in ranks.items()
-            },
-        )
+        own = {layer_name: rank_and_alpha(config, layer_name) for layer_name in layers}
+        config.rank_pattern = {layer_name: r for layer_name, (r, _) in own.items()}
+        config.alpha_pattern = {layer_name: alpha for layer_name, (_, alpha) in own.items()}
     config.inference_mode = True
     if name is not None and name != adapter:
         _rename(model, adapter, name)

@@ -6,6 +6,7 @@ import toy
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
+from test_run import RESTART, files
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jumplora import (
@@ -496,3 +497,23 @@ def test_autocast_is_of_training_alone(kind, toy_base, tmp_path):
         torch.testing.assert_close(run.model.eval()(ids).logits, loaded, rtol=1e-5, atol=1e-5)
     if kind == "text":
         assert {dtype for training, dtype in seen if not training} == {torch.float32}
+
+
+def test_autocast_after_a_restart(toy_base, tmp_path):
+    """Interrupted in the second task, a run of bf16=True over a float32 base goes on with the same bits and scores."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if args.output_dir.endswith("task_001") and state.global_step == 5:
+                raise KeyboardInterrupt
+
+    def run(name, *callbacks):
+        options = {**RESTART, "bf16": True}
+        return toy.make_run(toy_base, tmp_path / name, stream=toy.tasks(2), callbacks=callbacks, **options)
+
+    run("straight").train()
+    with pytest.raises(KeyboardInterrupt):
+        run("again", Interrupt()).train()
+    assert (tmp_path / "again" / "checkpoints").is_dir()
+    run("again").train()
+    assert files(tmp_path / "again") == files(tmp_path / "straight")
