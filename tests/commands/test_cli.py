@@ -310,3 +310,15 @@ def test_completion_of_other_shells(completion):
     assert f"-x -a '{' '.join(METHODS)}'" in method
     if fish := shutil.which("fish"):
         subprocess.run([fish, "--no-config", "-c", completion["fish"]], check=True)
+
+
+def test_eval_of_a_stack_that_was_moved_with_its_base(toy_base, tmp_path):
+    """The tokenizer lies beside the stack, as the base does that the run has copied."""
+    base = toy.load_base(toy_base)
+    base.lm_head.weight.data[3] += 1  # no longer that of the folder
+    with pytest.warns(UserWarning, match="is the base of this stack"):
+        toy.make_run(base, tmp_path / "here", stream=toy.tasks(1)).train()
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    model, encoder = eval_command.merged_and_encoder(str(tmp_path / "there"), None, None, None)
+    assert encoder.tokenizer.get_vocab() == toy.tokenizer().get_vocab()
+    assert model.lm_head.weight[3].mean() > 0.5

@@ -460,3 +460,16 @@ def test_plans_are_checked_before_anything_is_built():
         MethodArguments().plans(["typo"])
     with pytest.raises(ValueError, match="target_density"):
         MethodArguments(threshold_update="density", target_density=7).plans([])
+
+
+def test_seq_cls_cl_keeps_the_base_it_made(toy_base, tmp_path, monkeypatch):
+    """A stack needs the same base again; one of other labels or another seed is refused, not taken for it."""
+    monkeypatch.syspath_prepend(RECIPES)
+    with_head, folder = recipe("seq_cls_cl").with_head, tmp_path / "run" / "base"
+    assert with_head(toy_base, ["cat", "dog"], folder, 0, "float32") == str(folder)
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert with_head(toy_base, ["cat", "dog"], folder, 0, "float32") == str(folder)
+    for labels, seed in ((["dog", "cat"], 0), (["cat", "dog"], 1)):
+        with pytest.raises(ValueError, match="was made of another model, seed, dtype or labels"):
+            with_head(toy_base, labels, folder, seed, "float32")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
